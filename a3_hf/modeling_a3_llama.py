@@ -1,0 +1,448 @@
+"""The model, as a difference from transformers' LLaMA: content tokens and query slots in one decoder pass."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv, rotate_half
+from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager_attention_forward
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_a3_llama import A3LlamaConfig
+from .generation import A3GenerationMixin
+from .infilling import A3InfillingMixin
+from .likelihood import A3LikelihoodMixin
+from .masks import View, Views, group_views, repeat_rows, sees_something
+
+
+@dataclass
+class A3ModelOutput(BaseModelOutputWithPast):
+    """Output of `A3LlamaModel`: `last_hidden_state` (B, Q, D) belongs to the query slots, `content_hidden_state`
+    (B, C, D) to the content tokens; `hidden_states` and `attentions`, when asked for, hold C + Q rows, content first
+    (the last of `hidden_states` holds the slots alone). `past_key_values` holds content keys and values only.
+    """
+
+    content_hidden_state: torch.FloatTensor | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Identical to LLaMA's except: a boolean mask is obeyed, and a row that sees nothing gets zeros (as from `sdpa`)
+    # instead of the average of everything, which would leak.
+    if attention_mask is None or attention_mask.dtype != torch.bool:
+        return llama_eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).masked_fill(~attention_mask, 0.0)
+    weights = nn.functional.dropout(weights.to(query.dtype), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """LLaMA's `apply_rotary_pos_emb` for one of its two arguments: queries and keys differ in length here."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return (states * cos) + (rotate_half(states) * sin)
+
+
+class A3LlamaAttention(LlamaAttention):
+    # Identical to LlamaAttention except: keys and values come from the first `content_length` rows only, and the mask is
+    # one view for all rows or two, the content's and the slots'.
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Views,
+        content_length: int,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        content_states = hidden_states[:, :content_length]
+        content_shape = (*content_states.shape[:-1], -1, self.head_dim)
+        cos, sin = position_embeddings
+
+        query_states = apply_rotary(self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2), cos, sin)
+        key_states = self.k_proj(content_states).view(content_shape).transpose(1, 2)
+        key_states = apply_rotary(key_states, cos[:, :content_length], sin[:, :content_length])
+        value_states = self.v_proj(content_states).view(content_shape).transpose(1, 2)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        lengths = (input_shape[1],) if len(attention_mask) == 1 else (content_length, input_shape[1] - content_length)
+        outputs = [
+            attention_interface(
+                self,
+                queries,
+                key_states,
+                value_states,
+                view.mask,
+                dropout=0.0 if not self.training else self.attention_dropout,
+                scaling=self.scaling,
+                is_causal=view.is_causal,
+                **kwargs,
+            )
+            for queries, view in zip(query_states.split(lengths, dim=2), attention_mask, strict=True)
+        ]
+        attn_weights = outputs[0][1]
+        attn_output = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs], dim=1)
+        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
+        return attn_output, attn_weights
+
+
+class A3LlamaPreTrainedModel(LlamaPreTrainedModel):
+    config_class = A3LlamaConfig
+    # Old LLaMA checkpoints carry the rotary buffers, which are computed now.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """Identical to `PreTrainedModel.from_pretrained` except: it loads a plain LLaMA checkpoint as well as an A3 one.
+        From a LLaMA, `query_embed` alone is fresh: the mean token embedding, scaled to the token embeddings' root mean
+        square (the paper doesn't say how it starts).
+
+        Raises:
+            ValueError: the checkpoint is of another model type, or lacks any other weight, or has one that the model
+                does not, or one of another shape.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        fresh = {key for key in info["missing_keys"] if "query_embed" in key}
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            wrong = sorted(str(key) for key in set(info[kind]) - fresh)
+            if wrong:
+                raise ValueError(
+                    f"pretrained_model_name_or_path={str(pretrained_model_name_or_path)!r}: {len(wrong)} "
+                    f"{kind.replace('_', ' ')} beside query_embed: {', '.join(wrong[:5])}{', …' if wrong[5:] else ''}; "
+                    "A3 takes a complete LLaMA or A3 checkpoint"
+                )
+        if fresh:
+            model.base_model.start_query_embed()
+        return (model, info) if output_loading_info else model
+
+
+class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
+    # Identical to LlamaModel except: `query_embed`, the attention above, and query slots behind the content tokens.
+    _keys_to_ignore_on_load_unexpected = [*A3LlamaPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
+
+    def __init__(self, config: A3LlamaConfig):
+        super().__init__(config)
+        for layer_idx, layer in enumerate(self.layers):
+            layer.self_attn = A3LlamaAttention(config=config, layer_idx=layer_idx)
+        # An nn.Embedding, not a bare nn.Parameter: a missing one is then initialised, and peft can train and save it.
+        self.query_embed = nn.Embedding(1, config.hidden_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def start_query_embed(self) -> None:
+        """Sets `query_embed` to the mean token embedding at the token embeddings' scale. Left as it is (normal, with
+        the config's `initializer_range`) where the embeddings are not at hand, as when they are sharded.
+        """
+        tokens = self.embed_tokens.weight
+        if tokens.is_meta or tokens.numel() == 0:
+            return
+        mean = tokens.float().mean(dim=0)
+        scale = tokens.float().pow(2).mean().sqrt() / mean.pow(2).mean().sqrt().clamp_min(1e-12)
+        self.query_embed.weight.copy_(mean * scale)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | Views | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        group_ids: torch.LongTensor | None = None,
+        target_position_ids: torch.LongTensor | None = None,
+        target_group_ids: torch.LongTensor | None = None,
+        slots_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> A3ModelOutput:
+        """One pass over content tokens and query slots (paper §1, both streams with one set of weights).
+
+        Args:
+            input_ids: (B, C) content tokens (or `inputs_embeds`, (B, C, D)).
+            attention_mask: (B, cached + C), 0 at padding, on whichever side; or `Views` made by `a3_hf.masks`, taken as
+                they are.
+            position_ids: (B, C) or (1, C). Default: with groups, the number of tokens before, padding not counted;
+                without, what LLaMA does.
+            past_key_values: content keys and values of earlier passes; everything new sees them.
+            group_ids: (B, C) integers, lower = earlier; any values, any layout. None: left to right, as LLaMA.
+            target_position_ids: (B, Q) positions that are asked for. None: with `group_ids`, a slot for every token;
+                without, a slot after every token. Width 0 runs the content stream alone.
+            target_group_ids: (B, Q) groups of the slots; a slot sees content of earlier groups only.
+            slots_to_keep: where slots follow every token, only the last n of them (0: all) or those of the given
+                indices, as LLaMA's `logits_to_keep`.
+
+        Raises:
+            ValueError: shapes that don't match, group ids that are not integers, or an attention implementation that
+                can't express the groups.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        implementation = self.config._attn_implementation
+        content_length = inputs_embeds.shape[1]
+        _check_arguments(
+            inputs_embeds, attention_mask, position_ids, group_ids, target_position_ids, target_group_ids, num_cached
+        )
+
+        # 1. Positions of the content.
+        has_groups = group_ids is not None
+        if position_ids is None and has_groups and isinstance(attention_mask, torch.Tensor):
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, num_cached:]
+        elif position_ids is None:
+            position_ids = (torch.arange(content_length, device=inputs_embeds.device) + num_cached)[None]
+
+        # 2. The slots, and what each row may see.
+        if isinstance(attention_mask, tuple):
+            views = attention_mask
+            if target_position_ids is None:
+                target_position_ids = position_ids
+        elif has_groups or (target_position_ids is not None and target_position_ids.shape[1] > 0):
+            if not has_groups:
+                group_ids = torch.arange(content_length, device=inputs_embeds.device)
+                group_ids = group_ids.expand(inputs_embeds.shape[0], -1)
+            if target_position_ids is None:
+                target_position_ids, target_group_ids = position_ids, group_ids
+            num_keys = None
+            if past_key_values is not None:
+                num_keys = past_key_values.get_mask_sizes(content_length, 0)[0]
+            views = group_views(
+                implementation,
+                group_ids=group_ids,
+                target_group_ids=group_ids[:, :0] if target_group_ids is None else target_group_ids,
+                key_mask=attention_mask,
+                num_cached=num_cached,
+                num_keys=num_keys,
+            )
+        else:
+            content_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            if target_position_ids is None:
+                rows = torch.arange(content_length, device=inputs_embeds.device)
+                rows = rows[-slots_to_keep:] if isinstance(slots_to_keep, int) else rows[slots_to_keep]
+                views = repeat_rows(implementation, content_mask, rows, content_length)
+                target_position_ids = position_ids[:, rows] + 1
+            else:
+                views = (View(content_mask, is_causal=content_length > 1),)
+
+        # 3. One pass: content rows first, then slots, which all start from `query_embed`.
+        hidden_states = inputs_embeds
+        num_slots = target_position_ids.shape[1]
+        if num_slots:
+            slots = self.query_embed.weight.to(inputs_embeds.dtype).expand(inputs_embeds.shape[0], num_slots, -1)
+            hidden_states = torch.cat([inputs_embeds, slots], dim=1)
+            rows = max(position_ids.shape[0], target_position_ids.shape[0])
+            position_ids = torch.cat([position_ids.expand(rows, -1), target_position_ids.expand(rows, -1)], dim=1)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=views,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                content_length=content_length,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        return A3ModelOutput(
+            last_hidden_state=hidden_states[:, content_length:],
+            content_hidden_state=hidden_states[:, :content_length],
+            past_key_values=past_key_values,
+        )
+
+
+class A3LlamaForCausalLM(
+    A3LlamaPreTrainedModel, A3GenerationMixin, A3InfillingMixin, A3LikelihoodMixin, LlamaForCausalLM
+):
+    # Identical to LlamaForCausalLM except: the body above, and three forms of `forward`.
+    def __init__(self, config: A3LlamaConfig):
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = A3LlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | Views | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        group_ids: torch.LongTensor | None = None,
+        target_position_ids: torch.LongTensor | None = None,
+        target_group_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Three forms, by what is given:
+
+        - `model(input_ids)`: LLaMA's causal contract. `logits[:, t]` (B, C, V) predicts token t + 1; `labels` (B, C) are
+          shifted inside; `generate` and every tool for causal LMs work.
+        - `model(input_ids, group_ids=g)`: `logits[:, i]` (B, C, V) scores `input_ids[:, i]` given all tokens of lower
+          groups. `labels` (B, C) are not shifted. The lowest group sees nothing: its logits mean nothing.
+        - with `target_position_ids` and `target_group_ids` (B, Q): logits (B, Q, V) and `labels` (B, Q) follow them.
+
+        Other arguments as in `A3LlamaModel.forward`; −100 in `labels` is ignored.
+
+        Raises:
+            ValueError: as `A3LlamaModel.forward`; a label of another shape than its logits, at padding, or where a slot
+                sees nothing; `logits_to_keep` with groups or targets.
+        """
+        causal_contract = group_ids is None and target_position_ids is None
+        if not causal_contract:
+            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                raise ValueError(
+                    "logits_to_keep belongs to model(input_ids); with groups, ask for fewer targets instead"
+                )
+            if labels is not None:
+                content = input_ids if input_ids is not None else inputs_embeds
+                num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+                _check_labels(
+                    labels, content, attention_mask, group_ids, target_position_ids, target_group_ids, num_cached
+                )
+        outputs: A3ModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            group_ids=group_ids,
+            target_position_ids=target_position_ids,
+            target_group_ids=target_group_ids,
+            slots_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+
+        loss = None
+        if labels is not None:
+            if not causal_contract:
+                kwargs["shift_labels"] = labels  # the loss takes these as they are
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _check_arguments(
+    inputs_embeds, attention_mask, position_ids, group_ids, target_position_ids, target_group_ids, num_cached
+) -> None:
+    batch_size, content_length = inputs_embeds.shape[:2]
+    if isinstance(attention_mask, torch.Tensor) and group_ids is not None:
+        expected = (batch_size, num_cached + content_length)
+        if tuple(attention_mask.shape) != expected:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; with group_ids it takes {expected}: batch, "
+                f"{num_cached} cached and {content_length} new tokens"
+            )
+    if position_ids is not None and tuple(position_ids.shape) not in {
+        (batch_size, content_length),
+        (1, content_length),
+    }:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; it takes that of input_ids, "
+            f"{(batch_size, content_length)}"
+        )
+    if group_ids is not None:
+        if tuple(group_ids.shape) != (batch_size, content_length):
+            raise ValueError(
+                f"group_ids has shape {tuple(group_ids.shape)}; it takes that of input_ids, {(batch_size, content_length)}"
+            )
+        _check_integer("group_ids", group_ids)
+    if target_group_ids is not None:
+        if target_position_ids is None or target_position_ids.shape != target_group_ids.shape:
+            shape = None if target_position_ids is None else tuple(target_position_ids.shape)
+            raise ValueError(
+                f"target_group_ids has shape {tuple(target_group_ids.shape)} and target_position_ids {shape}; they take "
+                "the same, (batch, slots)"
+            )
+        _check_integer("target_group_ids", target_group_ids)
+    if target_position_ids is not None:
+        if target_position_ids.ndim != 2 or target_position_ids.shape[0] != batch_size:
+            raise ValueError(
+                f"target_position_ids has shape {tuple(target_position_ids.shape)}; it takes ({batch_size}, slots)"
+            )
+        prepared = isinstance(attention_mask, tuple)
+        if target_position_ids.shape[1] and target_group_ids is None and not prepared:
+            raise ValueError("target_position_ids needs target_group_ids, of the same shape: what may each slot see?")
+
+
+def _check_integer(name: str, ids: torch.Tensor) -> None:
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"{name} has dtype {ids.dtype}; it takes integers (lower = earlier)")
+
+
+def _check_labels(
+    labels, content, attention_mask, group_ids, target_position_ids, target_group_ids, num_cached
+) -> None:
+    expected = (content.shape[0], content.shape[1] if target_position_ids is None else target_position_ids.shape[1])
+    if tuple(labels.shape) != expected:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; with groups it takes that of the slots, {expected}")
+    if isinstance(attention_mask, tuple) or torch.compiler.is_compiling():
+        return  # prepared views: whoever made them knows what each slot sees
+    if group_ids is None:
+        group_ids = torch.arange(content.shape[1], device=content.device).expand(content.shape[0], -1)
+    slots_are_tokens = target_position_ids is None
+    scored = labels != -100
+    if slots_are_tokens and attention_mask is not None and (scored & (attention_mask[:, num_cached:] == 0)).any():
+        raise ValueError("labels holds a token at padding (attention_mask is 0 there); it takes -100 at padding")
+    target_groups = group_ids if slots_are_tokens else target_group_ids
+    if target_groups.shape[1] == 0:
+        return
+    blind = scored & ~sees_something(group_ids, target_groups, attention_mask, num_cached)
+    if blind.any():
+        row, slot = blind.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels asks for a score at row {row}, slot {slot}, which sees no token: nothing is in an earlier group. "
+            "Put -100 there, or a given token (BOS) into an earlier group"
+        )
+
+
+A3LlamaConfig.register_for_auto_class("AutoConfig")
+A3LlamaModel.register_for_auto_class("AutoModel")
+A3LlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

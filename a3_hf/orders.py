@@ -1,0 +1,207 @@
+"""Orders: which token is generated when, and together with which others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+PADDING_GROUP = -1
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class Layout(NamedTuple):
+    """A batch stored in generation order, each (B, S): given tokens first, then group by group, padding last."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    group_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class GroupOrder:
+    """An ordered partition of each row's positions into groups, p(x) = Π_k p(x_{G_k} | x_{G_<k}) (paper §1).
+
+    Given tokens (known from the start, never scored) come first, as singletons in text order; then the open positions,
+    in the groups that a builder makes. Group ids are dense: 0, 1, 2, … in each row.
+
+    Attributes:
+        group_ids: (B, S) integers, lower = earlier; −1 at padding.
+        attention_mask: (B, S) bool, False at padding.
+        given_mask: (B, S) bool, True where a token is known from the start.
+
+    Every builder takes `attention_mask` (B, S), True or 1 at real tokens; `given_mask` (B, S), by default the first real
+    token of each row (BOS), and where chance is needed a `generator`: one for the batch, or one per row, so that a row's
+    order does not depend on its neighbours or on padding.
+
+    Example:
+        >>> GroupOrder.contiguous(torch.ones(1, 6, dtype=torch.bool), group_size=2).group_ids
+        tensor([[0, 1, 1, 2, 2, 3]])
+    """
+
+    group_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    given_mask: torch.Tensor
+
+    @classmethod
+    def left_to_right(cls, attention_mask: torch.Tensor, *, given_mask: torch.Tensor | None = None) -> "GroupOrder":
+        """Singletons in text order: plain autoregression."""
+        return cls.contiguous(attention_mask, group_size=1, given_mask=given_mask)
+
+    @classmethod
+    def contiguous(
+        cls, attention_mask: torch.Tensor, *, group_size: int, given_mask: torch.Tensor | None = None
+    ) -> "GroupOrder":
+        """Neighbouring open positions in groups of `group_size`, left to right; the last group may be smaller."""
+        return cls._by_key(attention_mask, given_mask, lambda rank: rank, group_size)
+
+    @classmethod
+    def right_to_left(
+        cls, attention_mask: torch.Tensor, *, group_size: int = 1, given_mask: torch.Tensor | None = None
+    ) -> "GroupOrder":
+        """Groups of `group_size` from the end of the row to its start."""
+        return cls._by_key(attention_mask, given_mask, lambda rank: -rank, group_size)
+
+    @classmethod
+    def scattered(
+        cls,
+        attention_mask: torch.Tensor,
+        *,
+        group_size: int,
+        given_mask: torch.Tensor | None = None,
+        generator: Generators = None,
+    ) -> "GroupOrder":
+        """A random permutation of the open positions, cut into groups of `group_size`."""
+        noise = _uniform(attention_mask, generator)
+        return cls._by_key(attention_mask, given_mask, lambda rank: noise.gather(1, rank), group_size)
+
+    @classmethod
+    def spans(
+        cls,
+        attention_mask: torch.Tensor,
+        *,
+        span_length: int,
+        group_size: int | None = None,
+        given_mask: torch.Tensor | None = None,
+        generator: Generators = None,
+    ) -> "GroupOrder":
+        """Runs of `span_length` open positions in random order, each left to right in groups of `group_size` (default:
+        the whole span is one group).
+        """
+        _check_size("span_length", span_length)
+        group_size = span_length if group_size is None else group_size
+        noise = _uniform(attention_mask, generator)
+        return cls._by_key(
+            attention_mask, given_mask, lambda rank: noise.gather(1, rank // span_length), group_size, span_length
+        )
+
+    @classmethod
+    def infilling(
+        cls,
+        blank_mask: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        order: str = "left_to_right",
+        group_size: int = 1,
+        span_length: int | None = None,
+        generator: Generators = None,
+    ) -> "GroupOrder":
+        """All text outside `blank_mask` (B, S) is given; then the blanks, in the named order (`ORDERS`).
+
+        Raises:
+            ValueError: an order that does not exist, or `span_length` missing for `spans` or given for another order.
+        """
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+        if (order == "spans") != (span_length is not None):
+            raise ValueError(
+                f"span_length={span_length} with order={order!r}; order='spans' needs it, others don't take it"
+            )
+        blank_mask = _as_mask("blank_mask", blank_mask)
+        real = torch.ones_like(blank_mask) if attention_mask is None else _as_mask("attention_mask", attention_mask)
+        given = real & ~blank_mask
+        if order == "left_to_right":
+            return cls.contiguous(real, group_size=group_size, given_mask=given)
+        if order == "right_to_left":
+            return cls.right_to_left(real, group_size=group_size, given_mask=given)
+        if order == "random":
+            return cls.scattered(real, group_size=group_size, given_mask=given, generator=generator)
+        return cls.spans(real, span_length=span_length, group_size=group_size, given_mask=given, generator=generator)
+
+    @classmethod
+    def _by_key(cls, attention_mask, given_mask, key_of, group_size, span_length=None) -> "GroupOrder":
+        """Sorts each row's open positions by `key_of` their places (B, S) among the open ones in text order, and cuts
+        them into groups; a group never crosses from one span into the next.
+        """
+        _check_size("group_size", group_size)
+        real = _as_mask("attention_mask", attention_mask)
+        given = real.long().cumsum(1).eq(1) if given_mask is None else _as_mask("given_mask", given_mask)
+        if given.shape != real.shape:
+            raise ValueError(
+                f"given_mask has shape {tuple(given.shape)}; it takes that of attention_mask, {tuple(real.shape)}"
+            )
+        given = given & real
+        is_open = real & ~given
+        place = (is_open.long().cumsum(1) - 1).clamp_min(0)
+        by_key = key_of(place).double().masked_fill(~is_open, torch.inf).argsort(dim=1, stable=True)
+        rank = by_key.argsort(dim=1)
+        if span_length is None:
+            group = rank // group_size
+        else:
+            starts = is_open & ((place % span_length) % group_size == 0)
+            group = starts.gather(1, by_key).long().cumsum(1).gather(1, rank) - 1
+        group_ids = torch.where(given, given.long().cumsum(1) - 1, group + given.long().sum(1, keepdim=True))
+        return cls(group_ids.masked_fill(~real, PADDING_GROUP), real, given)
+
+    @property
+    def scored_mask(self) -> torch.Tensor:
+        """(B, S), True where a token is generated rather than given."""
+        return self.attention_mask & ~self.given_mask
+
+    def generation_order(self) -> torch.Tensor:
+        """(B, S) indices into the text: its positions in the order in which they are generated, padding last."""
+        last = torch.iinfo(self.group_ids.dtype).max
+        return self.group_ids.masked_fill(~self.attention_mask, last).argsort(dim=1, stable=True)
+
+    def lay_out(self, input_ids: torch.Tensor) -> Layout:
+        """Stores a batch (B, S) in generation order, where content and slot masks are block-causal whatever the order and
+        the permutation lives in `position_ids` alone. `labels` are −100 at given tokens and padding.
+        """
+        if input_ids.shape != self.group_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; this order is for {tuple(self.group_ids.shape)}"
+            )
+        index = self.generation_order()
+        position_ids = (self.attention_mask.long().cumsum(1) - 1).clamp_min(0)
+        labels = input_ids.masked_fill(~self.scored_mask, -100)
+        stored = (tensor.gather(1, index) for tensor in (input_ids, position_ids, self.group_ids))
+        return Layout(*stored, self.attention_mask.gather(1, index), labels.gather(1, index))
+
+
+ORDERS = ("left_to_right", "right_to_left", "random", "spans")
+
+
+def _uniform(like: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """(B, S) uniform noise. With a generator per row, the i-th number of a row does not depend on S or on other rows."""
+    batch_size, length = like.shape
+    if generator is None or isinstance(generator, torch.Generator):
+        device = like.device if generator is None else generator.device
+        return torch.rand(batch_size, length, generator=generator, device=device).to(like.device)
+    if len(generator) != batch_size:
+        raise ValueError(f"generator holds {len(generator)} generators; it takes one per row, {batch_size}")
+    return torch.stack([torch.rand(length, generator=of_row, device=of_row.device) for of_row in generator]).to(
+        like.device
+    )
+
+
+def _as_mask(name: str, mask: torch.Tensor) -> torch.Tensor:
+    if mask.ndim != 2:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; it takes (batch, sequence)")
+    return mask.to(torch.bool)
+
+
+def _check_size(name: str, size: int) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name}={size!r}; it takes a whole number of at least 1")

@@ -1,0 +1,64 @@
+"""Small models that every test file can use: random LLaMA shapes, in fp32 on the CPU."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+STORIES = SHARED / "models" / "stories260K"
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64},
+    "llama3": LLAMA3_ROPE,
+}
+
+
+def tiny_config(**changes) -> A3LlamaConfig:
+    settings = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,  # far from the start of training, so that logits differ visibly
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attn_implementation": "sdpa",
+    }
+    return A3LlamaConfig(**{**settings, **changes})
+
+
+def tiny_model(seed: int = 42, **changes) -> A3LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return A3LlamaForCausalLM(tiny_config(**changes)).eval()
+
+
+@pytest.fixture
+def model() -> A3LlamaForCausalLM:
+    return tiny_model()
+
+
+@pytest.fixture
+def stories() -> Path:
+    if not STORIES.is_dir():
+        pytest.skip("needs the stories260K checkpoint in ../shared/data/models")
+    return STORIES
