@@ -125,7 +125,9 @@ def open_views(implementation: str, num_rows: int, key_mask: torch.Tensor | None
     return (View(present[:, None, None, :]),)
 
 
-def repeat_rows(implementation: str, content_mask, rows: torch.Tensor, content_length: int) -> Views:
+def repeat_rows(
+    implementation: str, content_mask, rows: torch.Tensor, content_length: int, num_keys: int
+) -> Views:
     """Views of LLaMA's causal contract: slot j sees just what content row `rows[j]` sees, itself included, because it
     predicts the token after it.
 
@@ -133,6 +135,7 @@ def repeat_rows(implementation: str, content_mask, rows: torch.Tensor, content_l
         content_mask: what transformers' `create_causal_mask` returned for the content rows.
         rows: (Q,) ascending content rows, each the one whose view a slot repeats.
         content_length: C, the number of content rows.
+        num_keys: width of the keys; more than C with a cache.
     """
     if isinstance(content_mask, BlockMask):
         batch_size, _, _, width = content_mask.shape
@@ -153,7 +156,7 @@ def repeat_rows(implementation: str, content_mask, rows: torch.Tensor, content_l
     content_view = View(content_mask, is_causal=True)
     if rows.shape[0] == content_length or implementation not in DENSE_IMPLEMENTATIONS:
         return content_view, content_view
-    triangle = rows[:, None] >= torch.arange(content_length, device=rows.device)
+    triangle = rows[:, None] >= torch.arange(num_keys, device=rows.device)
     return content_view, View(triangle[None, None])
 
 

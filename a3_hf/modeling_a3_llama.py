@@ -72,15 +72,14 @@ class A3LlamaAttention(LlamaAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
+        heads = (-1, self.head_dim)
         content_states = hidden_states[:, :content_length]
-        content_shape = (*content_states.shape[:-1], -1, self.head_dim)
         cos, sin = position_embeddings
 
-        query_states = apply_rotary(self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2), cos, sin)
-        key_states = self.k_proj(content_states).view(content_shape).transpose(1, 2)
+        query_states = apply_rotary(self.q_proj(hidden_states).unflatten(-1, heads).transpose(1, 2), cos, sin)
+        key_states = self.k_proj(content_states).unflatten(-1, heads).transpose(1, 2)
         key_states = apply_rotary(key_states, cos[:, :content_length], sin[:, :content_length])
-        value_states = self.v_proj(content_states).view(content_shape).transpose(1, 2)
+        value_states = self.v_proj(content_states).unflatten(-1, heads).transpose(1, 2)
 
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
@@ -210,6 +209,9 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         implementation = self.config._attn_implementation
         content_length = inputs_embeds.shape[1]
+        num_keys = content_length
+        if past_key_values is not None:  # a static cache is wider than what it holds
+            num_keys, _ = past_key_values.get_mask_sizes(content_length, 0)
         _check_arguments(
             inputs_embeds, attention_mask, position_ids, group_ids, target_position_ids, target_group_ids, num_cached
         )
@@ -232,9 +234,6 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 group_ids = group_ids.expand(inputs_embeds.shape[0], -1)
             if target_position_ids is None:
                 target_position_ids, target_group_ids = position_ids, group_ids
-            num_keys = None
-            if past_key_values is not None:
-                num_keys = past_key_values.get_mask_sizes(content_length, 0)[0]
             views = group_views(
                 implementation,
                 group_ids=group_ids,
@@ -254,7 +253,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             if target_position_ids is None:
                 rows = torch.arange(content_length, device=inputs_embeds.device)
                 rows = rows[-slots_to_keep:] if isinstance(slots_to_keep, int) else rows[slots_to_keep]
-                views = repeat_rows(implementation, content_mask, rows, content_length)
+                views = repeat_rows(implementation, content_mask, rows, content_length, num_keys)
                 target_position_ids = position_ids[:, rows] + 1
             else:
                 views = (View(content_mask, is_causal=content_length > 1),)
@@ -358,7 +357,7 @@ class A3LlamaForCausalLM(
         loss = None
         if labels is not None:
             if not causal_contract:
-                kwargs["shift_labels"] = labels  # the loss takes these as they are
+                kwargs["shift_labels"] = labels.contiguous()  # the loss takes these as they are
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

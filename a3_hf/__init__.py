@@ -1,0 +1,20 @@
+"""A3: any-order generation from a pretrained LLaMA. Importing it registers `a3_llama` with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_a3_llama import A3LlamaConfig
+from .generation import A3GenerationConfig
+from .modeling_a3_llama import A3LlamaForCausalLM, A3LlamaModel
+from .orders import GroupOrder
+
+AutoConfig.register(A3LlamaConfig.model_type, A3LlamaConfig)
+AutoModel.register(A3LlamaConfig, A3LlamaModel)
+AutoModelForCausalLM.register(A3LlamaConfig, A3LlamaForCausalLM)
+
+__all__ = [
+    "A3GenerationConfig",
+    "A3LlamaConfig",
+    "A3LlamaForCausalLM",
+    "A3LlamaModel",
+    "GroupOrder",
+]

@@ -1,0 +1,306 @@
+"""From files to rows: text becomes rows of `block_size` tokens that start with BOS, and rows become batches."""
+
+import codecs
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase
+
+from .arguments import DataArguments
+
+IGNORED_LABEL = -100
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# 9 bytes per token on disk, where the widths that lists of Python integers get would make 24.
+ROW_FEATURES = Features(
+    {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": List(Value("int32"))}
+)
+
+
+def load_rows(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int, context_length: int | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """Packs text into rows of `block_size` tokens.
+
+    Documents are tokenised without special tokens; after each comes the boundary token (`document_boundary`); of the
+    stream so made, each row takes the next block_size − 1 tokens, behind a BOS of its own. Nothing is dropped: the last
+    row is padded. Documents that hold no text are skipped; white space around a document of a .txt file belongs to the
+    separator and goes with it.
+
+    To be evaluated on: `validation_file`, or the last `validation_documents` documents of the source, which training
+    never sees (a text that comes twice in the source is two documents), or nothing.
+
+    Args:
+        arguments: where the text is and how it is packed. A .txt file is read as a whole, 2 GB at most.
+        tokenizer: has a BOS token, and an EOS token where that is the boundary; needs no padding token.
+        seed: orders the documents under `shuffle_documents`; without effect otherwise.
+        context_length: the most tokens that the model takes; None: not checked.
+
+    Returns:
+        The rows to train on and to evaluate on (None: no validation asked for), with `input_ids`, `attention_mask` (0
+        at padding) and `labels`: −100 at padding and at the first token, which is given and never scored, and the ids
+        unshifted elsewhere. With block_size 4, the documents "a b" and "c d", and EOS as boundary:
+            {"input_ids": [bos, a, b, eos], "attention_mask": [1, 1, 1, 1], "labels": [-100, a, b, eos]}
+            {"input_ids": [bos, c, d, eos], "attention_mask": [1, 1, 1, 1], "labels": [-100, c, d, eos]}
+
+    Raises:
+        ValueError: a file that is missing, of an unknown kind, empty, not UTF-8 or not what its name says; no column
+            `text_column`, or one that is not text; no text, or none left to train on; a separator where no file is
+            .txt; block_size above `context_length`; a tokenizer without the token that rows start with or documents
+            end with.
+    """
+    if context_length is not None and arguments.block_size > context_length:
+        raise ValueError(f"block_size={arguments.block_size}: more than the model's context of {context_length} tokens")
+    tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    if tokens["bos"] is None:
+        raise ValueError(
+            "the tokenizer has no BOS token, with which rows start: set tokenizer.bos_token, or tokenizer_name_or_path "
+            "to a tokenizer that has one"
+        )
+    if tokens[arguments.document_boundary] is None:
+        raise ValueError(
+            f"document_boundary={arguments.document_boundary!r}: the tokenizer has no such token; set "
+            f"tokenizer.{arguments.document_boundary}_token, or the other boundary"
+        )
+    files = {"train_file": arguments.train_file, "validation_file": arguments.validation_file}
+    files = {name: Path(file) for name, file in files.items() if file is not None}
+    for name, file in files.items():
+        _check_file(name, file)
+    if arguments.document_separator is not None and not any(file.suffix == ".txt" for file in files.values()):
+        raise ValueError(
+            f"document_separator={arguments.document_separator!r} has no effect: it is for .txt files, and elsewhere a "
+            "document is a row of the source"
+        )
+
+    if arguments.dataset_name is not None:
+        source = f"dataset_name={arguments.dataset_name!r}"
+        train = load_dataset(
+            arguments.dataset_name,
+            arguments.dataset_config_name,
+            split=arguments.dataset_split,
+            cache_dir=arguments.cache_dir,
+        )
+        train = _text_column(train, arguments.text_column, source)
+    else:
+        source = f"train_file={arguments.train_file!r}"
+        train = _read_documents(source, files["train_file"], arguments)
+
+    evaluation, evaluation_source, held_out = None, source, arguments.validation_documents
+    if arguments.validation_file is not None:
+        evaluation_source = f"validation_file={arguments.validation_file!r}"
+        evaluation = _read_documents(evaluation_source, files["validation_file"], arguments)
+    elif held_out:
+        num_train = len(train) - held_out
+        if num_train < 1:
+            raise ValueError(
+                f"validation_documents={held_out}: {source} has {len(train)} documents, so none is left to train on"
+            )
+        evaluation = train.select(range(num_train, len(train)))
+        train = train.select(range(num_train))
+    if arguments.shuffle_documents:
+        train = train.shuffle(seed=seed)
+
+    parts = [(train, f"{source}, to train on", arguments.max_train_rows)]
+    if evaluation is not None:
+        parts.append((evaluation, f"{evaluation_source}, to evaluate on", arguments.max_eval_rows))
+    for documents, part_source, _ in parts:
+        if not any(text.strip() for batch in documents.iter(1000) for text in _texts(batch)):
+            raise ValueError(f"{part_source}: no document holds text")
+    rows = [
+        Dataset.from_generator(
+            _packed_rows,
+            features=ROW_FEATURES,
+            cache_dir=arguments.cache_dir,
+            gen_kwargs={
+                "documents": documents,
+                "tokenizer": tokenizer,
+                "boundary_id": tokens[arguments.document_boundary],
+                "block_size": arguments.block_size,
+                "max_rows": max_rows,
+                "code": Path(__file__).read_text(encoding="utf-8"),
+            },
+        )
+        for documents, _, max_rows in parts
+    ]
+    return rows[0], rows[1] if len(rows) == 2 else None
+
+
+class RowCollator:
+    """Stacks rows to a batch of (B, S) LongTensors `input_ids`, `attention_mask` and `labels`; shorter rows are padded
+    at the right.
+
+    Args:
+        pad_token_id: what stands under the mask; no model reads it.
+
+    Raises:
+        ValueError: no rows; columns of one row that differ in length; a label at padding; a scored token with no given
+            token before it: its slot may come first in an order, and would then see nothing.
+
+    Example:
+        >>> RowCollator()([
+        ...     {"input_ids": [1, 7, 8], "attention_mask": [1, 1, 1], "labels": [-100, 7, 8]},
+        ...     {"input_ids": [1, 9], "attention_mask": [1, 1], "labels": [-100, 9]},
+        ... ])["labels"]
+        tensor([[-100,    7,    8],
+                [-100,    9, -100]])
+    """
+
+    def __init__(self, *, pad_token_id: int = 0):
+        self.fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        if not rows:
+            raise ValueError("no rows to make a batch of")
+        for index, row in enumerate(rows):
+            lengths = {name: len(row[name]) for name in self.fill}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"row {index}: its columns differ in length: {lengths}")
+        width = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            name: torch.tensor([[*row[name], *[fill] * (width - len(row[name]))] for row in rows], dtype=torch.long)
+            for name, fill in self.fill.items()
+        }
+        real, scored = batch["attention_mask"] != 0, batch["labels"] != IGNORED_LABEL
+        _raise_at((scored & ~real).any(dim=1), "has a label at padding")
+        given_before = (real & ~scored).cumsum(dim=1) > 0
+        _raise_at(
+            (scored & ~given_before).any(dim=1),
+            "has a scored token and no given token before it, so that its prediction may see nothing; "
+            "set the label of the row's first token (BOS) to -100",
+        )
+        return batch
+
+
+def _raise_at(wrong: torch.Tensor, what: str):
+    if wrong.any():
+        raise ValueError(f"row {wrong.nonzero()[0].item()} {what}")
+
+
+def _packed_rows(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    boundary_id: int,
+    block_size: int,
+    max_rows: int | None,
+    code: str,
+) -> Iterator[dict[str, list[int]]]:
+    """Yields the rows of `documents`, as many as `max_rows` allows, and tokenises no further than they need.
+
+    `code` is read by nobody: the rows are cached under a hash of these arguments and of this function, of which
+    datasets takes no more than the name, so that a change in this file would go unnoticed.
+    """
+    num_rows = 0
+    for body in _bodies(documents, tokenizer, boundary_id, block_size - 1):
+        if num_rows == max_rows:
+            return
+        num_padding = block_size - 1 - len(body)
+        yield {
+            "input_ids": [tokenizer.bos_token_id, *body, *[_pad_id(tokenizer)] * num_padding],
+            "attention_mask": [1] * (1 + len(body)) + [0] * num_padding,
+            "labels": [IGNORED_LABEL, *body, *[IGNORED_LABEL] * num_padding],
+        }
+        num_rows += 1
+
+
+def _bodies(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, boundary_id: int, length: int
+) -> Iterator[list[int]]:
+    """Cuts the stream of all documents, each followed by its boundary, into pieces of `length`; the last is shorter."""
+    stream = []
+    for batch in documents.iter(1000):
+        texts = [text for text in _texts(batch) if text.strip()]
+        if not texts:
+            continue
+        # `verbose` would warn that a document is longer than the context, which is what packing is for.
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += [*ids, boundary_id]
+        whole = len(stream) - len(stream) % length
+        for start in range(0, whole, length):
+            yield stream[start : start + length]
+        stream = stream[whole:]
+    if stream:
+        yield stream
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    # Any id will do, since nothing reads it; LLaMA's tokenizers have no padding token.
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _texts(batch: Mapping[str, list[str | None]]) -> list[str]:
+    (column,) = batch.values()
+    return [text or "" for text in column]
+
+
+def _check_file(name: str, file: Path):
+    """Raises ValueError unless `file` exists, is of a known kind, and holds text in UTF-8 (.parquet: some bytes)."""
+    if not file.is_file():
+        raise ValueError(f"{name}={str(file)!r}: there is no such file (relative paths start at {Path.cwd()})")
+    if file.suffix not in BUILDERS:
+        raise ValueError(f"{name}={str(file)!r}: takes a file that ends in {', '.join(BUILDERS)}")
+    if file.stat().st_size == 0:
+        raise ValueError(f"{name}={str(file)!r}: the file is empty")
+    if file.suffix == ".parquet":
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position, has_text = 0, False
+    with file.open("rb") as stream:
+        while True:
+            chunk = stream.read(1 << 24)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{name}={str(file)!r}: not UTF-8: {error.reason} at byte {position - pending + error.start}"
+                ) from error
+            has_text = has_text or bool(text.lstrip("\ufeff").strip())
+            if not chunk:
+                break
+            position += len(chunk)
+    if not has_text:
+        raise ValueError(f"{name}={str(file)!r}: the file holds no text")
+
+
+def _read_documents(source: str, file: Path, arguments: DataArguments) -> Dataset:
+    """The documents of `file`, a dataset of one column; `source` is what a message calls it."""
+    builder = BUILDERS[file.suffix]
+    options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
+    try:
+        dataset = load_dataset(
+            builder,
+            data_files={"train": glob.escape(str(file.resolve()))},
+            split="train",
+            cache_dir=arguments.cache_dir,
+            **options,
+        )
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"{source}: can't be read as {builder}: {error.__cause__ or error}") from error
+    dataset = _text_column(dataset, arguments.text_column, source)
+    if builder == "text":
+        # In memory, where nothing stale can be found again.
+        dataset = dataset.map(
+            _split_documents,
+            batched=True,
+            fn_kwargs={"separator": arguments.document_separator},
+            keep_in_memory=True,
+            desc="Splitting documents",
+        )
+    return dataset
+
+
+def _text_column(dataset: Dataset, column: str, source: str) -> Dataset:
+    if column not in dataset.column_names:
+        raise ValueError(f"text_column={column!r}: not in {source}, which has {', '.join(dataset.column_names)}")
+    feature = dataset.features[column]
+    if feature not in (Value("string"), Value("large_string")):
+        raise ValueError(f"text_column={column!r}: {source} holds {feature} there, not text")
+    return dataset.select_columns([column])
+
+
+def _split_documents(batch: dict[str, list[str]], separator: str | None) -> dict[str, list[str]]:
+    pieces = [piece for text in batch["text"] for piece in (text.split(separator) if separator is not None else [text])]
+    return {"text": [piece.strip() for piece in pieces if piece.strip()]}

@@ -1,0 +1,197 @@
+import pytest
+
+from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, parse_recipe
+from a3_hf.curriculum import Curriculum
+
+STAGES = [{"name": "ar", "until": 0.2}, {"name": "expand", "until": 0.5, "group_size": [1, 4]}]
+STAGES = [*STAGES, {"name": "permute", "group_size": 4}]
+RECIPE = """
+model_name_or_path: some/model
+train_file: stories.txt
+block_size: 64
+max_steps: 20
+curriculum:
+  unit: fraction
+  stages:
+    - {name: ar, until: 0.2}
+    - {name: expand, until: 0.5, group_size: [1, 4]}
+    - {name: permute, group_size: 4}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def recipe(extra="", *, text=RECIPE):
+        path = tmp_path / "config.yaml"
+        path.write_text(f"output_dir: {tmp_path}/run\nuse_cpu: true\n{text}\n{extra}\n", encoding="utf-8")
+        return path
+
+    return recipe
+
+
+def test_a_recipe_is_a_complete_run(recipe):
+    parsed = parse_recipe(recipe("learning_rate: 1e-4\nseed: 7\neval_strategy: no\nlr_scheduler_type: cosine"))
+    assert parsed.model == ModelArguments(model_name_or_path="some/model")
+    assert parsed.data == DataArguments(train_file="stories.txt", block_size=64)
+    assert isinstance(parsed.training, A3TrainingArguments)
+    assert (parsed.training.learning_rate, parsed.training.seed, parsed.training.max_steps) == (1e-4, 7, 20)
+    assert parsed.training.eval_strategy == "no"
+    assert parsed.training.lr_scheduler_type == "cosine"
+    assert parsed.curriculum == Curriculum.from_config(STAGES, unit="fraction")
+
+
+def test_defaults(recipe):
+    training = parse_recipe(recipe()).training
+    assert training.remove_unused_columns is False
+    assert training.report_to in ([], ["none"])
+    assert training.logging_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1e-4", 1e-4), ("2E-3", 2e-3), ("1.5e+1", 15.0), (".5", 0.5), ("3", 3.0), ("0.25", 0.25)],
+)
+def test_numbers_are_numbers(recipe, text, number):
+    learning_rate = parse_recipe(recipe(f"learning_rate: {text}")).training.learning_rate
+    assert isinstance(learning_rate, float)
+    assert learning_rate == number
+
+
+def test_the_command_line_wins(recipe):
+    parsed = parse_recipe(
+        recipe("learning_rate: 1e-4\nbf16: false\neval_on_start: true"),
+        [
+            *("--learning_rate", "1e-3", "--max_steps=30", "--model_name_or_path", "other", "--block-size", "32"),
+            *("--eval_on_start", "false", "--max_train_rows", "5", "--document_boundary=bos"),
+        ],
+    )
+    assert (parsed.training.learning_rate, parsed.training.max_steps) == (1e-3, 30)
+    assert (parsed.model.model_name_or_path, parsed.data.block_size, parsed.data.max_train_rows) == ("other", 32, 5)
+    assert parsed.training.eval_on_start is False
+    assert parsed.data.document_boundary == "bos"
+    assert parsed.training.output_dir.endswith("run")
+
+
+def test_the_model_may_come_from_the_command_line(recipe):
+    path = recipe(text=RECIPE.replace("model_name_or_path: some/model", ""))
+    assert parse_recipe(path, ["--model_name_or_path", "m"]).model.model_name_or_path == "m"
+    with pytest.raises(ValueError, match="required.*model_name_or_path"):
+        parse_recipe(path)
+
+
+def test_the_curriculum_may_come_from_the_command_line(recipe):
+    curriculum = parse_recipe(recipe(), ["--curriculum", "{unit: steps, stages: [{name: permute, group_size: 2}]}"])
+    expected = Curriculum.from_config([{"name": "permute", "group_size": 2}], unit="steps")
+    assert curriculum.curriculum == expected
+
+
+def test_a_curriculum_without_a_unit_counts_in_fractions(recipe):
+    curriculum = "curriculum: {stages: [{name: ar, until: 0.5}, {name: permute, group_size: 4}]}"
+    parsed = parse_recipe(recipe(text=RECIPE[: RECIPE.index("curriculum")] + curriculum))
+    assert parsed.curriculum.unit == "fraction"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("learning_rat: 1.0", "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ("blocksize: 8", "unknown key 'blocksize'; did you mean 'block_size'"),
+        ("xyzzy: 8", "unknown key 'xyzzy'$"),
+        ("3: 8", "unknown key 3"),
+        ('learning_rate: "3"', r"learning_rate takes a number, got '3' \(str\)"),
+        ('learning_rate: "1e-4"', r"learning_rate takes a number, got '1e-4' \(str\)"),
+        ("learning_rate: true", r"learning_rate takes a number, got True \(bool\)"),
+        ("learning_rate:", "learning_rate takes a number, got nothing"),
+        ("seed: 3.0", r"seed takes an integer, got 3\.0 \(float\)"),
+        ("seed: true", r"seed takes an integer, got True \(bool\)"),
+        ("max_train_rows: 1e3", r"max_train_rows takes an integer or null, got 1000\.0 \(float\)"),
+        ("eval_on_start: 1", r"eval_on_start takes true or false, got 1 \(int\)"),
+        ("eval_on_start: yes", r"eval_on_start takes true or false, got 'yes' \(str\)"),
+        ("validation_file: 3", r"validation_file takes text or null, got 3 \(int\)"),
+        ("attn_implementation: 3", r"attn_implementation takes text, got 3 \(int\)"),
+        ("dtype: float8", "dtype takes one of 'float32', 'bfloat16', 'float16', got 'float8'"),
+        ("document_boundary: none", "document_boundary takes one of 'bos', 'eos', got 'none'"),
+        ("lr_scheduler_type: cosin", "lr_scheduler_type takes one of 'linear', 'cosine'"),
+        ("fsdp_config: [1]", "fsdp_config takes a mapping or text or null"),
+        ("remove_unused_columns: true", "remove_unused_columns=True"),
+        ("max_steps: 21", "the key 'max_steps' comes twice"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}", "the key 'a' comes twice"),
+        ("a: [", "config.yaml: not a recipe"),
+        ("dataset_name: some/data", "set one of the two, and one only"),
+        ("dataset_config_name: part", "dataset_config_name='part' has no effect without dataset_name"),
+        ("validation_documents: -1", "validation_documents=-1"),
+        ("validation_documents: 1\nvalidation_file: a.txt", "set one of the two, and one only"),
+        ("max_train_rows: 0", "max_train_rows=0: takes 1 or more"),
+        ("max_eval_rows: 1", "max_eval_rows=1 has no effect without"),
+        ('document_separator: ""', "document_separator=''"),
+    ],
+)
+def test_bad_settings_are_named(recipe, extra, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe(extra))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--learning_rate", "fast"], "learning_rate.*invalid float value: 'fast'"),
+        (["--max_steps", "1.5"], "max_steps.*invalid int value: '1.5'"),
+        (["--eval_on_start", "perhaps"], "eval_on_start"),
+        (["--lr_scheduler_type=cosin"], "lr_scheduler_type.*invalid choice"),
+        (["--document_boundary=none"], "document_boundary.*invalid choice"),
+        (["--learning_rate"], "learning_rate.*expected one argument"),
+        (["--learning_rat", "1"], "unknown setting '--learning_rat'; did you mean 'learning_rate'"),
+        (["--learn", "1"], "unknown setting '--learn'"),
+        (["-h"], "unknown setting '-h'"),
+        (["surplus"], "unknown setting 'surplus'"),
+        (["--block_size=1"], "block_size=1"),
+        (["--remove_unused_columns", "true"], "remove_unused_columns=True"),
+        (["--curriculum", "{unit: ["], "curriculum.*not YAML"),
+        (["--curriculum", "ar"], "curriculum: takes a mapping"),
+    ],
+)
+def test_bad_overrides_raise_and_do_not_exit(recipe, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe(), overrides)
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "message"),
+    [
+        ("", "lacks curriculum"),
+        ("curriculum: [ar]", "curriculum: takes a mapping"),
+        ("curriculum: {unit: steps}", "curriculum: lacks stages"),
+        ("curriculum: {unit: epochs, stages: [{name: ar}]}", "unit='epochs'"),
+        ("curriculum: {units: steps, stages: [{name: ar}]}", "curriculum: unknown key 'units'; did you mean 'unit'"),
+        ("curriculum: {unit: steps, stages: [{name: xyzzy}]}", "xyzzy"),
+    ],
+)
+def test_bad_curricula_are_named(recipe, curriculum, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe(text=RECIPE[: RECIPE.index("curriculum")] + curriculum))
+
+
+def test_block_size_is_at_least_two(recipe):
+    with pytest.raises(ValueError, match="block_size=1"):
+        parse_recipe(recipe(text=RECIPE.replace("block_size: 64", "block_size: 1")))
+
+
+def test_the_file_itself(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.yaml: there is no such recipe"):
+        parse_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match="can't be read as a recipe"):
+        parse_recipe(tmp_path)
+    for name, content in (("empty", b""), ("list", b"- a\n"), ("latin", b"\xff: 1\n")):
+        path = tmp_path / f"{name}.yaml"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.yaml: .*recipe"):
+            parse_recipe(path)
+
+
+def test_direct_construction_refuses_too():
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        A3TrainingArguments(remove_unused_columns=True)
+    with pytest.raises(ValueError, match="train_file=None, dataset_name=None"):
+        DataArguments()
+    with pytest.raises(ValueError, match="document_boundary='none'"):
+        DataArguments(train_file="a.txt", document_boundary="none")
