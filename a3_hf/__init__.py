@@ -3,9 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_a3_llama import A3LlamaConfig
+from .curriculum import Curriculum, CurriculumCallback
 from .generation import A3GenerationConfig
 from .modeling_a3_llama import A3LlamaForCausalLM, A3LlamaModel
 from .orders import GroupOrder
+from .trainer import A3Trainer
 
 AutoConfig.register(A3LlamaConfig.model_type, A3LlamaConfig)
 AutoModel.register(A3LlamaConfig, A3LlamaModel)
@@ -16,5 +18,8 @@ __all__ = [
     "A3LlamaConfig",
     "A3LlamaForCausalLM",
     "A3LlamaModel",
+    "A3Trainer",
+    "Curriculum",
+    "CurriculumCallback",
     "GroupOrder",
 ]

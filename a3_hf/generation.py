@@ -319,6 +319,8 @@ class _Draws:
             seed = int(torch.randint(2**31, ())) if seed is None else seed
             seeds = [seed * 1_000_003 + row for row in range(batch_size)]
         self.generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
+        # Orders have their own: how much they draw depends on padding, and sampling must not.
+        self.order_generators = [torch.Generator().manual_seed(~row_seed) for row_seed in seeds]
         self.counts = blank_mask.sum(dim=1).tolist()
         # column of the noise for each column of the canvas; the bin reads the first
         place = (blank_mask.long().cumsum(dim=1) - 1).clamp_min(0)
@@ -424,7 +426,7 @@ def _group_columns(canvas: Canvas, config: A3GenerationConfig, draw: _Draws) -> 
             order=config.order or "left_to_right",
             group_size=config.group_size or 1,
             span_length=config.span_length,
-            generator=draw.generators,
+            generator=draw.order_generators,
         ).group_ids
     # number the groups of each row's blanks from 0, then the blanks inside each
     last = torch.iinfo(group.dtype).max

@@ -110,9 +110,7 @@ class A3InfillingMixin:
 
 def encode_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[list[int], list[int]]:
     """Token ids, BOS first and 0 at blanks, and for each the number of its blank, from 1 (0: given)."""
-    if tokenizer.bos_token_id is None:
-        raise ValueError("tokenizer has no BOS token; set tokenizer.bos_token to the token that begins a text")
-    ids, blanks = [tokenizer.bos_token_id], [0]
+    ids, blanks = encode_prompt(tokenizer, ""), [0]
     for number, piece in enumerate(template.pieces):
         before_blank = number < len(template.lengths)
         piece_ids = encode_piece(tokenizer, piece.rstrip(" ") if before_blank else piece, is_start=number == 0)
@@ -122,6 +120,13 @@ def encode_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> t
             ids += [0] * template.lengths[number]
             blanks += [number + 1] * template.lengths[number]
     return ids, blanks
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that begins with BOS, whatever the tokenizer adds by itself."""
+    if tokenizer.bos_token_id is None:
+        raise ValueError("tokenizer has no BOS token; set tokenizer.bos_token to the token that begins a text")
+    return [tokenizer.bos_token_id, *encode_piece(tokenizer, text, is_start=True)]
 
 
 def encode_piece(tokenizer: PreTrainedTokenizerBase, piece: str, *, is_start: bool) -> list[int]:

@@ -125,9 +125,7 @@ def open_views(implementation: str, num_rows: int, key_mask: torch.Tensor | None
     return (View(present[:, None, None, :]),)
 
 
-def repeat_rows(
-    implementation: str, content_mask, rows: torch.Tensor, content_length: int, num_keys: int
-) -> Views:
+def repeat_rows(implementation: str, content_mask, rows: torch.Tensor, content_length: int, num_keys: int) -> Views:
     """Views of LLaMA's causal contract: slot j sees just what content row `rows[j]` sees, itself included, because it
     predicts the token after it.
 

@@ -69,8 +69,10 @@ class A3LlamaAttention(LlamaAttention):
         attention_mask: Views,
         content_length: int,
         past_key_values: Cache | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # `position_ids` stop here: a flash kernel would read positions that don't ascend as several packed texts.
         input_shape = hidden_states.shape[:-1]
         heads = (-1, self.head_dim)
         content_states = hidden_states[:, :content_length]

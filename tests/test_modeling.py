@@ -122,7 +122,9 @@ def test_causal_labels_are_shifted_and_group_labels_are_not(model):
 def test_generate_greedy_is_a_plain_loop_without_cache(implementation):
     model = tiny_model(attn_implementation=implementation)
     ids, mask = random_ids(3, 9), ragged_mask([9, 4, 6], 9, "left").long()
-    generated = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    generated = model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     for row in range(3):
         text = ids[row][mask[row].bool()][None]
         for _ in range(12):

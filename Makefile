@@ -1,0 +1,54 @@
+# Every target sets up what it needs in .venv. uv is used where it is installed; pip alone is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := transformers==5.17.0
+export TOKENIZERS_PARALLELISM := false
+
+ifneq ($(shell command -v uv 2>/dev/null),)
+  CREATE = uv venv --quiet --allow-existing --python $(PYTHON) $(1)
+  INSTALL = uv pip install --quiet --python $(1)/bin/python $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))
+else
+  CREATE = $(PYTHON) -m venv $(1)
+  INSTALL = $(1)/bin/python -m pip install --quiet
+endif
+
+.PHONY: setup demo test test-gpu test-oldest quality style clean
+setup: $(VENV)/.installed
+
+# torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
+$(VENV)/.installed: pyproject.toml scripts/install_torch.sh
+	$(call CREATE,$(VENV))
+	sh scripts/install_torch.sh $(call INSTALL,$(VENV))
+	$(call INSTALL,$(VENV)) -e '.[dev]'
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml scripts/install_torch.sh
+	$(call CREATE,.venv-oldest)
+	sh scripts/install_torch.sh $(call INSTALL,.venv-oldest)
+	$(call INSTALL,.venv-oldest) '$(OLDEST)' -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+# The lower end of the supported transformers range, on the parts that lean on its internals.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -m 'not gpu' tests/test_modeling.py tests/test_generation.py tests/test_trainer.py
+
+quality: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-oldest build *.egg-info .pytest_cache .ruff_cache

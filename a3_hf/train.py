@@ -1,0 +1,205 @@
+"""One recipe, one run: from the files it names to a model, with resumes on the way."""
+
+import math
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerState
+from transformers.trainer_utils import IntervalStrategy
+
+from .arguments import A3TrainingArguments, Recipe
+from .curriculum import Schedule
+from .data import RowCollator, load_rows
+from .modeling_a3_llama import A3LlamaForCausalLM
+from .trainer import (
+    EVALUATION_ORDERS,
+    A3Trainer,
+    InterruptCallback,
+    MetricsFileCallback,
+    last_whole_checkpoint,
+    set_aside,
+)
+
+METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "trainer_state.json"
+INTERRUPTED = 130
+
+
+def run(recipe: Recipe, *, resume: bool = True) -> int:
+    """Trains as the recipe says and leaves in its `output_dir` the model, the tokenizer, checkpoints, `metrics.jsonl`
+    and `trainer_state.json`. What can be checked without the model is checked before it is loaded.
+
+    Args:
+        resume: go on from the last whole checkpoint of `output_dir`, if there is one.
+
+    Returns:
+        The exit code: 0 when the run is finished (now or earlier), 130 after Ctrl-C.
+
+    Raises:
+        ValueError: settings, files or a curriculum that can't be used, or checkpoints where the run must not resume.
+    """
+    try:
+        return _run(recipe, resume=resume)
+    except KeyboardInterrupt:
+        if recipe.training.process_index == 0:
+            checkpoint, _ = last_whole_checkpoint(recipe.training.output_dir)
+            kept = "there is no checkpoint yet" if checkpoint is None else f"the last whole one is {checkpoint}"
+            print(f"Stopped at once, without a checkpoint of this step; {kept}.")
+        return INTERRUPTED
+
+
+def _run(recipe: Recipe, *, resume: bool) -> int:
+    training = recipe.training
+    output_dir = Path(training.output_dir)
+    is_main = training.process_index == 0
+
+    # 1. What needs no model.
+    _check_settings(recipe)
+    if resume and _is_finished(training, output_dir):
+        if is_main:
+            print(f"The run in {output_dir} is finished: nothing to do. A new run takes another output_dir.")
+            print(_next_command(output_dir))
+        return 0
+    checkpoint = _find_checkpoint(training, output_dir, resume=resume)
+
+    # 2. Data, model, trainer.
+    tokenizer_path = recipe.model.tokenizer_name_or_path or recipe.model.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    config = AutoConfig.from_pretrained(recipe.model.model_name_or_path)
+    with training.main_process_first(local=False, desc="packing rows"):
+        train_rows, eval_rows = load_rows(
+            recipe.data, tokenizer, seed=training.seed, context_length=config.max_position_embeddings
+        )
+    if eval_rows is None and training.eval_strategy != IntervalStrategy.NO:
+        raise ValueError(
+            f"eval_strategy={training.eval_strategy.value!r} needs something to evaluate on: set validation_file or "
+            "validation_documents, or eval_strategy: no"
+        )
+    if is_main and eval_rows is not None and training.eval_strategy == IntervalStrategy.NO:
+        print("eval_strategy is 'no': losses are not measured; 'steps' measures them at the end of each stage as well.")
+
+    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE)) if checkpoint is not None else None
+    steps_are_done = state is not None and _are_done(training, state)
+    model = A3LlamaForCausalLM.from_pretrained(
+        # Killed between the last step and the final save: nothing is left to train.
+        checkpoint if steps_are_done else recipe.model.model_name_or_path,
+        dtype=getattr(torch, recipe.model.dtype),
+        attn_implementation=recipe.model.attn_implementation,
+    )
+    trainer = _make_trainer(recipe, model, tokenizer, train_rows, eval_rows, is_resumed=checkpoint is not None)
+    interrupt = InterruptCallback()
+    trainer.add_callback(interrupt)
+    trainer.add_callback(MetricsFileCallback(output_dir / METRICS_FILE, trainer.schedule))
+    max_steps = trainer.schedule.ends[-1]
+
+    # 3. Training.
+    if steps_are_done:
+        trainer.state = state
+    else:
+        if is_main and checkpoint is not None:
+            print(f"Resuming from {checkpoint} (step {state.global_step} of {max_steps}).")
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            interrupt.restore_handler()
+    if interrupt.stopped_at is not None:
+        if is_main:
+            print(f"Stopped after step {interrupt.stopped_at} of {max_steps}; its checkpoint is in {output_dir}.")
+            print("The same command goes on from there.")
+        return INTERRUPTED
+
+    # 4. The model, and last the state, which says that the run is finished.
+    trainer.save_model(str(output_dir))
+    trainer.save_state()
+    if is_main:
+        table = losses_table(trainer.state, trainer.schedule)
+        if table is not None:
+            Console().print(table)
+        print(f"The model is in {output_dir}. To use it:")
+        print(_next_command(output_dir))
+    return 0
+
+
+def losses_table(state: TrainerState, schedule: Schedule) -> Table | None:
+    """The losses of each evaluation order before training and after each stage, in nats per token; None where none was
+    measured.
+    """
+    measured = {entry["step"]: entry for entry in state.log_history if "eval_loss_left_to_right" in entry}
+    table = Table(title="loss per order, nats per token")
+    table.add_column("after")
+    table.add_column("step", justify="right")
+    for name in EVALUATION_ORDERS:
+        table.add_column(name, justify="right")
+    rows = [("(start)", 0), *((stage.name, end) for stage, end in zip(schedule.stages, schedule.ends, strict=True))]
+    for label, step in rows:
+        if step in measured:
+            losses = (f"{measured[step][f'eval_loss_{name}']:.4f}" for name in EVALUATION_ORDERS)
+            table.add_row(label, str(step), *losses)
+    return table if table.row_count else None
+
+
+def _make_trainer(
+    recipe: Recipe,
+    model: A3LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows,
+    eval_rows,
+    *,
+    is_resumed: bool,
+) -> A3Trainer:
+    training = recipe.training
+    # The losses "before" are those of step 0; a resumed run has them in its state.
+    training.eval_on_start = training.eval_strategy != IntervalStrategy.NO and not is_resumed
+    pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return A3Trainer(
+        model,
+        training,
+        curriculum=recipe.curriculum,
+        data_collator=RowCollator(pad_token_id=pad_token_id),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        tokens_per_row=recipe.data.block_size,
+    )
+
+
+def _check_settings(recipe: Recipe) -> None:
+    training = recipe.training
+    if training.save_only_model:
+        raise ValueError("save_only_model=True: such checkpoints can't be resumed from; leave it out")
+    for name, path in (("train_file", recipe.data.train_file), ("validation_file", recipe.data.validation_file)):
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{name}={path!r}: there is no such file (relative paths start at {Path.cwd()})")
+    if training.max_steps > 0:
+        rows_per_step = (
+            training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        )
+        recipe.curriculum.resolve(max_steps=training.max_steps, tokens_per_step=rows_per_step * recipe.data.block_size)
+
+
+def _is_finished(training: A3TrainingArguments, output_dir: Path) -> bool:
+    path = output_dir / STATE_FILE
+    return path.is_file() and _are_done(training, TrainerState.load_from_json(str(path)))
+
+
+def _are_done(training: A3TrainingArguments, state: TrainerState) -> bool:
+    if training.max_steps > 0:
+        return state.global_step >= training.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= math.ceil(training.num_train_epochs)
+
+
+def _find_checkpoint(training: A3TrainingArguments, output_dir: Path, *, resume: bool) -> Path | None:
+    # The main process first: the others then find no half-written checkpoint.
+    with training.main_process_first(local=False, desc="looking for checkpoints"):
+        checkpoint, half_written = last_whole_checkpoint(output_dir)
+        if not resume and (checkpoint is not None or half_written):
+            raise ValueError(f"{output_dir} has checkpoints of an earlier run; resume it, or give another output_dir")
+        for path in half_written:
+            print(f"{path} is half-written, from a run that was killed: not used, renamed to {set_aside(path).name}.")
+    return checkpoint
+
+
+def _next_command(output_dir: Path) -> str:
+    return f'  a3 infill {output_dir} "Once upon a time <blank:8> happy."'

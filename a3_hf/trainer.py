@@ -1,0 +1,483 @@
+"""Training: orders drawn on the main process as the curriculum says, evaluation under fixed orders, exact resumes."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from .curriculum import Curriculum, CurriculumCallback, Schedule, StageAtStep, draw_order
+from .masks import group_views, singleton_views
+from .orders import GroupOrder
+
+logger = logging.get_logger(__name__)
+
+# The orders of the evaluation, each as the stage that draws it.
+EVALUATION_ORDERS = {
+    "left_to_right": StageAtStep("ar", group_size=1, index=0),
+    "contiguous_4": StageAtStep("expand", group_size=4, index=0),
+    "scattered_1": StageAtStep("permute", group_size=1, index=0),
+    "scattered_4": StageAtStep("permute", group_size=4, index=0),
+}
+# Apart from the run's seed, so that the losses of two runs are taken under the same orders.
+EVALUATION_SEED = 20_250_411
+
+HALF_WRITTEN_PREFIX = "half-written-"
+
+
+def row_generator(*seeds: int) -> torch.Generator:
+    """A CPU generator for one row, seeded by the numbers given (the run's seed, the step, the row's index in the global
+    batch), well mixed: neighbouring steps and rows get unrelated streams.
+    """
+    mixed = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed) >> 1)
+
+
+def first_row_index(micro_batch: int, *, world_size: int, rank: int, rows_per_batch: int) -> int:
+    """The index in the global batch of the first row of a rank's n-th micro-batch: a row keeps its index, and so its
+    order, on any number of ranks.
+    """
+    return (micro_batch * world_size + rank) * rows_per_batch
+
+
+def model_inputs(order: GroupOrder, input_ids: torch.Tensor, *, group_size: int, implementation: str) -> dict[str, Any]:
+    """The arguments of `A3LlamaForCausalLM.forward`, `labels` (−100 where nothing is scored) among them, that score
+    `input_ids` (B, S) under an order. In generation order singletons need plain causal masks alone, which any attention
+    kernel takes.
+    """
+    layout = order.lay_out(input_ids)
+    if group_size == 1:
+        return {
+            "input_ids": layout.input_ids[:, :-1],
+            "position_ids": layout.position_ids[:, :-1],
+            "target_position_ids": layout.position_ids[:, 1:],
+            "attention_mask": singleton_views(implementation, input_ids.shape[1] - 1, input_ids.device),
+            "labels": layout.labels[:, 1:].contiguous(),  # transformers' loss takes a view of them
+            "use_cache": False,
+        }
+    return {**layout._asdict(), "use_cache": False}
+
+
+class A3Trainer(Trainer):
+    """A `Trainer` whose orders follow a curriculum.
+
+    Identical to `Trainer` except:
+
+    - The order of each row is drawn in `compute_loss`, on the main process: the stage is a function of the step, the
+      generator one of (seed, step, the row's index in the global batch). A resumed run, or one on another number of
+      ranks, draws the same orders.
+    - The collator gives `input_ids`, `attention_mask` and `labels`, each (B, S), labels not shifted: a token whose
+      label is −100 is given, and not scored. Each row with a scored token has a given one (BOS).
+    - The loss is summed over the scored tokens of the update step and divided by their number, so that ragged rows
+      weigh by their tokens.
+    - `evaluate` is that of four fixed orders, see there.
+
+    Args:
+        curriculum: the stages; resolved in whole steps when the trainer is made (`.schedule`; None without a training
+            set).
+        tokens_per_row: tokens of a row, for a curriculum counted in tokens; by default the length of the first row of
+            the training set.
+
+    Raises:
+        ValueError: a curriculum that doesn't fit the run, an attention implementation that can't express its groups, or
+            an argument of `Trainer` that does not go with orders (label smoothing, other losses or metrics, several
+            devices in one process).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        curriculum: Curriculum,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple = (None, None),
+        tokens_per_row: int | None = None,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=list(callbacks),
+            optimizers=optimizers,
+            compute_metrics=losses_by_order,
+        )
+        if self.args.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor}; A3Trainer takes 0: it would smooth "
+                "shifted labels"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} devices in one process; start one process for each (torchrun or accelerate launch)"
+            )
+        if self.args.batch_eval_metrics or not self.args.eval_do_concat_batches:
+            raise ValueError("A3Trainer takes batch_eval_metrics=False and eval_do_concat_batches=True")
+        # The model divides by `num_items_in_batch`, the labels that are not −100 wherever they stand: none is shifted.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = False
+        self.curriculum = curriculum
+        self._micro_batch = 0
+        self._evaluation_batch = 0
+        self.schedule = self._resolve(tokens_per_row) if train_dataset is not None else None
+        self._check_implementation()
+        if self.schedule is not None and not any(isinstance(each, CurriculumCallback) for each in callbacks):
+            self.add_callback(CurriculumCallback(self.schedule))
+
+    def _resolve(self, tokens_per_row: int | None) -> Schedule:
+        max_steps = self.args.max_steps
+        if max_steps <= 0:
+            max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if self.curriculum.unit != "tokens":
+            return self.curriculum.resolve(max_steps=max_steps)
+        if tokens_per_row is None:
+            tokens_per_row = len(next(iter(self.train_dataset))["input_ids"])
+        tokens_per_step = self.get_total_train_batch_size(self.args) * tokens_per_row
+        return self.curriculum.resolve(max_steps=max_steps, tokens_per_step=tokens_per_step)
+
+    def _check_implementation(self) -> None:
+        # Now, and not when the stage with groups begins, hours later.
+        stages = self.schedule.stages if self.schedule is not None else ()
+        if self.eval_dataset is not None or any(stage.group_sizes[-1] > 1 for stage in stages):
+            group = torch.zeros(1, 1, dtype=torch.long)
+            group_views(self.model.config._attn_implementation, group_ids=group, target_group_ids=group)
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        # Called once for each update step, before its micro-batches.
+        self._micro_batch = 0
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ):
+        """The loss of a micro-batch (B, S) under the orders of this step; logits come in generation order.
+
+        Raises:
+            ValueError: labels at padding, or a row that scores a token but gives none, so that its first would see
+                nothing.
+        """
+        stage = self.schedule.at(self.state.global_step)
+        first_row = first_row_index(
+            self._micro_batch,
+            world_size=self.args.world_size,
+            rank=self.args.process_index,
+            rows_per_batch=self._train_batch_size,
+        )
+        self._micro_batch += 1
+        generators = [
+            row_generator(self.args.seed, self.state.global_step, first_row + row)
+            for row in range(len(inputs["input_ids"]))
+        ]
+        order = draw_order(
+            stage, inputs["attention_mask"].bool(), given_mask=given_tokens(inputs), generator=generators
+        )
+        return super().compute_loss(
+            model,
+            model_inputs(
+                order,
+                inputs["input_ids"],
+                group_size=stage.group_size,
+                implementation=self.model.config._attn_implementation,
+            ),
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
+        `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. The
+        random ones are the same at every evaluation of every run. Training goes on after it as if there had been none.
+        """
+        was_training = self.model.training
+        # A loader draws a seed for its workers from the global generator, which dropout uses too.
+        with torch.random.fork_rng(devices=[]):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self.model.train(was_training)
+        return metrics
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._evaluation_batch = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Each row's loss, summed over its scored tokens, under each of the `EVALUATION_ORDERS` (B, 4), and their
+        number (B,); `predict` returns the same.
+        """
+        inputs = self._prepare_inputs(inputs)
+        given = given_tokens(inputs)
+        first_row = first_row_index(
+            self._evaluation_batch,
+            world_size=self.args.world_size,
+            rank=self.args.process_index,
+            rows_per_batch=self.args.eval_batch_size,
+        )
+        self._evaluation_batch += 1
+        losses = []
+        for index, stage in enumerate(EVALUATION_ORDERS.values()):
+            generators = [
+                row_generator(EVALUATION_SEED, index, first_row + row) for row in range(len(inputs["input_ids"]))
+            ]
+            order = draw_order(stage, inputs["attention_mask"].bool(), given_mask=given, generator=generators)
+            arguments = model_inputs(
+                order,
+                inputs["input_ids"],
+                group_size=stage.group_size,
+                implementation=self.model.config._attn_implementation,
+            )
+            labels = arguments.pop("labels")
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logits = model(**arguments).logits.float()
+            token_losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            losses.append(token_losses.sum(dim=1))
+        return None, torch.stack(losses, dim=1), (inputs["labels"] != -100).sum(dim=1)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The logs of training carry the group size; the stage's name is a word, which not every logger takes.
+        if "loss" in logs:
+            logs["group_size"] = self.schedule.at(self.state.global_step - 1).group_size
+        super().log(logs, start_time)
+
+
+def given_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, S), True at tokens that are known from the start: real ones whose label is −100.
+
+    Raises:
+        ValueError: labels at padding, or a row that scores a token but gives none.
+    """
+    missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in inputs]
+    if missing:
+        raise ValueError(f"the batch has no {', '.join(missing)}; A3Trainer takes input_ids, attention_mask and labels")
+    real, scored = inputs["attention_mask"].bool(), inputs["labels"] != -100
+    given = real & ~scored
+    at_padding = (scored & ~real).any(dim=1)
+    blind = scored.any(dim=1) & ~given.any(dim=1)
+    if (at_padding | blind).any():
+        row = int((at_padding | blind).nonzero()[0])
+        if at_padding[row]:
+            raise ValueError(f"row {row} of the batch has labels at padding; they take -100 there")
+        raise ValueError(
+            f"row {row} of the batch has no given token, so that the first token it scores would see nothing; put -100 "
+            "into labels at its first (BOS)"
+        )
+    return given
+
+
+def losses_by_order(prediction: EvalPrediction) -> dict[str, float]:
+    """Nats per token under each of the `EVALUATION_ORDERS` from the losses of rows (N, 4) and their scored tokens (N,),
+    and `loss`, the mean of the four.
+
+    Raises:
+        ValueError: no token is scored.
+    """
+    tokens = prediction.label_ids.sum()
+    if tokens == 0:
+        raise ValueError("the evaluation set has no token to score: every label is -100")
+    losses = prediction.predictions.astype(np.float64).sum(axis=0) / tokens
+    by_order = {f"loss_{name}": float(loss) for name, loss in zip(EVALUATION_ORDERS, losses, strict=True)}
+    return {**by_order, "loss": float(losses.mean())}
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Writes what is logged to a file, one JSON object a line, with the step and the stage's name; lines of steps that
+    a resumed run is about to repeat are dropped first.
+    """
+
+    def __init__(self, path: str | os.PathLike, schedule: Schedule):
+        self.path = Path(path)
+        self.schedule = schedule
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept = []
+        if state.global_step > 0 and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        stage = self.schedule.at(max(state.global_step - 1, 0)).name
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, "stage": stage, **logs}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # cut off while it was written
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C saves a checkpoint at the end of the step and stops; a second one stops at once. `stopped_at` is then the
+    step, and None where training ran to its end.
+    """
+
+    def __init__(self):
+        self.stopped_at: int | None = None
+        self._pressed_at: float | None = None
+        self._previous_handler = None
+        self._process = os.getpid()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.stopped_at = self._pressed_at = None
+        # Python lets the main thread alone set handlers.
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handler = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, signum: int, frame) -> None:
+        if os.getpid() != self._process:
+            return  # a data loader's worker, which the terminal interrupts too: the main process will end it
+        if self._pressed_at is not None:
+            # torchrun hands a Ctrl-C on to processes that the terminal has already interrupted: not a second one.
+            is_echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._pressed_at < 1.0
+            if is_echo:
+                return
+            raise KeyboardInterrupt
+        self._pressed_at = time.monotonic()
+        # Not print: the signal may come in the middle of another one.
+        os.write(2, b"\ninterrupted: saving at the end of this step (Ctrl-C again stops at once)\n")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        pressed = self._pressed_at is not None
+        if args.world_size > 1:
+            # All ranks stop at the same step, or the others would wait for this one forever.
+            flag = torch.tensor(int(pressed), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            pressed = bool(flag.item())
+        if pressed and state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.restore_handler()
+
+    def restore_handler(self) -> None:
+        """Gives Ctrl-C back to whom it belonged before; needed only where training ended by an exception."""
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
+
+
+def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
+    """Why a checkpoint can't be resumed from ("trainer_state.json is cut off"), or None where it is whole. `Trainer`
+    writes `trainer_state.json` last, and deletes old checkpoints only after it.
+    """
+    folder = Path(checkpoint)
+    try:
+        step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    except FileNotFoundError:
+        return "trainer_state.json is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return "trainer_state.json is cut off"
+    if folder.name.removeprefix("checkpoint-") != str(step):
+        return f"trainer_state.json is of step {step}"
+
+    names = {path.name for path in folder.iterdir()}
+    for name in sorted(names):
+        if name.endswith(".index.json"):
+            try:
+                shards = set(json.loads((folder / name).read_text())["weight_map"].values())
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
+                return f"{name} is cut off"
+            if shards - names:
+                return f"{min(shards - names)} is missing"
+        elif name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, framework="pt"):
+                    pass
+            except (SafetensorError, OSError):
+                return f"{name} is cut off"
+        elif name.endswith((".pt", ".pth", ".bin")) and not zipfile.is_zipfile(folder / name):
+            return f"{name} is cut off"  # torch.save writes zip files, their directory at the end
+
+    # Plain or sharded, FSDP's (`pytorch_model_fsdp…`, `optimizer…`), DeepSpeed's (`global_step…` holds both).
+    for part, pattern in (
+        ("weights", r".*\.safetensors|pytorch_model.*|global_step\d+"),
+        ("optimizer state", r"optimizer.*|global_step\d+"),
+        ("random state", r"rng_state.*\.pth"),
+    ):
+        if not any(re.fullmatch(pattern, name) for name in names):
+            return f"its {part} is missing"
+    return None
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike) -> tuple[Path | None, list[Path]]:
+    """The checkpoint of the highest step that is whole, and those that are not (killed while they were written)."""
+    folder = Path(output_dir)
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if path.is_dir() and step.isdecimal():
+            found.append((int(step), path))
+    whole, skipped = None, []
+    for _, path in sorted(found):
+        reason = what_is_missing(path)
+        if reason is None:
+            whole = path
+        else:
+            logger.warning(f"{path} is half-written ({reason}): not used")
+            skipped.append(path)
+    return whole, skipped
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a half-written checkpoint. Left where it is, it would count for `save_total_limit`, which goes by time,
+    and a whole one would be deleted in its stead.
+    """
+    target = checkpoint.with_name(HALF_WRITTEN_PREFIX + checkpoint.name)
+    number = 1
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"{HALF_WRITTEN_PREFIX}{checkpoint.name}-{number}")
+    checkpoint.rename(target)
+    return target
