@@ -64,9 +64,12 @@ def infill(
     settings = _settings(locals(), leave_out=("model", "text"))
 
     def fill() -> None:
+        from .generation import A3GenerationConfig
         from .infilling import Template
 
-        Template.parse(text)  # before the model is loaded
+        # mistakes are found before the model is loaded
+        Template.parse(text)
+        A3GenerationConfig(**settings)
         a3, tokenizer = _load(model)
         texts, output = a3.infill(tokenizer, [text], return_outputs=True, **settings)
         print(texts[0])
@@ -102,8 +105,10 @@ def generate(
     def go_on() -> None:
         import torch
 
+        from .generation import A3GenerationConfig
         from .infilling import encode_prompt
 
+        A3GenerationConfig(**settings)
         a3, tokenizer = _load(model)
         ids = encode_prompt(tokenizer, prompt)
         output = a3.generate_any_order(torch.tensor([ids], device=a3.device), **settings)

@@ -143,7 +143,8 @@ class A3LlamaPreTrainedModel(LlamaPreTrainedModel):
 
 
 class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
-    # Identical to LlamaModel except: `query_embed`, the attention above, and query slots behind the content tokens.
+    """Identical to `LlamaModel` except: `query_embed`, the attention above, and query slots behind the content tokens."""
+
     _keys_to_ignore_on_load_unexpected = [*A3LlamaPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
 
     def __init__(self, config: A3LlamaConfig):
@@ -291,7 +292,10 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
 class A3LlamaForCausalLM(
     A3LlamaPreTrainedModel, A3GenerationMixin, A3InfillingMixin, A3LikelihoodMixin, LlamaForCausalLM
 ):
-    # Identical to LlamaForCausalLM except: the body above, and three forms of `forward`.
+    """Identical to `LlamaForCausalLM` except: the body above, three forms of `forward`, and the methods
+    `generate_any_order`, `infill` and `log_likelihood`.
+    """
+
     def __init__(self, config: A3LlamaConfig):
         super(LlamaForCausalLM, self).__init__(config)
         self.model = A3LlamaModel(config)

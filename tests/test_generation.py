@@ -64,7 +64,7 @@ def by_the_definition(model, ids, blanks, output):
 def test_cached_decoding_is_the_definition(name, implementation):
     model = tiny_model(attn_implementation=implementation)
     for row in range(3):
-        ids, blanks, mask = (tensor[row : row + 1][:, problem()[2][row]] for tensor in problem())
+        ids, blanks, _ = (tensor[row : row + 1][:, problem()[2][row]] for tensor in problem())
         output = model.generate_any_order(ids, blanks, **STRATEGIES[name])
         log_probs, greedy = by_the_definition(model, ids, blanks, output)
         assert torch.equal(output.sequences[~blanks], ids[~blanks]) and (output.commit_step[~blanks] == -1).all()

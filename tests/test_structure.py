@@ -1,0 +1,153 @@
+"""What rots: the direction of imports, the README's commands and tree, names that outside checks rely on."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import a3_hf
+from a3_hf.cli import app
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "a3_hf"
+# Each file may import from those that stand before it, in its own line excepted.
+LAYERS = [
+    {"orders", "masks", "decoding", "configuration_a3_llama"},
+    {"curriculum", "likelihood"},
+    {"generation"},
+    {"infilling"},
+    {"modeling_a3_llama"},
+    {"arguments", "trainer"},
+    {"data"},
+    {"train"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+PURE = {"orders", "masks", "decoding"}
+FLAT = {
+    "configuration_a3_llama",
+    "modeling_a3_llama",
+    "generation",
+    "infilling",
+    "likelihood",
+    "masks",
+    "orders",
+    "decoding",
+}
+
+
+def imports(name: str) -> tuple[set[str], set[str]]:
+    """Modules of the package (by relative import) and outside it that a file imports anywhere, functions included."""
+    inside, outside = set(), set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            inside.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            outside.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in node.names}
+    return inside, outside
+
+
+def test_every_file_has_a_layer():
+    assert sorted(path.stem for path in PACKAGE.glob("*.py")) == sorted(set().union(*LAYERS))
+
+
+@pytest.mark.parametrize("name", sorted(set().union(*LAYERS)))
+def test_imports_run_one_way(name):
+    inside, outside = imports(name)
+    depth = next(index for index, layer in enumerate(LAYERS) if name in layer)
+    allowed = set().union(*LAYERS[:depth])
+    assert inside <= allowed, f"{name} imports {inside - allowed}, which stand beside or above it"
+    assert "a3_hf" not in outside, "relative imports only: a checkpoint carries these files along"
+    if name in PURE:
+        assert not outside & {"transformers", "accelerate", "datasets", "peft"}
+    if name in FLAT:
+        assert inside <= FLAT, "a checkpoint with its own code carries the model's files only"
+
+
+def test_modeling_draws_nothing_at_random_and_generation_does_not_know_it():
+    assert not re.search(r"torch\.(rand|randn|randint|randperm|multinomial|bernoulli)\b", read("modeling_a3_llama"))
+    assert "modeling_a3_llama" not in imports("generation")[0]
+    assert not imports("cli")[0] & {"decoding", "masks"}
+
+
+def read(name: str) -> str:
+    return (PACKAGE / f"{name}.py").read_text()
+
+
+def test_contract_names():
+    for name in (
+        "A3LlamaConfig A3LlamaModel A3LlamaForCausalLM A3GenerationConfig GroupOrder Curriculum CurriculumCallback A3Trainer"
+    ).split():
+        assert name in a3_hf.__all__ and getattr(a3_hf, name).__doc__
+    for method in ("generate_any_order", "infill", "log_likelihood", "generate", "forward"):
+        assert callable(getattr(a3_hf.A3LlamaForCausalLM, method))
+
+
+def test_the_readmes_tree_names_every_file_with_its_phrase():
+    readme = (ROOT / "README.md").read_text()
+    for path in sorted(PACKAGE.glob("*.py")):
+        assert re.search(rf"^\s*{re.escape(path.name)}\s+\S+", readme, re.MULTILINE), f"README's tree lacks {path.name}"
+    for name in re.findall(r"^\s{2}(\w+\.py)\s", readme, re.MULTILINE):
+        assert list(ROOT.glob(f"*/{name}")), f"README's tree names {name}, which does not exist"
+
+
+def commands() -> list[str]:
+    texts = [ROOT / "README.md", *sorted(ROOT.glob("recipes/*/README.md"))]
+    blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text.read_text(), re.DOTALL)]
+    return sorted(
+        {line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()}
+    )
+
+
+def test_readmes_have_commands():
+    assert any(command.startswith("make demo") for command in commands())
+    assert any(command.startswith("a3 adapt") for command in commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme_commands_exist(command):
+    """Each command's program, subcommand, options and files of the repository exist."""
+    words = shlex.split(command, comments=True)
+    if not words:
+        return
+    known = {"git", "cd", "make", "a3", "python", "pip", "accelerate", "lm_eval", "source"}
+    assert words[0].split("/")[-1] in known, f"who runs {command!r}?"
+    for word in words:
+        if word.split("/")[0] in ("recipes", "accelerate_configs", "eval", "examples", "scripts"):
+            assert (ROOT / word).exists(), f"{command!r} names {word}, which does not exist"
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    if "a3_hf" in words:
+        words = ["a3", *words[words.index("a3_hf") + 1 :]]
+    if words[0] == "a3":
+        shown = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"})
+        assert shown.exit_code == 0, f"a3 {words[1]} does not exist"
+        if words[1] != "adapt":  # adapt takes the recipe's own keys
+            for option in (word for word in words[2:] if word.startswith("--")):
+                assert option.split("=")[0] in shown.output, f"{command!r}: no such option"
+
+
+@pytest.mark.parametrize("command", ["adapt", "infill", "generate", "score"])
+def test_help_names_every_command(command):
+    assert command in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_importing_is_all_it_takes_to_register():
+    code = "import a3_hf, transformers as t; print(t.AutoConfig.for_model('a3_llama').__class__.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "A3LlamaConfig", done.stderr
+
+
+def test_no_machine_paths_or_hosts():
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.yaml"), *ROOT.glob("*/*/*.md")]:
+        if path.is_file() and path.suffix in {".py", ".md", ".yaml", ".toml", ".sh"} and path != Path(__file__):
+            assert not re.search(
+                r"/work/|/root/|/home/|/tmp/|https?://(?!arxiv\.org|huggingface\.co)", path.read_text()
+            ), path
