@@ -72,5 +72,5 @@ def test_score(checkpoint):
 def test_mistakes_are_said_in_a_line(checkpoint, arguments, message):
     result = run(*[checkpoint if argument == "MODEL" else argument for argument in arguments])
     assert result.exit_code == 2
-    assert [line for line in result.stderr.splitlines() if line.startswith("a3: ") and message in line]
+    assert any(line.startswith("a3: ") for line in result.stderr.splitlines()) and message in result.stderr
     assert "Traceback" not in result.output
