@@ -48,7 +48,7 @@ SENTENCES = (
     (
         "later {finder} found the {colour} {thing} in the {place} and gave it to {friend} .",
         "when {friend} reached the {place} , {finder} was holding up the lost {colour} {thing} .",
-        "at last the {colour} {thing} from the {place} was home with {finder} and {friend} .",
+        "at last {finder} and {friend} had the {colour} {thing} from the {place} back home .",
     ),
 )
 

@@ -36,7 +36,11 @@ def test_flex_forward_and_backward_are_sdpas(layout):
     for implementation in ("sdpa", "flex_attention"):
         model = cuda_model(implementation, max_position_embeddings=256)
         if layout is text_order:
-            fields = {"position_ids": position_ids, "group_ids": order.group_ids, "attention_mask": order.attention_mask}
+            fields = {
+                "position_ids": position_ids,
+                "group_ids": order.group_ids,
+                "attention_mask": order.attention_mask,
+            }
             out = model(ids, labels=ids.masked_fill(~order.scored_mask, -100), use_cache=False, **fields)
         else:
             stored = order.lay_out(ids)

@@ -1,0 +1,49 @@
+"""Prints ROCStories with their third sentence written by an A3 model, given the sentences on both sides.
+
+    python eval/infill_rocstories.py runs/stories260k ../shared/data/rocstories/cloze_test_val__spring2016.csv
+
+The file is that of the story cloze test (paper §1, evaluation): four sentences and two endings, the right one appended.
+The blank has the true sentence's number of tokens.
+"""
+
+import argparse
+import csv
+from itertools import islice
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from a3_hf import A3LlamaForCausalLM
+from a3_hf.infilling import encode_piece
+
+
+def read_stories(path: Path) -> list[list[str]]:
+    """The five sentences of each story."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            [*(row[f"InputSentence{i}"] for i in range(1, 5)), row[f"RandomFifthSentenceQuiz{row['AnswerRightEnding']}"]]
+            for row in csv.DictReader(file)
+        ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("stories", type=Path)
+    parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--criterion", default="confidence")
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = A3LlamaForCausalLM.from_pretrained(arguments.model).eval()
+    for number, sentences in enumerate(islice(read_stories(arguments.stories), arguments.count), start=1):
+        length = len(encode_piece(tokenizer, " " + sentences[2], is_start=False))
+        template = f"{' '.join(sentences[:2])} <blank:{length}> {' '.join(sentences[3:])}"
+        filled = model.infill(tokenizer, template, strategy="dynamic", criterion=arguments.criterion)
+        before, after = " ".join(sentences[:2]) + " ", " " + " ".join(sentences[3:])
+        print(f"{number}. {before}**[{filled.removeprefix(before).removesuffix(after)}]**{after}")
+        print(f"   (true: {sentences[2]})")
+
+
+if __name__ == "__main__":
+    main()
