@@ -277,7 +277,8 @@ def show_scores(
     """
     input_ids = encode(stories, tokenizer, base.device)
     chance = 1 / min(len(words) for words in SLOTS.values())
-    table = Table(title=f"right words in {len(stories)} unseen stories (chance: {chance:.1%})")
+    console.print(f"right words in {len(stories)} unseen stories (chance: {chance:.1%})")
+    table = Table()
     table.add_column("blanks settled by")
     table.add_column("blank at once")
     for name in ("words", "LLaMA, from the left alone", "A3, from both sides"):
@@ -332,9 +333,10 @@ def show_speed(
 
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     baseline = medians["LLaMA, generate"]
-    table = Table(
-        title=f"{size.speed_tokens} tokens, one row, {device_name(base.device)}, medians of {size.speed_repeats}"
+    console.print(
+        f"{size.speed_tokens} tokens after a prompt, one row, {device_name(base.device)}: medians of {size.speed_repeats}"
     )
+    table = Table()
     table.add_column("")
     for name in ("tokens/s", "against LLaMA"):
         table.add_column(name, justify="right")
