@@ -21,7 +21,10 @@ def read_stories(path: Path) -> list[list[str]]:
     """The five sentences of each story."""
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            [*(row[f"InputSentence{i}"] for i in range(1, 5)), row[f"RandomFifthSentenceQuiz{row['AnswerRightEnding']}"]]
+            [
+                *(row[f"InputSentence{i}"] for i in range(1, 5)),
+                row[f"RandomFifthSentenceQuiz{row['AnswerRightEnding']}"],
+            ]
             for row in csv.DictReader(file)
         ]
 
@@ -31,15 +34,19 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("stories", type=Path)
     parser.add_argument("--count", type=int, default=10)
-    parser.add_argument("--criterion", default="confidence")
+    parser.add_argument("--strategy", default="groupwise", choices=["groupwise", "dynamic"])
+    parser.add_argument("--temperature", type=float, help="sample, with seed 0 (default: greedy)")
     arguments = parser.parse_args()
 
+    sampling = (
+        {} if arguments.temperature is None else {"do_sample": True, "temperature": arguments.temperature, "seed": 0}
+    )
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = A3LlamaForCausalLM.from_pretrained(arguments.model).eval()
     for number, sentences in enumerate(islice(read_stories(arguments.stories), arguments.count), start=1):
         length = len(encode_piece(tokenizer, " " + sentences[2], is_start=False))
         template = f"{' '.join(sentences[:2])} <blank:{length}> {' '.join(sentences[3:])}"
-        filled = model.infill(tokenizer, template, strategy="dynamic", criterion=arguments.criterion)
+        filled = model.infill(tokenizer, template, strategy=arguments.strategy, **sampling)
         before, after = " ".join(sentences[:2]) + " ", " " + " ".join(sentences[3:])
         print(f"{number}. {before}**[{filled.removeprefix(before).removesuffix(after)}]**{after}")
         print(f"   (true: {sentences[2]})")
