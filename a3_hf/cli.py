@@ -177,7 +177,10 @@ def _load(path: str):
 
     from .modeling_a3_llama import A3LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:  # the library's message may not say which model
+        raise ValueError(f"model={path!r} can't be loaded: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return A3LlamaForCausalLM.from_pretrained(path).to(device).eval(), tokenizer
 

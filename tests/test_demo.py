@@ -113,7 +113,7 @@ def test_the_demo_runs(tmp_path):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    for said in ("settled by", "tokens/s", "A3, groups of 8", "the true story", "a3 adapt recipes/"):
+    for said in ("blanks settled", "tokens/s", "A3, groups of 8", "the true story", "a3 adapt recipes/"):
         assert said in run.stdout
     for name in ("base", "a3"):
         assert (tmp_path / name / "model.safetensors").exists()
