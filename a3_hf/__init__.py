@@ -4,9 +4,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_a3_llama import A3LlamaConfig
 from .curriculum import Curriculum, CurriculumCallback
-from .generation import A3GenerationConfig
+from .generation_config import A3GenerationConfig
 from .modeling_a3_llama import A3LlamaForCausalLM, A3LlamaModel
 from .orders import GroupOrder
+from .pipeline import A3InfillingPipeline
 from .trainer import A3Trainer
 
 AutoConfig.register(A3LlamaConfig.model_type, A3LlamaConfig)
@@ -15,6 +16,7 @@ AutoModelForCausalLM.register(A3LlamaConfig, A3LlamaForCausalLM)
 
 __all__ = [
     "A3GenerationConfig",
+    "A3InfillingPipeline",
     "A3LlamaConfig",
     "A3LlamaForCausalLM",
     "A3LlamaModel",

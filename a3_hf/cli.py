@@ -1,6 +1,9 @@
 """The command `a3`: adapt a LLaMA, then infill, generate and score with the result."""
 
+import functools
+import inspect
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,18 +17,59 @@ app = typer.Typer(
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ModelPath = Annotated[str, typer.Argument(help="An adapted model: a folder or a hub name.", show_default=False)]
-Strategy = Annotated[str | None, typer.Option(help="groupwise or dynamic.", show_default="groupwise")]
-Order = Annotated[str | None, typer.Option(help="Groupwise: left_to_right, right_to_left, random or spans.")]
-GroupSize = Annotated[int | None, typer.Option(help="Groupwise: tokens written per pass.", show_default="1")]
-SpanLength = Annotated[int | None, typer.Option(help="Groupwise with --order spans.")]
-Criterion = Annotated[str | None, typer.Option(help="Dynamic: confidence, entropy, margin or random.")]
-TokensPerStep = Annotated[int | None, typer.Option(help="Dynamic: tokens committed per pass.", show_default="1")]
-Threshold = Annotated[float | None, typer.Option(help="Dynamic: commit all blanks above this probability.")]
-DoSample = Annotated[bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest token.")]
-Temperature = Annotated[float | None, typer.Option(help="With --do-sample.")]
-TopK = Annotated[int | None, typer.Option(help="With --do-sample.")]
-TopP = Annotated[float | None, typer.Option(help="With --do-sample.")]
-Seed = Annotated[int | None, typer.Option(help="Of sampling and random orders.")]
+Order = Annotated[str | None, typer.Option(help="left_to_right, right_to_left, random or spans.")]
+SpanLength = Annotated[int | None, typer.Option(help="With --order spans.")]
+Show = Annotated[bool, typer.Option("--show", help="Play in the terminal how the text came about.")]
+Html = Annotated[Path | None, typer.Option(help="Write a page that replays it, one file.", show_default=False)]
+# Fields of A3GenerationConfig; not given, its defaults hold.
+GENERATION_OPTIONS = {
+    "strategy": Annotated[
+        str | None,
+        typer.Option(help="groupwise, dynamic, speculative or refine.", show_default="groupwise"),
+    ],
+    "order": Order,
+    "group_size": Annotated[int | None, typer.Option(help="Groupwise: tokens per pass.", show_default="1")],
+    "span_length": SpanLength,
+    "criterion": Annotated[str | None, typer.Option(help="Dynamic: confidence, entropy, margin or random.")],
+    "criterion_temperature": Annotated[float | None, typer.Option(help="Dynamic: noise on the criterion.")],
+    "tokens_per_step": Annotated[int | None, typer.Option(help="Dynamic: tokens per pass.", show_default="1")],
+    "threshold": Annotated[float | None, typer.Option(help="Dynamic: commit all blanks above this probability.")],
+    "entropy_budget": Annotated[float | None, typer.Option(help="Dynamic: commit within this many nats.")],
+    "window": Annotated[int | None, typer.Option(help="Dynamic: only the next so many blanks compete.")],
+    "draft": Annotated[str | None, typer.Option(help="Speculative: model or ngram.", show_default="model")],
+    "draft_tokens": Annotated[int | None, typer.Option(help="Speculative: drafts per pass.", show_default="4")],
+    "refine_rounds": Annotated[int | None, typer.Option(help="Refine: rounds.", show_default="4")],
+    "refine_fraction": Annotated[float | None, typer.Option(help="Refine: opened again.", show_default="0.25")],
+    "do_sample": Annotated[
+        bool | None, typer.Option("--do-sample", help="Sample instead of taking the likeliest token.")
+    ],
+    "temperature": Annotated[float | None, typer.Option(help="With --do-sample.")],
+    "top_k": Annotated[int | None, typer.Option(help="With --do-sample.")],
+    "top_p": Annotated[float | None, typer.Option(help="With --do-sample.")],
+    "min_p": Annotated[float | None, typer.Option(help="With --do-sample.")],
+    "repetition_penalty": Annotated[float | None, typer.Option(help="Above 1: tokens of the text are less likely.")],
+    "max_time": Annotated[float | None, typer.Option(help="Seconds.")],
+    "seed": Annotated[int | None, typer.Option(help="Of sampling and random orders.")],
+}
+
+
+def with_generation_options(command):
+    """Gives a command an option for each of `GENERATION_OPTIONS`; it gets those that were given as `settings`."""
+
+    @functools.wraps(command)
+    def wrapped(**arguments):
+        given = {name: arguments.pop(name) for name in GENERATION_OPTIONS}
+        command(**arguments, settings={name: value for name, value in given.items() if value is not None})
+
+    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "settings"]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in GENERATION_OPTIONS.items()
+    ]
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    wrapped.__signature__ = inspect.Signature([*own, *options])
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
+    return wrapped
 
 
 @app.command(context_settings=PASS_ON)
@@ -44,79 +88,75 @@ def adapt(
 
 
 @app.command()
+@with_generation_options
 def infill(
     model: ModelPath,
-    text: Annotated[str, typer.Argument(help='E.g. "The dog <blank:6> home.": 6 tokens are written there.')],
-    strategy: Strategy = None,
-    order: Order = None,
-    group_size: GroupSize = None,
-    span_length: SpanLength = None,
-    criterion: Criterion = None,
-    tokens_per_step: TokensPerStep = None,
-    threshold: Threshold = None,
-    do_sample: DoSample = False,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    seed: Seed = None,
+    text: Annotated[
+        str,
+        typer.Argument(
+            help='E.g. "The dog <blank:6> home.": 6 tokens are written there; <blank:2..8> and <blank:auto>: as many as '
+            "are likeliest."
+        ),
+    ],
+    auto_lengths: Annotated[str, typer.Option(help="The lengths that <blank:auto> tries.")] = "1..16",
+    show: Show = False,
+    html: Html = None,
+    settings: dict | None = None,
 ) -> None:
     """Fill the blanks of a text and print it; passes and log-likelihood go to stderr."""
-    settings = _settings(locals(), leave_out=("model", "text"))
 
     def fill() -> None:
-        from .generation import A3GenerationConfig
-        from .infilling import Template
+        from .generation_config import A3GenerationConfig
+        from .templates import Template
 
         # mistakes are found before the model is loaded
-        Template.parse(text)
+        least_and_most = _range("auto_lengths", auto_lengths)
+        Template.parse(text).with_range(least_and_most)
         A3GenerationConfig(**settings)
+        _check_can_write(html)
         a3, tokenizer = _load(model)
-        texts, output = a3.infill(tokenizer, [text], return_outputs=True, **settings)
-        print(texts[0])
-        _report(output)
+        if tokenizer.eos_token_id is not None:
+            settings["suppress_tokens"] = [tokenizer.eos_token_id]
+        output = a3.infill(tokenizer, [text], auto_lengths=least_and_most, return_outputs=True, **settings)
+        _present(output.texts[0], tokenizer, output.generation, show, html, title=text)
+        for number, scores in enumerate(output.length_scores[0], start=1):
+            if scores:
+                ranked = sorted(scores, key=scores.get, reverse=True)[:3]
+                tried = ", ".join(f"{length} ({scores[length]:.3f})" for length in ranked)
+                print(f"blank {number}: likeliest lengths {tried} nats per token", file=sys.stderr)
 
     _or_exit(fill)
 
 
 @app.command()
+@with_generation_options
 def generate(
     model: ModelPath,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write after the prompt.")] = 128,
-    strategy: Strategy = None,
-    order: Order = None,
-    group_size: GroupSize = None,
-    span_length: SpanLength = None,
-    criterion: Criterion = None,
-    tokens_per_step: TokensPerStep = None,
-    threshold: Threshold = None,
-    do_sample: DoSample = False,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    seed: Seed = None,
+    show: Show = False,
+    html: Html = None,
+    settings: dict | None = None,
 ) -> None:
     """Go on from a prompt, several tokens a pass, and print prompt and continuation.
 
     The text ends at the first end-of-text token.
     """
-    settings = _settings(locals(), leave_out=("model", "prompt"))
 
     def go_on() -> None:
         import torch
 
-        from .generation import A3GenerationConfig
-        from .infilling import encode_prompt
+        from .generation_config import A3GenerationConfig
+        from .templates import encode_prompt
 
-        A3GenerationConfig(**settings)
+        A3GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+        _check_can_write(html)
         a3, tokenizer = _load(model)
-        ids = encode_prompt(tokenizer, prompt)
-        output = a3.generate_any_order(torch.tensor([ids], device=a3.device), **settings)
-        sequence = output.sequences[0].tolist()
-        if tokenizer.eos_token_id in sequence[len(ids) :]:
-            sequence = sequence[: sequence.index(tokenizer.eos_token_id, len(ids))]
-        print(tokenizer.decode(sequence, skip_special_tokens=True))
-        _report(output)
+        ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=a3.device)
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+        output = a3.generate_any_order(ids, max_new_tokens=max_new_tokens, **ends, **settings)
+        text = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+        _present(text, tokenizer, output, show, html, title=prompt or "From nothing")
 
     _or_exit(go_on)
 
@@ -128,47 +168,96 @@ def score(
     order: Annotated[str, typer.Option(help="left_to_right, right_to_left, random or spans.")] = "left_to_right",
     group_size: Annotated[int, typer.Option(help="Tokens predicted together.")] = 1,
     span_length: SpanLength = None,
+    num_orders: Annotated[int, typer.Option(help="Random orders to average over.")] = 1,
     seed: Annotated[int, typer.Option(help="Of a random order.")] = 0,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page of each token's surprise, beside another order's.")
+    ] = None,
+    against: Annotated[str, typer.Option(help="With --html: the other order.")] = "random",
 ) -> None:
     """Print each token's log-probability (nats) under an order, and their sum: exact, in one pass."""
 
     def tell() -> None:
-        import torch
         from rich.console import Console
         from rich.table import Table
 
-        from .infilling import encode_prompt
-        from .orders import GroupOrder
-
+        _check_can_write(html)
         a3, tokenizer = _load(model)
-        ids = torch.tensor([encode_prompt(tokenizer, text)])
-        scored = torch.arange(ids.shape[1])[None] > 0  # all but BOS
-        if not scored.any():
-            raise ValueError("text is empty; it takes at least one token to score")
-        group_order = GroupOrder.infilling(
-            scored,
-            order=order,
-            group_size=group_size,
-            span_length=span_length,
-            generator=[torch.Generator().manual_seed(seed)],
-        )
-        log_probs = a3.log_likelihood(ids.to(a3.device), group_order.group_ids.to(a3.device))[0].tolist()
-        table = Table("token", "group", "log p")
-        tokens = tokenizer.convert_ids_to_tokens(ids[0].tolist())
-        rows = zip(tokens, group_order.group_ids[0].tolist(), log_probs, strict=True)
-        for token, group, log_prob in list(rows)[1:]:
-            table.add_row(repr(token)[1:-1].replace("[", r"\["), str(group), f"{log_prob:.4f}")
+        settings = {"group_size": group_size, "span_length": span_length, "seed": seed}
+        scored = a3.score(tokenizer, text, order=order, num_orders=num_orders, **settings)
+        other = a3.score(tokenizer, text, order=against, group_size=group_size, seed=seed) if html else None
+        table = Table("token", "group", "log p", "spread")
+        tokens = tokenizer.convert_ids_to_tokens(scored.token_ids.tolist())
+        columns = (scored.group_ids[0].tolist(), scored.mean.tolist(), scored.spread.tolist())
+        for token, group, log_prob, spread in list(zip(tokens, *columns, strict=True))[1:]:
+            shown = repr(token)[1:-1].replace("[", r"\[")
+            table.add_row(shown, str(group) if num_orders == 1 else "", f"{log_prob:.4f}", f"{spread:.4f}")
         Console().print(table)
-        count = len(log_probs) - 1
-        print(f"log-likelihood {sum(log_probs):.4f} nats, {sum(log_probs) / count:.4f} per token ({count} tokens)")
+        total, count = float(scored.totals.mean()), len(tokens) - 1
+        spread = f", spread {float(scored.totals.std(correction=0)):.4f} over {num_orders} orders"
+        print(
+            f"log-likelihood {total:.4f} nats, {total / count:.4f} per token ({count} tokens)"
+            f"{spread if num_orders > 1 else ''}"
+        )
+        if html:
+            from .rendering import surprise_page
+
+            pages = [(name, _score_pieces(tokenizer, one)) for name, one in ((order, scored), (against, other))]
+            html.write_text(surprise_page(pages, title=text), encoding="utf-8")
 
     _or_exit(tell)
 
 
-def _settings(arguments: dict, *, leave_out: tuple[str, ...]) -> dict:
-    """The generation options that were given."""
-    unset = (None, False)
-    return {name: value for name, value in arguments.items() if name not in leave_out and value not in unset}
+def _range(name: str, text: str) -> tuple[int, int]:
+    try:
+        least, most = (int(bound) for bound in text.split(".."))
+    except ValueError:
+        raise ValueError(f"{name}={text!r}; it takes LEAST..MOST, e.g. 1..16") from None
+    return least, most
+
+
+def _check_can_write(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"html={str(path)!r} lies in no folder: {str(path.parent)!r} does not exist")
+
+
+def _present(text: str, tokenizer, output, show: bool, html: Path | None, *, title: str) -> None:
+    """Prints a generated text, or plays it; the page and the figures beside."""
+    from rich.console import Console
+
+    from .rendering import Piece, animate, replay_page, token_texts
+
+    real = (output.group_ids[0] >= 0).cpu()
+    fields = (output.group_ids, output.commit_step, output.log_probs, output.sequences)
+    groups, steps, log_probs, ids = (field[0].cpu()[real].tolist() for field in fields)
+    pieces = [
+        Piece(piece, group, step, log_prob if step >= 0 else None, token_id)
+        for piece, group, step, log_prob, token_id in zip(
+            token_texts(tokenizer, ids), groups, steps, log_probs, ids, strict=True
+        )
+    ]
+    if show:
+        animate(pieces, Console())
+    else:
+        print(text)
+    if html is not None:
+        html.write_text(replay_page(pieces, title=title), encoding="utf-8")
+    print(
+        f"{sum(step >= 0 for step in steps)} tokens in {output.num_forward_passes} passes, "
+        f"log-likelihood {float(output.log_probs.sum()):.3f} nats",
+        file=sys.stderr,
+    )
+
+
+def _score_pieces(tokenizer, scored) -> list:
+    from .rendering import Piece, token_texts
+
+    ids = scored.token_ids.tolist()
+    columns = zip(token_texts(tokenizer, ids), scored.group_ids[0].tolist(), scored.mean.tolist(), ids, strict=True)
+    return [
+        Piece(text, group, -1 if place == 0 else group, log_prob if place else None, token_id)
+        for place, (text, group, log_prob, token_id) in enumerate(columns)
+    ]
 
 
 def _load(path: str):
@@ -183,15 +272,6 @@ def _load(path: str):
         raise ValueError(f"model={path!r} can't be loaded: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return A3LlamaForCausalLM.from_pretrained(path).to(device).eval(), tokenizer
-
-
-def _report(output) -> None:
-    written = output.commit_step >= 0
-    print(
-        f"{int(written.sum())} tokens in {output.num_forward_passes} passes, "
-        f"log-likelihood {float(output.log_probs.sum()):.3f} nats",
-        file=sys.stderr,
-    )
 
 
 def _or_exit(action):

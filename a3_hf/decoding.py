@@ -1,8 +1,35 @@
-"""Choices of a decoding step: which token at each slot, and which slots to commit. Pure tensor functions."""
+"""Choices of a decoding step: which token at each slot, and which to commit. Pure tensor functions."""
 
 import torch
 
 CRITERIA = ("confidence", "entropy", "margin", "random")
+DRAFTS = ("model", "ngram")
+NGRAM_LENGTH = 3  # the longest run of left neighbours that an n-gram draft looks up
+
+
+def uniform_noise(seeds: torch.Tensor, places: torch.Tensor, step: int, purpose: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), each a function of its own coordinates alone, so that neither batch nor padding nor
+    device changes a draw and nothing is copied between devices. (A hash in the manner of splitmix64 of the counters.)
+
+    Args:
+        seeds: (B,) int64, one per row.
+        places: (B, n) int64, e.g. the blank's number in its row.
+        step: the decoding step.
+        purpose: tells apart the draws of one step.
+
+    Returns:
+        (B, n) float64.
+    """
+    mixed = _mix(seeds[:, None] + _mix(places + 1))
+    mixed = _mix(mixed + _mix(torch.full_like(places[:1, :1], step * 64 + purpose + 1) * -7046029254386353131))
+    return ((mixed >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    # shifts are made logical by masking off the copies of the sign; products wrap
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def choose_tokens(scores: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
@@ -27,16 +54,16 @@ def commit_scores(logits: torch.Tensor, criterion: str, uniform: torch.Tensor | 
     """How much each slot deserves to be committed now, higher first (paper §1, Algorithm 2; `margin` from §3).
 
     Args:
-        logits: (B, Q, V) of the model, before any processor.
+        logits: (B, Q, V), before temperature and the like.
         criterion: `"confidence"` (log of the largest probability), `"entropy"` (minus the entropy, in nats), `"margin"`
             (the largest probability minus the second), or `"random"`.
         uniform: (B, Q) noise for `"random"`.
     """
     if criterion == "random":
         return uniform
-    log_probs = logits.float().log_softmax(dim=-1)
     if criterion == "confidence":
-        return log_probs.amax(dim=-1)
+        return logits.amax(dim=-1).float() - logits.float().logsumexp(dim=-1)
+    log_probs = logits.float().log_softmax(dim=-1)
     if criterion == "entropy":
         return (log_probs.exp() * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(dim=-1)
     first, second = log_probs.topk(2, dim=-1).values.exp().unbind(dim=-1)
@@ -50,9 +77,13 @@ def slots_to_commit(
     tokens_per_step: int | None = None,
     confidence: torch.Tensor | None = None,
     threshold: float | None = None,
+    entropy: torch.Tensor | None = None,
+    entropy_budget: float | None = None,
 ) -> torch.Tensor:
-    """(B, Q) bool, the slots to commit: the best `tokens_per_step`, or every one whose `confidence` (B, Q), its largest
-    probability, is above `threshold`; at least the best one in either case, as long as one is open.
+    """(B, Q) bool, the slots to commit, by one of three rules: the best `tokens_per_step`; every one whose `confidence`
+    (B, Q), its largest probability, is above `threshold`; or the best, one after the other, while the sum of their
+    `entropy` (B, Q; nats) stays within `entropy_budget` (paper §3, entropy budget). At least the best one in any case, as
+    long as one is open.
 
     Args:
         scores: (B, Q) from `commit_scores`; ties go to the earlier slot.
@@ -60,6 +91,81 @@ def slots_to_commit(
     """
     by_score = scores.masked_fill(~is_open, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = by_score.argsort(dim=-1)
-    if threshold is None:
-        return (rank < tokens_per_step) & is_open
-    return ((rank == 0) | (confidence > threshold)) & is_open
+    if threshold is not None:
+        return ((rank == 0) | (confidence > threshold)) & is_open
+    if entropy_budget is not None:
+        spent = entropy.masked_fill(~is_open, torch.inf).gather(-1, by_score).cumsum(dim=-1).gather(-1, rank)
+        return ((rank == 0) | (spent <= entropy_budget)) & is_open
+    return (rank < tokens_per_step) & is_open
+
+
+def accept_drafts(
+    target: torch.Tensor,
+    draft: torch.Tensor | None,
+    tokens: torch.Tensor,
+    is_draft: torch.Tensor,
+    accept_noise: torch.Tensor | None,
+    residual_noise: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The accept rule of speculative sampling (paper §3, ASSD): a draft x drawn from p stands with probability
+    min(1, q(x) / p(x)); the first that falls is replaced by a draw from max(q − p, 0), normalised. What stands then
+    follows q, whatever p is.
+
+    Args:
+        target: (B, D, V) logits q of the sequential model at each draft, given the drafts before it.
+        draft: (B, D, V) logits p that the drafts were drawn from; None: they are certain (p is 1 at the draft).
+        tokens: (B, D) the drafts.
+        is_draft: (B, D), False behind a row's last draft.
+        accept_noise, residual_noise: (B, D) numbers in [0, 1). None: greedy, a draft stands if it is the likeliest token.
+
+    Returns:
+        (B,) how many drafts stand, and (B,) the token that replaces the first that falls (of no meaning where none does).
+    """
+    if accept_noise is None:
+        best = target.argmax(dim=-1)
+        falls = (best != tokens) & is_draft
+        replacements = best
+    else:
+        target_probs = target.float().softmax(dim=-1)
+        if draft is None:
+            draft_probs = torch.zeros_like(target_probs).scatter_(-1, tokens[..., None], 1.0)
+        else:
+            draft_probs = draft.float().softmax(dim=-1)
+        target_prob, draft_prob = (
+            probs.gather(-1, tokens[..., None]).squeeze(-1) for probs in (target_probs, draft_probs)
+        )
+        falls = (accept_noise * draft_prob >= target_prob) & is_draft
+        residual = (target_probs - draft_probs).clamp_min(0.0)
+        # nothing is left where the two agree to rounding; no draft falls there but by rounding
+        residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, target_probs)
+        replacements = choose_tokens(residual.log(), residual_noise)
+    if not tokens.shape[1]:
+        none = tokens.new_zeros(tokens.shape[0])
+        return none, none
+    stands = (~falls & is_draft).long().cumprod(dim=1).sum(dim=1)
+    first_fallen = stands.clamp_max(tokens.shape[1] - 1)[:, None]
+    return stands, replacements.gather(1, first_fallen).squeeze(1)
+
+
+def ngram_draft(tokens: torch.Tensor, known: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(B,) a guess at the token at `columns` (B,): what followed the same left neighbours elsewhere in the row, the
+    longest run first (up to `NGRAM_LENGTH`), then the latest. Where there is no such place: the left neighbour itself.
+
+    Args:
+        tokens: (B, S).
+        known: (B, S), where `tokens` stand.
+    """
+    length = tokens.shape[1]
+    place = torch.arange(length, device=tokens.device)
+    matched = torch.zeros_like(tokens)
+    agrees = known & (place[None] != columns[:, None])
+    for distance in range(1, NGRAM_LENGTH + 1):
+        here = (columns - distance).clamp_min(0)[:, None]
+        here_known = known.gather(1, here) & (columns[:, None] >= distance)
+        there = torch.roll(tokens, distance, dims=1)
+        there_known = torch.roll(known, distance, dims=1) & (place >= distance)
+        agrees = agrees & here_known & there_known & (there == tokens.gather(1, here))
+        matched = matched + agrees
+    best = (matched * length + place).masked_fill(matched == 0, -1).max(dim=1)
+    source = torch.where(best.values >= 0, best.indices, (columns - 1).clamp_min(0))
+    return tokens.gather(1, source[:, None]).squeeze(1)

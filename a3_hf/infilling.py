@@ -1,159 +1,168 @@
-"""Infilling of text: templates with blanks in, text out."""
+"""Infilling and rewriting of text: templates with blanks in, text out."""
 
-import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
-from .generation import A3GenerateOutput, A3GenerationConfig
+from .generation import A3GenerateOutput
+from .generation_config import A3GenerationConfig
+from .lengths import choose_lengths
+from .templates import Length, Template, check_range, decode_template, encode_piece, encode_template
 
-BLANK = re.compile(r"<blank:(\d+)>")
-BLANK_START = re.compile(r"<blank\b[^>]*>?")
-# Tokenised before a piece of text and then cut off, so that the piece is tokenised as it is inside a text: tokenizers
-# that put a space before the first word would otherwise change its first token. The first that stays apart is used.
-ANCHORS = ("\n", "a", ".", "=")
+AUTO_LENGTHS = (1, 16)
 
 
-@dataclass(frozen=True)
-class Template:
-    """A text with blanks. `pieces` are the given texts around the blanks (one more than `lengths`), `lengths` the tokens
-    of each blank.
+@dataclass
+class A3InfillOutput(ModelOutput):
+    """What `infill` and `rewrite` return with `return_outputs`, one entry per text.
 
-    Example:
-        >>> Template.parse("The dog <blank:6> home.")
-        Template(pieces=('The dog ', ' home.'), lengths=(6,))
+    Attributes:
+        texts: the texts, filled.
+        written: what was written into each blank.
+        lengths: the tokens of each blank.
+        length_scores: for each blank the score of each candidate length (see `lengths.choose_lengths`), in nats per
+            token; empty where the length was given.
+        generation: the passes' output; its rows are left-padded to the longest text.
     """
 
-    pieces: tuple[str, ...]
-    lengths: tuple[int, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> "Template":
-        """Reads `<blank:N>` markers.
-
-        Raises:
-            ValueError: no marker; one of length 0; one that is not closed or has no length.
-        """
-        parts = BLANK.split(text)
-        pieces, lengths = tuple(parts[::2]), tuple(int(length) for length in parts[1::2])
-        for piece in pieces:
-            broken = BLANK_START.search(piece)
-            if broken:
-                raise ValueError(
-                    f"text holds the blank marker {broken.group()!r}; a marker reads <blank:N>, N ≥ 1 tokens"
-                )
-        if not lengths:
-            raise ValueError(f"text={text!r} holds no blank marker; mark what to write as <blank:N>, N tokens")
-        if 0 in lengths:
-            raise ValueError("text holds a blank marker of length 0, <blank:0>; it takes at least one token")
-        return cls(pieces, lengths)
+    texts: list[str] | None = None
+    written: list[list[str]] | None = None
+    lengths: list[tuple[int, ...]] | None = None
+    length_scores: list[list[dict[int, float]]] | None = None
+    generation: A3GenerateOutput | None = None
 
 
 class A3InfillingMixin:
-    """`infill` for a model with `generate_any_order`."""
+    """`infill` and `rewrite` for a model with `generate_any_order` and `log_likelihood`."""
 
     def infill(
         self,
         tokenizer: PreTrainedTokenizerBase,
         text: str | list[str],
         *,
+        auto_lengths: tuple[int, int] = AUTO_LENGTHS,
         generation_config: A3GenerationConfig | None = None,
         return_outputs: bool = False,
         **overrides: Any,
-    ) -> str | list[str] | tuple[list[str], A3GenerateOutput]:
+    ) -> str | list[str] | A3InfillOutput:
         """Fills the blanks of a text, or of several texts in one batch.
 
-        A blank reads `<blank:N>`: N tokens are written there. Given text comes back character by character. A space
-        before a marker belongs to the first word of the blank, as in the tokens of a running text.
+        A blank reads `<blank:N>` (N tokens are written there), `<blank:MIN..MAX>` or `<blank:auto>` (the length is chosen
+        by exact likelihood, see `lengths.choose_lengths`). Given text comes back character by character. A space before a
+        marker belongs to the first word of the blank, as in the tokens of a running text.
 
         Args:
             tokenizer: of the model; it needs no pad token.
             text: e.g. `"The dog <blank:6> home."`.
-            generation_config, overrides: as in `generate_any_order`.
-            return_outputs: also return the `A3GenerateOutput`; its rows are left-padded to the longest text.
+            auto_lengths: the least and the most tokens of `<blank:auto>`.
+            generation_config, overrides: as in `generate_any_order`, hooks included.
+            return_outputs: return an `A3InfillOutput`.
 
         Returns:
-            The text, or a list of texts if a list was given; with `return_outputs` (list of texts, output).
+            The text, or a list of texts if a list was given.
 
         Raises:
-            ValueError: a marker that can't be read (see `Template.parse`), a tokenizer without BOS, an empty list, and
-                what `generate_any_order` refuses.
+            ValueError: a marker that can't be read (see `Template.parse`), an empty range of lengths, a tokenizer without
+                BOS, an empty list, and what `generate_any_order` refuses.
         """
-        templates = [Template.parse(one) for one in ([text] if isinstance(text, str) else text)]
+        templates = [
+            Template.parse(one).with_range(auto_lengths) for one in ([text] if isinstance(text, str) else text)
+        ]
         if not templates:
             raise ValueError("text is an empty list; it takes at least one text")
+        output = self._fill_templates(tokenizer, templates, generation_config, overrides)
+        if return_outputs:
+            return output
+        return output.texts[0] if isinstance(text, str) else output.texts
+
+    def rewrite(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        spans: list[tuple[int, int]],
+        *,
+        length: Literal["same", "auto"] | int | tuple[int, int] = "same",
+        auto_lengths: tuple[int, int] = AUTO_LENGTHS,
+        generation_config: A3GenerationConfig | None = None,
+        return_outputs: bool = False,
+        **overrides: Any,
+    ) -> str | A3InfillOutput:
+        """Writes spans of a text anew, in sight of all the rest.
+
+        Args:
+            text: the whole text.
+            spans: (start, end) in characters, in any order, not overlapping.
+            length: of each span: `"same"` (as many tokens as it has), `"auto"`, a number of tokens, or a range.
+            auto_lengths, generation_config, return_outputs, overrides: as in `infill`.
+
+        Raises:
+            ValueError: spans that are empty, outside the text or overlapping; an unknown `length`; and as in `infill`.
+        """
+        if length == "same":
+            lengths = [_tokens_of_span(tokenizer, text, *span) for span in spans]
+        else:
+            lengths = [_checked_length(length)] * len(spans)
+        template = Template.cut(text, spans, lengths).with_range(auto_lengths)
+        output = self._fill_templates(tokenizer, [template], generation_config, overrides)
+        return output if return_outputs else output.texts[0]
+
+    def _fill_templates(self, tokenizer, templates, generation_config, overrides) -> A3InfillOutput:
+        silent = {name: value for name, value in overrides.items() if name not in ("streamer", "commit_hook")}
+
+        def fill_candidates(ids, blanks):
+            return self._fill_encoded(ids, blanks, generation_config, silent).sequences
+
+        length_scores = []
+        for index, template in enumerate(templates):
+            templates[index], scores = choose_lengths(self, tokenizer, template, fill_candidates)
+            length_scores.append(scores)
         encoded = [encode_template(tokenizer, template) for template in templates]
-        width = max(len(ids) for ids, _ in encoded)
-        shape = (len(encoded), width)
+        output = self._fill_encoded(*zip(*encoded, strict=True), generation_config, overrides)
+        texts, written = [], []
+        for template, (ids, blanks), sequence in zip(templates, encoded, output.sequences.tolist(), strict=True):
+            filled, fresh = decode_template(tokenizer, template, sequence[len(sequence) - len(ids) :], blanks)
+            texts.append(filled)
+            written.append(fresh)
+        return A3InfillOutput(
+            texts=texts,
+            written=written,
+            lengths=[template.lengths for template in templates],
+            length_scores=length_scores,
+            generation=output,
+        )
+
+    def _fill_encoded(self, ids, blanks, generation_config, overrides) -> A3GenerateOutput:
+        width = max(len(row) for row in ids)
+        shape = (len(ids), width)
         input_ids, blank_mask, attention_mask = torch.zeros(shape, dtype=torch.long), *torch.zeros(2, *shape).bool()
-        for row, (ids, blanks) in enumerate(encoded):
-            input_ids[row, width - len(ids) :] = torch.tensor(ids)
-            blank_mask[row, width - len(ids) :] = torch.tensor(blanks) > 0
-            attention_mask[row, width - len(ids) :] = True
-        output = self.generate_any_order(
+        for row, (row_ids, row_blanks) in enumerate(zip(ids, blanks, strict=True)):
+            input_ids[row, width - len(row_ids) :] = torch.tensor(row_ids)
+            blank_mask[row, width - len(row_ids) :] = torch.tensor(row_blanks) > 0
+            attention_mask[row, width - len(row_ids) :] = True
+        return self.generate_any_order(
             input_ids.to(self.device),
             blank_mask.to(self.device),
             generation_config=generation_config,
             attention_mask=attention_mask.to(self.device),
             **overrides,
         )
-        texts = [
-            decode_template(tokenizer, template, sequence[width - len(ids) :], blanks)
-            for template, (ids, blanks), sequence in zip(templates, encoded, output.sequences.tolist(), strict=True)
-        ]
-        if return_outputs:
-            return texts, output
-        return texts[0] if isinstance(text, str) else texts
 
 
-def encode_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[list[int], list[int]]:
-    """Token ids, BOS first and 0 at blanks, and for each the number of its blank, from 1 (0: given)."""
-    ids, blanks = encode_prompt(tokenizer, ""), [0]
-    for number, piece in enumerate(template.pieces):
-        before_blank = number < len(template.lengths)
-        piece_ids = encode_piece(tokenizer, piece.rstrip(" ") if before_blank else piece, is_start=number == 0)
-        ids += piece_ids
-        blanks += [0] * len(piece_ids)
-        if before_blank:
-            ids += [0] * template.lengths[number]
-            blanks += [number + 1] * template.lengths[number]
-    return ids, blanks
+def _tokens_of_span(tokenizer, text: str, start: int, end: int) -> int:
+    """The tokens of a span, with the spaces before it, as `encode_template` leaves them to the blank."""
+    before = text[:start].rstrip(" ")
+    return max(len(encode_piece(tokenizer, text[len(before) : end], is_start=not before)), 1)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that begins with BOS, whatever the tokenizer adds by itself."""
-    if tokenizer.bos_token_id is None:
-        raise ValueError("tokenizer has no BOS token; set tokenizer.bos_token to the token that begins a text")
-    return [tokenizer.bos_token_id, *encode_piece(tokenizer, text, is_start=True)]
-
-
-def encode_piece(tokenizer: PreTrainedTokenizerBase, piece: str, *, is_start: bool) -> list[int]:
-    """Token ids of a piece of text as they are inside a running text (`is_start`: at its start), without BOS."""
-    if not piece:
-        return []
-    encode = tokenizer.encode
-    if not is_start:
-        for anchor in ANCHORS:
-            head = encode(anchor, add_special_tokens=False)
-            both = encode(anchor + piece, add_special_tokens=False)
-            if head and both[: len(head)] == head and len(both) > len(head):
-                return both[len(head) :]
-    return encode(piece, add_special_tokens=False)
-
-
-def decode_template(
-    tokenizer: PreTrainedTokenizerBase, template: Template, token_ids: list[int], blanks: list[int]
-) -> str:
-    """The text: given pieces as they were, blanks as decoded after all that comes before them."""
-    text = template.pieces[0]
-    for number, following in enumerate(template.pieces[1:], start=1):
-        start = blanks.index(number)
-        end = start + template.lengths[number - 1]
-        before = tokenizer.decode(token_ids[:start], skip_special_tokens=True)
-        written = tokenizer.decode(token_ids[:end], skip_special_tokens=True)[len(before) :]
-        if text.endswith(" ") or start == 1:
-            written = written.removeprefix(" ")
-        text += written + following
-    return text
+def _checked_length(length) -> Length:
+    if length == "auto":
+        return None
+    if isinstance(length, tuple) and len(length) == 2:
+        check_range("length", *length)
+        return length
+    if isinstance(length, int) and not isinstance(length, bool) and length >= 1:
+        return length
+    raise ValueError(f"length={length!r}; it takes 'same', 'auto', a number of tokens or (least, most)")

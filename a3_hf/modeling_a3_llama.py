@@ -19,6 +19,7 @@ from .generation import A3GenerationMixin
 from .infilling import A3InfillingMixin
 from .likelihood import A3LikelihoodMixin
 from .masks import View, Views, group_views, repeat_rows, sees_something
+from .scoring import A3ScoringMixin
 
 
 @dataclass
@@ -167,6 +168,16 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         scale = tokens.float().pow(2).mean().sqrt() / mean.pow(2).mean().sqrt().clamp_min(1e-12)
         self.query_embed.weight.copy_(mean * scale)
 
+    def first_layer_keys(self, input_ids: torch.LongTensor, position_ids: torch.LongTensor) -> torch.Tensor:
+        """(B, H, C, D / H) the first layer's keys of content (B, C), which depend on nothing but id and position: what a
+        cache of these tokens must hold.
+        """
+        layer = self.layers[0]
+        embeds = self.embed_tokens(input_ids)
+        cos, sin = self.rotary_emb(embeds, position_ids=position_ids)
+        keys = layer.self_attn.k_proj(layer.input_layernorm(embeds))
+        return apply_rotary(keys.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2), cos, sin)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -290,10 +301,10 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
 
 
 class A3LlamaForCausalLM(
-    A3LlamaPreTrainedModel, A3GenerationMixin, A3InfillingMixin, A3LikelihoodMixin, LlamaForCausalLM
+    A3LlamaPreTrainedModel, A3GenerationMixin, A3InfillingMixin, A3LikelihoodMixin, A3ScoringMixin, LlamaForCausalLM
 ):
     """Identical to `LlamaForCausalLM` except: the body above, three forms of `forward`, and the methods
-    `generate_any_order`, `infill` and `log_likelihood`.
+    `generate_any_order`, `infill`, `rewrite`, `score` and `log_likelihood`.
     """
 
     def __init__(self, config: A3LlamaConfig):

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from a3_hf import A3LlamaForCausalLM
-from a3_hf.infilling import encode_piece
+from a3_hf.templates import encode_piece
 
 
 def read_stories(path: Path) -> list[list[str]]:

@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
 
@@ -62,3 +64,19 @@ def stories() -> Path:
     if not STORIES.is_dir():
         pytest.skip("needs the stories260K checkpoint in ../shared/data/models")
     return STORIES
+
+
+CORPUS = ["The dog ran home. Tom was happy, and so was his dog.", "One day, the cat sat <b> on a mat!"] * 20
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer as LLaMA 3 has, with BOS and without a pad token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from a3_hf import A3LlamaForCausalLM
@@ -51,9 +51,42 @@ def test_score(checkpoint):
     result = run("score", checkpoint, "the dog ran home .", "--order", "random", "--group-size", "2", "--seed", "3")
     model = A3LlamaForCausalLM.from_pretrained(checkpoint).eval()
     ids = torch.tensor([[WORDS.index(word) for word in "<s> the dog ran home .".split()]])
-    order = GroupOrder.scattered(torch.ones_like(ids), group_size=2, generator=[torch.Generator().manual_seed(3)])
+    order = GroupOrder.scattered(
+        torch.ones_like(ids), group_size=2, generator=[torch.Generator().manual_seed(3_000_009)]
+    )
     assert result.exit_code == 0, result.output
     assert f"log-likelihood {model.log_likelihood(ids, order.group_ids).sum():.4f} nats" in result.stdout
+
+
+def test_pages_and_the_animation(checkpoint, tmp_path):
+    page = tmp_path / "replay.html"
+    text = "the dog <blank:auto> home <blank:1..2> ."
+    result = run("infill", checkpoint, text, "--auto-lengths", "1..3", "--html", str(page), "--show")
+    assert result.exit_code == 0, result.output
+    assert " home " in result.stdout and "blank 1: likeliest lengths" in result.stderr
+    assert "step 1 of" in page.read_text() or "steps" in page.read_text()
+    result = run("generate", checkpoint, "the dog", "--max-new-tokens", "6", "--html", str(page), "--order", "random")
+    assert result.exit_code == 0 and "the" in page.read_text()
+    page = tmp_path / "score.html"
+    result = run("score", checkpoint, "the dog ran home .", "--html", str(page), "--against", "right_to_left")
+    assert result.exit_code == 0 and "left_to_right" in page.read_text() and "right_to_left" in page.read_text()
+
+
+def test_score_over_several_orders(checkpoint):
+    result = run("score", checkpoint, "the dog ran home .", "--order", "random", "--num-orders", "4")
+    assert result.exit_code == 0 and "over 4 orders" in result.stdout
+
+
+def test_generate_stops_at_the_end_of_text(checkpoint, tmp_path):
+    model = A3LlamaForCausalLM.from_pretrained(checkpoint)
+    ids = torch.tensor([[0, 3]])
+    second = int(model.generate_any_order(ids, max_new_tokens=2).sequences[0, 3])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.eos_token = WORDS[second]
+    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    result = run("generate", str(tmp_path), "the", "--max-new-tokens", "9")
+    assert result.exit_code == 0 and f"{1 + (second != int(ids[0, 1]))} tokens in" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -62,6 +95,10 @@ def test_score(checkpoint):
         (["infill", "MODEL", "no blank"], "no blank marker"),
         (["infill", "MODEL", "the <blank:3>", "--strategy", "luck"], "groupwise, dynamic"),
         (["infill", "MODEL", "the <blank:3>", "--tokens-per-step", "2"], "no meaning for strategy='groupwise'"),
+        (["infill", "MODEL", "the <blank:auto>", "--auto-lengths", "few"], "auto_lengths='few'; it takes LEAST..MOST"),
+        (["infill", "MODEL", "the <blank:auto>", "--auto-lengths", "9..2"], "the range 9..2"),
+        (["infill", "MODEL", "the <blank:2>", "--html", "no/such/folder.html"], "html='no/such/folder.html'"),
+        (["score", "MODEL", "the dog", "--num-orders", "3"], "num_orders=3"),
         (["generate", "MODEL", "the", "--max-new-tokens", "500"], "more than the model's context"),
         (["score", "MODEL", ""], "text is empty"),
         (["score", "MODEL", "the dog", "--order", "spiral"], "order='spiral'"),

@@ -18,6 +18,12 @@ STRATEGIES = {
     "margin": {"strategy": "dynamic", "criterion": "margin", "tokens_per_step": 3},
     "random_criterion": {"strategy": "dynamic", "criterion": "random", "tokens_per_step": 2, "seed": 3},
     "threshold": {"strategy": "dynamic", "threshold": 0.3},
+    "entropy_budget": {"strategy": "dynamic", "entropy_budget": 4.0},
+    "window": {"strategy": "dynamic", "tokens_per_step": 2, "window": 3},
+    "criterion_temperature": {"strategy": "dynamic", "criterion_temperature": 1.0, "seed": 7},
+    "speculative": {"strategy": "speculative", "draft_tokens": 3},
+    "speculative_random": {"strategy": "speculative", "order": "random", "seed": 5},
+    "ngram": {"strategy": "speculative", "draft": "ngram", "draft_tokens": 2},
 }
 
 
@@ -32,24 +38,20 @@ def problem(side="left", lengths=(19, 12, 15)):
 
 
 def by_the_definition(model, ids, blanks, output):
-    """Log-probabilities of each written token, one row and one step at a time, without a cache: the given tokens as
-    singletons in text order, what was written at each step as one group.
+    """Log-probabilities of each written token, one row and one group at a time, without a cache: the given tokens as
+    singletons in text order, then what was written, in the order that the output tells.
     """
     log_probs = torch.zeros(ids.shape)
     greedy = torch.full(ids.shape, -1)
     for row in range(ids.shape[0]):
-        steps = output.commit_step[row]
-        for step in range(int(steps.max()) + 1):
-            given = (~blanks[row]).nonzero().flatten()
-            written = ((steps >= 0) & (steps < step)).nonzero().flatten()
-            known = torch.cat([given, written])
-            groups = torch.cat([torch.arange(len(given)), len(given) + steps[written]])
-            asked = (steps == step).nonzero().flatten()
+        groups = output.group_ids[row]
+        for group in groups[blanks[row]].unique():
+            known, asked = ((groups < group).nonzero().flatten(), (groups == group).nonzero().flatten())
             with torch.no_grad():
                 logits = model(
                     output.sequences[row, known][None],
                     position_ids=known[None],
-                    group_ids=groups[None],
+                    group_ids=groups[known][None],
                     target_position_ids=asked[None],
                     target_group_ids=torch.full((1, len(asked)), 10**6),
                     use_cache=False,
@@ -70,6 +72,9 @@ def test_cached_decoding_is_the_definition(name, implementation):
         assert torch.equal(output.sequences[~blanks], ids[~blanks]) and (output.commit_step[~blanks] == -1).all()
         assert torch.equal(output.sequences[blanks], greedy[blanks])
         assert (output.log_probs - log_probs).abs().max() < 1e-5
+        groups = torch.where(blanks, 100 + output.commit_step, (~blanks).cumsum(1))
+        if STRATEGIES[name]["strategy"] != "speculative":  # there, one pass writes tokens that see each other
+            assert all(torch.equal(a.unique(return_inverse=True)[1], b) for a, b in [(groups, output.group_ids)])
         assert output.num_forward_passes == int(output.commit_step.max()) + 1
         assert output.tokens_per_forward == pytest.approx(int(blanks.sum()) / output.num_forward_passes)
 
@@ -92,8 +97,8 @@ def test_a_row_is_the_same_alone_and_in_a_batch(model, name, side, do_sample):
     assert torch.equal(together.sequences[~blanks], ids[~blanks])
 
 
-@pytest.mark.parametrize("name", ["left_to_right", "random", "spans"])
-def test_groupwise_without_cache_is_the_same(model, name):
+@pytest.mark.parametrize("name", ["left_to_right", "random", "spans", "speculative", "speculative_random", "ngram"])
+def test_without_cache_is_the_same(model, name):
     ids, blanks, mask = problem()
     settings = {"attention_mask": mask.long(), **STRATEGIES[name]}
     cached = model.generate_any_order(ids, blanks, **settings)
@@ -123,14 +128,53 @@ def test_dynamic_without_cache_is_the_papers_variant(model):
         assert torch.equal(output.sequences[0, asked[best]], logits[best].argmax(-1))
 
 
-def test_log_probs_sum_to_the_log_likelihood_of_the_order(model):
+def test_log_probs_are_the_log_likelihood_of_the_order(model):
     ids, blanks, mask = problem()
-    for settings in STRATEGIES.values():
+    for settings in [*STRATEGIES.values(), {"strategy": "refine"}]:
         output = model.generate_any_order(ids, blanks, attention_mask=mask.long(), **settings)
-        places = mask.long().cumsum(1)
-        groups = torch.where(output.commit_step < 0, places, 1000 + output.commit_step)
-        scored = model.log_likelihood(output.sequences, groups, mask.long())
+        scored = model.log_likelihood(output.sequences, output.group_ids, mask.long())
         assert (scored - output.log_probs)[blanks].abs().max() < 1e-5
+        assert (output.group_ids == -1).equal(~mask)
+
+
+RULES = [
+    ({"tokens_per_step": 2}, lambda s, c, e: 2),
+    ({"criterion": "entropy"}, lambda s, c, e: 1),
+    ({"criterion": "margin", "tokens_per_step": 3}, lambda s, c, e: 3),
+    ({"threshold": 0.3}, lambda s, c, e: max(1, int((c > 0.3).sum()))),
+    ({"entropy_budget": 4.0}, lambda s, c, e: max(1, int((e.sort().values.cumsum(0) <= 4.0).sum()))),
+    ({"tokens_per_step": 2, "window": 4}, lambda s, c, e: 2),
+]
+
+
+@pytest.mark.parametrize("settings, how_many", RULES)
+def test_dynamic_against_a_slow_loop(model, settings, how_many):
+    """Each step from scratch: which blanks compete, which are best, how many are committed."""
+    ids, blanks, _ = (tensor[:1] for tensor in problem(lengths=(19,)))
+    output = model.generate_any_order(ids, blanks, strategy="dynamic", **settings)
+    tokens, groups = ids[0].clone(), torch.where(blanks[0], -1, (~blanks[0]).cumsum(0))
+    step = 0
+    while (groups < 0).any():
+        known, asked = (groups >= 0).nonzero().flatten(), (groups < 0).nonzero().flatten()[: settings.get("window")]
+        with torch.no_grad():
+            logits = model(
+                tokens[known][None],
+                position_ids=known[None],
+                group_ids=groups[known][None],
+                target_position_ids=asked[None],
+                target_group_ids=torch.full((1, len(asked)), 10**6),
+            ).logits[0]
+        probs = logits.softmax(-1)
+        entropy, confidence = -(probs * probs.log()).sum(-1), probs.amax(-1)
+        top = probs.topk(2, -1).values
+        score = {"entropy": -entropy, "margin": top[:, 0] - top[:, 1]}.get(settings.get("criterion"), confidence)
+        if "entropy_budget" in settings:
+            score = -entropy
+        best = asked[score.argsort(descending=True)[: how_many(score, confidence, entropy)]]
+        assert set(best.tolist()) == set((output.commit_step[0] == step).nonzero().flatten().tolist())
+        tokens[best] = logits.argmax(-1)[torch.isin(asked, best)][best.argsort().argsort()]
+        groups[best], step = 100 + step, step + 1
+    assert torch.equal(tokens, output.sequences[0])
 
 
 def test_left_to_right_continuation_is_greedy_generate(model):
@@ -224,12 +268,40 @@ IDS, BLANKS, MASK = problem()
         ({"max_new_tokens": 4, "strategy": "dynamic", "criterion": "luck"}, "confidence, entropy, margin, random"),
         (
             {"max_new_tokens": 4, "strategy": "dynamic", "threshold": 1.5},
-            r"threshold=1.5; it takes a probability in \(0, 1",
+            r"threshold=1.5; it takes a number in \(0, 1",
         ),
         ({"max_new_tokens": 4, "strategy": "dynamic", "threshold": 0.5, "tokens_per_step": 2}, "give one"),
         ({"max_new_tokens": 4, "groupsize": 2}, "groupsize=2 is not an option"),
         ({"max_new_tokens": 4, "num_beams": 4}, "num_beams=4 is not supported"),
-        ({"max_new_tokens": 4, "repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"),
+        ({"max_new_tokens": 4, "no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2 is not supported"),
+        ({"max_new_tokens": 4, "strategy": "dynamic", "tokens_per_step": 0}, "tokens_per_step=0"),
+        ({"max_new_tokens": 4, "strategy": "dynamic", "tokens_per_step": 4, "window": 3}, "window=3 is smaller"),
+        ({"max_new_tokens": 4, "strategy": "dynamic", "entropy_budget": -1.0}, "entropy_budget=-1.0"),
+        ({"max_new_tokens": 4, "strategy": "dynamic", "entropy_budget": 1.0, "threshold": 0.5}, "two rules"),
+        ({"max_new_tokens": 4, "strategy": "dynamic", "criterion_temperature": -1.0}, "criterion_temperature=-1.0"),
+        ({"max_new_tokens": 4, "strategy": "dynamic", "draft": "ngram"}, "draft='ngram' has no meaning"),
+        ({"max_new_tokens": 4, "strategy": "speculative", "group_size": 2}, "group_size=2 has no meaning"),
+        ({"max_new_tokens": 4, "strategy": "speculative", "draft": "oracle"}, "one of model, ngram"),
+        ({"max_new_tokens": 4, "strategy": "speculative", "order": torch.zeros(3, 23).long()}, "one token a group"),
+        (
+            {"max_new_tokens": 4, "strategy": "speculative", "order": "right_to_left", "eos_token_id": 2},
+            "takes order='left_to_right'",
+        ),
+        ({"max_new_tokens": 4, "strategy": "refine", "refine_fraction": 0.0}, "refine_fraction=0.0"),
+        ({"max_new_tokens": 4, "strategy": "refine", "refine_keep": "none"}, "one of better, all"),
+        ({"max_new_tokens": 4, "max_time": 0}, "max_time=0"),
+        ({"max_new_tokens": 4, "num_return_sequences": 2}, "num_return_sequences. different than 1"),
+        (
+            {"max_new_tokens": 4, "bad_words_ids": [[3, 4]], "group_size": 2},
+            "bad_words_ids holds a sequence of several",
+        ),
+        ({"blank_mask": BLANKS, "attention_mask": MASK, "forced_eos_token_id": 2}, "needs max_new_tokens"),
+        (
+            {"max_new_tokens": 4, "cache_implementation": "static", "strategy": "dynamic"},
+            "it takes strategy='groupwise'",
+        ),
+        ({"max_new_tokens": 4, "cache_implementation": "quantized"}, "one of dynamic, static"),
+        ({"max_new_tokens": 4, "streamer": object()}, "streamer shows one text; it takes a batch of 1, got 3"),
         ({"max_new_tokens": 4, "seed": [1, 2]}, "seed holds 2 seeds"),
         ({"max_new_tokens": 4, "generation_config": {"group_size": 2}}, "generation_config is a dict"),
     ],

@@ -1,26 +1,10 @@
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from a3_hf import A3LlamaForCausalLM
-from a3_hf.infilling import Template, encode_piece, encode_template
+from a3_hf.templates import Template, encode_piece, encode_template
 from tests.conftest import tiny_model
-
-CORPUS = ["The dog ran home. Tom was happy, and so was his dog.", "One day, the cat sat <b> on a mat!"] * 20
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """A byte-level BPE tokenizer as LLaMA 3 has, with BOS and without a pad token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture
@@ -76,15 +60,16 @@ def test_llama_style_pieces_get_no_space_of_their_own(stories):
 
 
 def test_texts_in_a_batch_are_as_alone(model, tokenizer):
-    together, output = model.infill(tokenizer, TEXTS, return_outputs=True, strategy="dynamic", tokens_per_step=2)
-    assert together == [model.infill(tokenizer, text, strategy="dynamic", tokens_per_step=2) for text in TEXTS]
-    assert (output.commit_step >= 0).sum(1).tolist() == [6, 3, 3, 4, 3, 2, 4]
+    output = model.infill(tokenizer, TEXTS, return_outputs=True, strategy="dynamic", tokens_per_step=2)
+    assert output.texts == [model.infill(tokenizer, text, strategy="dynamic", tokens_per_step=2) for text in TEXTS]
+    assert (output.generation.commit_step >= 0).sum(1).tolist() == [6, 3, 3, 4, 3, 2, 4]
 
 
 def test_what_the_model_writes_is_what_is_shown(model, tokenizer):
-    filled, output = model.infill(tokenizer, ["Tom was <blank:5> home."], return_outputs=True)
-    written = output.sequences[0][output.commit_step[0] >= 0]
-    shown = filled[0].removeprefix("Tom was ").removesuffix(" home.")
+    output = model.infill(tokenizer, ["Tom was <blank:5> home."], return_outputs=True)
+    written = output.generation.sequences[0][output.generation.commit_step[0] >= 0]
+    shown = output.texts[0].removeprefix("Tom was ").removesuffix(" home.")
+    assert output.written == [[shown]] and output.lengths == [(5,)] and output.length_scores == [[{}]]
     assert shown.strip() == tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
@@ -97,6 +82,8 @@ def test_what_the_model_writes_is_what_is_shown(model, tokenizer):
         ("The <blank> dog", "marker '<blank>'"),
         ("The <blank:x> dog <blank:2>", "marker '<blank:x>'"),
         ("The <blank:-2> dog", "marker '<blank:-2>'"),
+        ("The <blank:8..2> dog", "the range 8..2; it takes 1 ≤ least ≤ most"),
+        ("The <blank:0..2> dog", "the range 0..2"),
         ([], "empty list"),
     ],
 )
@@ -114,4 +101,99 @@ def test_a_tokenizer_without_bos_is_refused(model, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="no BOS token"):
         model.infill(bare, "The <blank:2>")
-    assert torch.is_tensor(model.infill(tokenizer, ["The <blank:2>"], return_outputs=True)[1].sequences)
+    assert torch.is_tensor(model.infill(tokenizer, ["The <blank:2>"], return_outputs=True).generation.sequences)
+
+
+AUTO = "The dog <blank:1..4> home. Tom was <blank:2> and <blank:auto> his dog."
+
+
+def test_a_chosen_length_is_the_best_of_its_exact_scores(model, tokenizer):
+    """Each candidate by itself: filled up to the next unknown blank, then scored token by token."""
+    output = model.infill(tokenizer, [AUTO], auto_lengths=(2, 3), return_outputs=True, strategy="dynamic")
+    first, given, second = output.length_scores[0]
+    assert set(first) == {1, 2, 3, 4} and given == {} and set(second) == {2, 3}
+    assert output.lengths[0] == (max(first, key=first.get), 2, max(second, key=second.get))
+    for length, score in first.items():
+        ids, blanks = encode_template(tokenizer, Template(("The dog ", " home. Tom was ", " and"), (length, 2)))
+        ids, blanks = torch.tensor([ids]), torch.tensor([blanks])
+        filled = model.generate_any_order(ids, blanks > 0, strategy="dynamic").sequences
+        known = (blanks[0] == 0).nonzero().flatten().tolist()
+        before = [place for place in known if place < blanks[0].tolist().index(1)]
+        total, count = 0.0, 0
+        for place in [*known[len(before) :], *(blanks[0] > 0).nonzero().flatten().tolist()]:
+            seen = before + [*known[len(before) :], *(blanks[0] > 0).nonzero().flatten().tolist()][:count]
+            with torch.no_grad():
+                logits = model(
+                    filled[:, seen],
+                    position_ids=torch.tensor([seen]),
+                    group_ids=torch.arange(len(seen))[None],
+                    target_position_ids=torch.tensor([[place]]),
+                    target_group_ids=torch.tensor([[len(seen)]]),
+                ).logits[0, 0]
+            total, count = total + logits.log_softmax(-1)[filled[0, place]].item(), count + 1
+        assert score == pytest.approx(total / count, abs=1e-5)
+
+
+def test_lengths_in_a_batch_are_as_alone(model, tokenizer):
+    texts = [AUTO, "The <blank:2>", "<blank:auto> ran <blank:1..2>", "Tom <blank:3..3>."]
+    output = model.infill(tokenizer, texts, auto_lengths=(1, 5), return_outputs=True, do_sample=True, seed=3)
+    for index, text in enumerate(texts):
+        alone = model.infill(tokenizer, [text], auto_lengths=(1, 5), return_outputs=True, do_sample=True, seed=3)
+        assert alone.texts[0] == output.texts[index] and alone.lengths[0] == output.lengths[index]
+    assert output.lengths[3] == (3,)
+    assert output.texts[2].endswith(output.written[2][1]) and " ran " in output.texts[2]
+
+
+def test_auto_with_an_empty_range_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="auto_lengths has the range 5..2"):
+        model.infill(tokenizer, "The <blank:auto>", auto_lengths=(5, 2))
+    with pytest.raises(ValueError, match="more than the model's context"):
+        model.infill(tokenizer, "The <blank:100..130>")
+
+
+@pytest.mark.parametrize("length", ["same", "auto", 3, (1, 4)])
+def test_rewriting_keeps_the_rest(model, tokenizer, length):
+    text = "The dog ran home. Tom was happy, and so was his dog."
+    spans = [(text.index("happy"), text.index(", and")), (text.index("ran"), text.index(" home"))]
+    output = model.rewrite(tokenizer, text, spans, length=length, auto_lengths=(1, 3), return_outputs=True)
+    first, second = output.written[0]
+    assert output.texts[0] == f"The dog {first} home. Tom was {second}, and so was his dog."
+    if length == "same":
+        in_text = [len(tokenizer.encode(word, add_special_tokens=False)) for word in (" ran", " happy")]
+        assert list(output.lengths[0]) == in_text
+    if length == 3:
+        assert output.lengths[0] == (3, 3)
+    assert model.rewrite(tokenizer, text, spans, length=length, auto_lengths=(1, 3)) == output.texts[0]
+
+
+@pytest.mark.parametrize(
+    "spans, length, message",
+    [
+        ([], "same", "spans is empty"),
+        ([(0, 5), (3, 8)], "same", r"spans overlap: \(3, 8\) starts before 5"),
+        ([(3, 3)], "same", r"spans holds \(3, 3\)"),
+        ([(3, 99)], "same", "0 ≤ start < end ≤ 17"),
+        ([(3, 6)], "long", "length='long'; it takes 'same', 'auto'"),
+        ([(3, 6)], (4, 2), "length has the range 4..2"),
+        ([(3, 6)], 0, "length=0"),
+    ],
+)
+def test_bad_spans_are_refused(model, tokenizer, spans, length, message):
+    with pytest.raises(ValueError, match=message):
+        model.rewrite(tokenizer, "The dog ran home.", spans, length=length)
+
+
+def test_the_pipeline_fills_blanks(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    fill = pipeline("infilling", model=str(tmp_path), strategy="dynamic")
+    texts = ["The dog <blank:3> home.", "Tom <blank:auto>."]
+    results = fill(texts, auto_lengths=(1, 3))
+    assert [result["text"] for result in results] == model.infill(
+        tokenizer, texts, auto_lengths=(1, 3), strategy="dynamic"
+    )
+    one = fill(texts[0], strategy="groupwise", group_size=3)
+    assert one["text"] == model.infill(tokenizer, texts[0], group_size=3)
+    assert one["lengths"] == [3] and one["log_likelihood"] < 0 and one["written"][0] in one["text"]
+    with pytest.raises(ValueError, match="holds no blank marker"):
+        fill("no blank")

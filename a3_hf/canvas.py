@@ -1,0 +1,342 @@
+"""The text being filled, and the passes of the model over it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache
+
+from .generation_config import A3GenerationConfig
+from .likelihood import token_log_probs
+from .masks import group_views, open_views, prompt_views
+
+# Layer 0's keys of the same tokens, computed in two batch shapes, differ by rounding alone; this much of their scale.
+CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass
+class Canvas:
+    """Tensors (B, S + 1): the last column is a bin, to which slots and tokens that pad ragged rows point, so that every
+    step is a rectangle.
+    """
+
+    sequences: torch.Tensor
+    position_ids: torch.Tensor
+    commit_step: torch.Tensor
+    log_probs: torch.Tensor
+    given_mask: torch.Tensor  # (B, S)
+    blank_mask: torch.Tensor  # (B, S)
+    new_from: int  # the first column of the continuation; S where there is none
+    eos_token_ids: torch.Tensor  # (n,), ends the continuation
+    end: torch.Tensor  # (B,) the last column of each row's continuation; S − 1 until an EOS is written
+    logits: torch.Tensor | None = None  # (B, S + 1, V), if asked for
+    failed_step: torch.Tensor | None = None  # () the first step with NaN logits; −1: none
+
+    @classmethod
+    def prepare(cls, model_config, input_ids, blank_mask, attention_mask, config: A3GenerationConfig) -> "Canvas":
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it takes (batch, sequence)")
+        masks = {"blank_mask": blank_mask, "attention_mask": attention_mask}
+        for name, mask in masks.items():
+            if mask is not None and mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(mask.shape)}; it takes that of input_ids, {tuple(input_ids.shape)}"
+                )
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        blank = torch.zeros_like(real) if blank_mask is None else blank_mask.bool()
+        if (blank & ~real).any():
+            raise ValueError("blank_mask is True at padding, outside the row; it takes blanks at real tokens only")
+        new_from = input_ids.shape[1]
+        if config.max_new_tokens is not None:
+            new = (0, config.max_new_tokens)
+            input_ids = pad(input_ids, new)
+            real, blank = (pad(mask, new, value=True) for mask in (real, blank))
+        given = real & ~blank
+        if not blank.any():
+            raise ValueError("there is no blank to fill: blank_mask is True nowhere, and max_new_tokens is not given")
+        if not given.any(dim=1).all():
+            row = int((~given.any(dim=1)).nonzero()[0])
+            raise ValueError(
+                f"row {row} of input_ids has no given token, so that nothing could be seen; begin it with BOS"
+            )
+        longest, context = int(real.sum(dim=1).max()), model_config.max_position_embeddings
+        if longest > context:
+            raise ValueError(
+                f"input_ids and its blanks take {longest} positions, {longest - context} more than the model's context "
+                f"(max_position_embeddings={context})"
+            )
+        sequences = pad(input_ids.masked_fill(blank, 0), (0, 1))
+        device = sequences.device
+        return cls(
+            sequences=sequences,
+            position_ids=pad((real.long().cumsum(dim=1) - 1).clamp_min(0), (0, 1)),
+            commit_step=torch.full_like(sequences, -1),
+            log_probs=torch.zeros(sequences.shape, dtype=torch.float32, device=device),
+            given_mask=given,
+            blank_mask=blank,
+            new_from=new_from,
+            eos_token_ids=torch.tensor(config.eos_token_ids(), dtype=torch.long, device=device),
+            end=torch.full_like(sequences[:, 0], sequences.shape[1] - 2),
+            failed_step=torch.tensor(-1, device=device),
+        )
+
+    @property
+    def bin(self) -> int:
+        return self.given_mask.shape[1]
+
+    def has_blanks_inside(self) -> bool:
+        """Whether blanks stand before the continuation."""
+        return bool(self.blank_mask[:, : self.new_from].any())
+
+    def is_ragged(self) -> bool:
+        """Whether rows differ in how many tokens are given or blank, so that steps need padding."""
+        return any(
+            int(mask.sum(dim=1).min()) != int(mask.sum(dim=1).max()) for mask in (self.given_mask, self.blank_mask)
+        )
+
+    def known(self) -> torch.Tensor:
+        """(B, S), True where a token is given or written."""
+        return self.given_mask | (self.commit_step[:, :-1] >= 0)
+
+    def is_over(self, columns: torch.Tensor) -> torch.Tensor:
+        """(B, n), True where `columns` stand behind the end of the row's continuation."""
+        return columns > self.end[:, None]
+
+    def commit(self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, step: int) -> None:
+        """Writes `tokens` (B, n) at columns `index` (B, n), the bin swallowing padding. `logits` (B, n, V) are the model's
+        own.
+        """
+        log_probs = token_log_probs(logits, tokens)
+        self.sequences.scatter_(1, index, tokens)
+        self.log_probs.scatter_(1, index, log_probs)
+        self.commit_step.scatter_(1, index, torch.full_like(index, step))
+        if self.logits is not None:
+            where = index[..., None].expand(-1, -1, logits.shape[-1])
+            self.logits.scatter_(1, where, logits.to(self.logits.dtype))
+        failed = (log_probs.isnan() & (index != self.bin)).any() & (self.failed_step < 0)
+        self.failed_step = torch.where(failed, step, self.failed_step)
+        if self.eos_token_ids.numel():
+            is_end = torch.isin(tokens, self.eos_token_ids) & (index >= self.new_from) & (index != self.bin)
+            self.end = torch.minimum(self.end, index.masked_fill(~is_end, self.bin).amin(dim=1))
+
+    def cut(self, pad_token_id: int) -> None:
+        """Takes back what was written behind the end of the continuation."""
+        over = self.is_over(torch.arange(self.bin + 1, device=self.end.device)[None])
+        self._clear(over & pad(self.blank_mask, (0, 1)), pad_token_id)
+
+    def take_back(self, step: int) -> None:
+        """Opens what was written at `step` or later."""
+        blank = pad(self.blank_mask, (0, 1))
+        self._clear(blank & ((self.commit_step >= step) | (self.commit_step < 0)), 0)
+
+    def _clear(self, where: torch.Tensor, token_id: int) -> None:
+        self.sequences.masked_fill_(where, token_id)
+        self.commit_step.masked_fill_(where, -1)
+        self.log_probs.masked_fill_(where, 0.0)
+        if self.logits is not None:
+            self.logits.masked_fill_(where[..., None], 0.0)
+
+
+class Encoder:
+    """Runs the passes: encodes content columns of a canvas, once each, and asks slots.
+
+    Args:
+        ragged: some columns are the bin, so that keys need a mask.
+        one_group: without a cache, all that is known is encoded as one bidirectional group (the paper's dynamic variant).
+        static_width: the number of keys of a static cache; None: the cache grows.
+        prompt_cache: the content of the canvas's first columns, from an earlier pass; left as it is.
+    """
+
+    def __init__(
+        self,
+        model,
+        canvas: Canvas,
+        *,
+        use_cache: bool,
+        one_group: bool = False,
+        ragged: bool = False,
+        static_width: int | None = None,
+        prompt_cache: Cache | None = None,
+        compile_config=None,
+    ):
+        self.model, self.canvas, self.one_group, self.ragged = model, canvas, one_group, ragged
+        self.implementation = model.config._attn_implementation
+        self.width = static_width
+        self.passes = 0
+        self.call = model
+        self.compiled_call = None
+        device = canvas.sequences.device
+        self.encoded = torch.empty(canvas.sequences.shape[0], 0, dtype=torch.long, device=device)
+        self.groups = torch.empty(0, dtype=torch.long, device=device)
+        self.next_group = 0
+        self.lead = int(canvas.blank_mask.any(dim=0).long().argmax())  # the columns before the first blank of any row
+        if not use_cache:
+            self.cache = None
+        elif static_width is not None:
+            self.cache = StaticCache(config=model.config, max_cache_len=static_width)
+            if compile_config is not None:
+                self.compiled_call = model.get_compiled_call(compile_config)
+        else:
+            self.cache = DynamicCache(config=model.config)
+            if prompt_cache is not None and prompt_cache.get_seq_length() > 0:
+                self._take(prompt_cache)
+
+    def given_columns(self) -> torch.Tensor:
+        """(B, n) the given columns not yet encoded: those before every row's first blank as they stand (so that a cache
+        lines up with `input_ids`), then the others, packed.
+        """
+        lead, taken = self.lead, self.encoded.shape[1]
+        columns = torch.arange(lead, device=self.encoded.device).expand(self.encoded.shape[0], -1)
+        first = columns.masked_fill(~self.canvas.given_mask[:, :lead], self.canvas.bin)
+        rest = self.canvas.given_mask.clone()
+        rest[:, :lead] = False
+        return torch.cat([first[:, taken:], columns_of(rest, self.canvas.bin)], dim=1)
+
+    def ask(
+        self,
+        content: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        singletons: bool = False,
+        slot_groups: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, Q, V) at the columns `slots` (B, Q), given all content so far and `content` (B, C), new.
+
+        Args:
+            singletons: the new content is a group per column, in the order given; otherwise one group.
+            slot_groups: (Q,) with `singletons`: slot q sees the first `slot_groups[q]` columns of `content`. None: all.
+        """
+        num_new, num_slots, device = content.shape[1], slots.shape[1], content.device
+        num_cached = self.encoded.shape[1]
+        new_groups = torch.arange(num_new, device=device) if singletons else content.new_zeros(num_new)
+        self.groups = torch.cat([self.groups, self.next_group + new_groups])
+        first_group = self.next_group
+        self.next_group += num_new if singletons else 1
+        self.encoded = torch.cat([self.encoded, content], dim=1)
+        key_mask = self.encoded != self.canvas.bin if self.ragged else None
+        if slot_groups is None:
+            slot_groups = torch.full((num_slots,), num_new if singletons else 1, device=device)
+        rows = content.shape[0] if self.ragged else 1
+        if self.cache is None:
+            content, num_cached = self.encoded, 0
+            if self.one_group:
+                views = open_views(self.implementation, content.shape[1] + num_slots, key_mask)
+            else:
+                views = group_views(
+                    self.implementation,
+                    group_ids=self.groups.expand(rows, -1),
+                    target_group_ids=(first_group + slot_groups).expand(rows, -1),
+                    key_mask=key_mask,
+                )
+        elif singletons and num_cached == 0 and self.width is None and self.passes == 0:
+            views = prompt_views(self.implementation, num_new, num_slots, key_mask, device)
+        elif singletons and num_new:
+            views = group_views(
+                self.implementation,
+                group_ids=new_groups.expand(rows, -1),
+                target_group_ids=slot_groups.expand(rows, -1),
+                key_mask=key_mask,
+                num_cached=num_cached,
+                num_keys=self.width,
+            )
+        else:
+            if self.width is not None:
+                present = torch.arange(self.width, device=device) < self.encoded.shape[1]
+                present = present.expand(rows, -1)
+                if key_mask is not None:
+                    present = present & pad(key_mask, (0, self.width - key_mask.shape[1]))
+                key_mask = present
+            views = open_views(self.implementation, num_new + num_slots, key_mask)
+        call = self.call if self.compiled_call is None or self.passes == 0 else self.compiled_call
+        self.passes += 1
+        return call(
+            input_ids=self.canvas.sequences.gather(1, content),
+            position_ids=self.canvas.position_ids.gather(1, content),
+            target_position_ids=self.canvas.position_ids.gather(1, slots),
+            attention_mask=views,
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
+        ).logits
+
+    def forget(self, fallen: torch.Tensor, surplus: int) -> None:
+        """Takes back columns of the last pass's content: `fallen` (B, C), True where a draft didn't stand; the last
+        `surplus` columns did so in no row.
+        """
+        num_new = fallen.shape[1]
+        self.encoded[:, -num_new:] = self.encoded[:, -num_new:].masked_fill(fallen, self.canvas.bin)
+        if surplus:
+            self.encoded, self.groups = self.encoded[:, :-surplus], self.groups[:-surplus]
+            if self.cache is not None:
+                self.cache.crop(-surplus)
+
+    def compact(self) -> None:
+        """Moves each row's keys and values together, so that forgotten ones don't pile up in a batch."""
+        keep = self.encoded != self.canvas.bin
+        keep[:, : self.lead] = True
+        width = int(keep.sum(dim=1).max())
+        if self.cache is None or width == keep.shape[1]:
+            return
+        index = (~keep).long().argsort(dim=1, stable=True)[:, :width]
+        self.encoded = self.encoded.masked_fill(~keep, self.canvas.bin).gather(1, index)
+        self.groups = self.groups[:width]
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                states = getattr(layer, name)
+                where = index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                setattr(layer, name, states.gather(2, where))
+
+    def prompt_cache(self) -> Cache | None:
+        """The cache of the columns before the first blank; this encoder is of no use afterwards."""
+        if not isinstance(self.cache, DynamicCache) or self.lead == 0:
+            return None
+        self.cache.crop(self.lead - self.cache.get_seq_length())
+        return self.cache
+
+    def _take(self, cache: Cache) -> None:
+        """Starts from a cache of the canvas's first columns, after checking that it is one."""
+        canvas, config, length = self.canvas, self.model.config, cache.get_seq_length()
+        batch_size, lead = canvas.sequences.shape[0], self.lead
+        if length > lead:
+            raise ValueError(
+                f"past_key_values holds {length} tokens, but only the first {lead} columns of input_ids are given before a "
+                "blank; it takes a cache of those columns or of fewer"
+            )
+        heads, dim = config.num_key_value_heads, getattr(config, "head_dim", None)
+        dim = dim or config.hidden_size // config.num_attention_heads
+        shapes = {tuple(layer.keys.shape) for layer in cache.layers}
+        fitting = {(rows, heads, length, dim) for rows in {1, batch_size}}
+        if len(cache.layers) != config.num_hidden_layers or len(shapes) != 1 or not shapes <= fitting:
+            raise ValueError(
+                f"past_key_values has {len(cache.layers)} layers of shape {sorted(shapes)}; this model takes "
+                f"{config.num_hidden_layers} of {(batch_size, heads, length, dim)} (or a batch of 1)"
+            )
+        columns = torch.arange(length, device=canvas.sequences.device).expand(batch_size, -1)
+        self.encoded = columns.masked_fill(~canvas.given_mask[:, :length], canvas.bin)
+        self.groups = torch.arange(length, device=columns.device)
+        self.next_group = length
+        expected = self.model.model.first_layer_keys(canvas.sequences[:, :length], canvas.position_ids[:, :length])
+        keys = cache.layers[0].keys
+        different = ((keys - expected).abs() > CACHE_TOLERANCE.get(keys.dtype, 1e-3) * expected.abs().amax()).any(dim=3)
+        different = different.any(dim=1) & (self.encoded != canvas.bin)
+        if different.any():
+            row, column = different.nonzero()[0].tolist()
+            raise ValueError(
+                f"past_key_values does not belong to input_ids: it differs at row {row}, column {column} (another text, "
+                "other positions or another model)"
+            )
+        for index, layer in enumerate(cache.layers):
+            states = (tensor.expand(batch_size, -1, -1, -1) for tensor in (layer.keys, layer.values))
+            self.cache.update(*states, index)
+
+
+def columns_of(mask: torch.Tensor, bin_column: int) -> torch.Tensor:
+    """(B, n) the columns at which `mask` (B, S) is True, in text order, padded with the bin."""
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return pack(columns, mask, bin_column)[:, : int(mask.sum(dim=1).max())]
+
+
+def pack(columns: torch.Tensor, keep: torch.Tensor, bin_column: int) -> torch.Tensor:
+    """Moves the kept entries of each row to its front, in order; the rest become the bin."""
+    first = (~keep).long().argsort(dim=1, stable=True)
+    return columns.masked_fill(~keep, bin_column).gather(1, first)
