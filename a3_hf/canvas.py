@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 from transformers.cache_utils import Cache
 
+from .cache import first_tokens, roomy_cache
 from .generation_config import A3GenerationConfig
 from .likelihood import token_log_probs
 from .masks import group_views, open_views, prompt_views
@@ -178,7 +179,7 @@ class Encoder:
             if compile_config is not None:
                 self.compiled_call = model.get_compiled_call(compile_config)
         else:
-            self.cache = DynamicCache(config=model.config)
+            self.cache = roomy_cache(model.config.num_hidden_layers, first_room=canvas.bin + 1)
             if prompt_cache is not None and prompt_cache.get_seq_length() > 0:
                 self._take(prompt_cache)
 
@@ -287,11 +288,10 @@ class Encoder:
                 setattr(layer, name, states.gather(2, where))
 
     def prompt_cache(self) -> Cache | None:
-        """The cache of the columns before the first blank; this encoder is of no use afterwards."""
-        if not isinstance(self.cache, DynamicCache) or self.lead == 0:
+        """The cache of the columns before the first blank."""
+        if self.cache is None or self.width is not None or self.lead == 0:
             return None
-        self.cache.crop(self.lead - self.cache.get_seq_length())
-        return self.cache
+        return first_tokens(self.cache, self.lead)
 
     def _take(self, cache: Cache) -> None:
         """Starts from a cache of the canvas's first columns, after checking that it is one."""

@@ -173,7 +173,9 @@ def score(
     html: Annotated[
         Path | None, typer.Option(help="Write a page of each token's surprise, beside another order's.")
     ] = None,
-    against: Annotated[str, typer.Option(help="With --html: the other order.")] = "random",
+    against: Annotated[
+        str | None, typer.Option(help="With --html: the other order.", show_default="random, or left_to_right")
+    ] = None,
 ) -> None:
     """Print each token's log-probability (nats) under an order, and their sum: exact, in one pass."""
 
@@ -185,7 +187,8 @@ def score(
         a3, tokenizer = _load(model)
         settings = {"group_size": group_size, "span_length": span_length, "seed": seed}
         scored = a3.score(tokenizer, text, order=order, num_orders=num_orders, **settings)
-        other = a3.score(tokenizer, text, order=against, group_size=group_size, seed=seed) if html else None
+        beside = against or ("random" if order == "left_to_right" else "left_to_right")
+        other = a3.score(tokenizer, text, order=beside, group_size=group_size, seed=seed) if html else None
         table = Table("token", "group", "log p", "spread")
         tokens = tokenizer.convert_ids_to_tokens(scored.token_ids.tolist())
         columns = (scored.group_ids[0].tolist(), scored.mean.tolist(), scored.spread.tolist())
@@ -202,7 +205,7 @@ def score(
         if html:
             from .rendering import surprise_page
 
-            pages = [(name, _score_pieces(tokenizer, one)) for name, one in ((order, scored), (against, other))]
+            pages = [(name, _score_pieces(tokenizer, one)) for name, one in ((order, scored), (beside, other))]
             html.write_text(surprise_page(pages, title=text), encoding="utf-8")
 
     _or_exit(tell)

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .canvas import Canvas, Encoder
+from .few_rows import fast_few_rows
 from .generation_config import A3GenerationConfig, resolve_config
 from .observers import Observers
 from .orders import PADDING_GROUP, GroupOrder
@@ -149,14 +150,15 @@ class A3GenerationMixin:
         observers.start()
         extra_passes = 0
         try:
-            if config.strategy == "groupwise":
-                fill_groupwise(decoder, steps)
-            elif config.strategy == "dynamic":
-                fill_dynamic(decoder)
-            elif config.strategy == "speculative":
-                fill_speculative(decoder, steps[:, :, 0])
-            else:
-                extra_passes = fill_refine(decoder, make_again, self.log_likelihood)
+            with fast_few_rows(self):
+                if config.strategy == "groupwise":
+                    fill_groupwise(decoder, steps)
+                elif config.strategy == "dynamic":
+                    fill_dynamic(decoder)
+                elif config.strategy == "speculative":
+                    fill_speculative(decoder, steps[:, :, 0])
+                else:
+                    extra_passes = fill_refine(decoder, make_again, self.log_likelihood)
             decoder.check_finite()
         except NonFiniteLogitsError as error:
             canvas.take_back(error.step)

@@ -1,0 +1,56 @@
+"""A key/value cache that grows in place: a step costs its own tokens, not a copy of all before."""
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """Identical to `DynamicLayer` except: `keys` and `values` are views of tensors with room for `first_room` tokens, which
+    double when they are full, instead of being joined anew at every step.
+    """
+
+    def __init__(self, first_room: int):
+        super().__init__()
+        self.first_room = first_room
+        self.room = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        total = length + key_states.shape[-2]
+        if not self._has_room(total, key_states.shape[0]):
+            capacity = max(self.first_room, 2 * total if self.room is not None else total)
+            old = (self.keys, self.values)
+            self.room = tuple(
+                states.new_empty(*states.shape[:2], capacity, states.shape[3]) for states in (key_states, value_states)
+            )
+            if length:
+                for room, states in zip(self.room, old, strict=True):
+                    room[:, :, :length] = states
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, length:total] = states
+        self.keys, self.values = (room[:, :, :total] for room in self.room)
+        return self.keys, self.values
+
+    def _has_room(self, total: int, batch_size: int) -> bool:
+        """Whether the next tokens can be written behind `keys`: these are still the room's beginning, and it is long
+        enough.
+        """
+        if self.room is None or self.room[0].shape[2] < total or self.room[0].shape[0] != batch_size:
+            return False
+        return self.keys.numel() == 0 or self.keys.data_ptr() == self.room[0].data_ptr()
+
+
+def roomy_cache(num_layers: int, first_room: int) -> Cache:
+    """An empty cache of `RoomyLayer`s, with room for `first_room` tokens."""
+    return Cache(layers=[RoomyLayer(first_room) for _ in range(num_layers)])
+
+
+def first_tokens(cache: Cache, length: int) -> DynamicCache:
+    """A cache of its own with the first `length` tokens."""
+    kept = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        kept.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
+    return kept
