@@ -121,6 +121,12 @@ class Canvas:
             is_end = torch.isin(tokens, self.eos_token_ids) & (index >= self.new_from) & (index != self.bin)
             self.end = torch.minimum(self.end, index.masked_fill(~is_end, self.bin).amin(dim=1))
 
+    def settle(self) -> None:
+        """Turns what was made in inference mode into ordinary tensors, of use in training as well."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and value.is_inference():
+                setattr(self, name, value.clone())
+
     def cut(self, pad_token_id: int) -> None:
         """Takes back what was written behind the end of the continuation."""
         over = self.is_over(torch.arange(self.bin + 1, device=self.end.device)[None])

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .canvas import Canvas, Encoder
-from .few_rows import fast_few_rows
+from .cpu import fast_on_cpu
 from .generation_config import A3GenerationConfig, resolve_config
 from .observers import Observers
 from .orders import PADDING_GROUP, GroupOrder
@@ -150,7 +150,7 @@ class A3GenerationMixin:
         observers.start()
         extra_passes = 0
         try:
-            with fast_few_rows(self):
+            with fast_on_cpu(self):
                 if config.strategy == "groupwise":
                     fill_groupwise(decoder, steps)
                 elif config.strategy == "dynamic":
@@ -159,8 +159,10 @@ class A3GenerationMixin:
                     fill_speculative(decoder, steps[:, :, 0])
                 else:
                     extra_passes = fill_refine(decoder, make_again, self.log_likelihood)
+            canvas.settle()
             decoder.check_finite()
         except NonFiniteLogitsError as error:
+            canvas.settle()
             canvas.take_back(error.step)
             error.output = _output(canvas, config, decoder, steps, extra_passes)
             raise
@@ -218,7 +220,7 @@ def _output(canvas: Canvas, config: A3GenerationConfig, decoder: Decoder, steps,
         tokens_per_forward=int(written.sum()) / written.shape[0] / max(passes, 1),
         past_key_values=decoder.encoder.prompt_cache(),
         logits=None if canvas.logits is None else canvas.logits[:, :-1],
-        history=None if history is None else tuple(history),
+        history=None if history is None else tuple(text.clone() for text in history),
     )
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "a3_hf"
 # Each file may import from those that stand before it, in its own line excepted.
 LAYERS = [
-    {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "few_rows"},
+    {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "cpu"},
     {"curriculum", "likelihood", "generation_config", "lengths", "scoring"},
     {"canvas", "observers"},
     {"processors"},
@@ -37,7 +37,7 @@ FLAT = {
     "modeling_a3_llama",
     "generation_config",
     "cache",
-    "few_rows",
+    "cpu",
     "canvas",
     "observers",
     "processors",

@@ -1,7 +1,7 @@
-"""Matrix products of few rows on a CPU, the products of decoding, by the faster of two equal ways."""
+"""What makes decoding on a CPU faster and leaves its values as they are."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -14,16 +14,17 @@ SMALLEST_WEIGHT = 2**17  # entries
 
 
 @contextmanager
-def fast_few_rows(model: nn.Module) -> Iterator[None]:
-    """Within it, the plain fp32 `nn.Linear`s of a model on a CPU multiply few rows the other way round: the same values
-    but for rounding. Elsewhere, and for linears that something else has taken over (adapters, quantisation, hooks on
-    `forward`), it changes nothing. Inference only: gradients do not come this way.
+def fast_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Within it, the plain fp32 `nn.Linear`s of a model on a CPU multiply few rows the other way round (the same values
+    but for rounding), and nothing is kept for autograd, not even version counters. Where a weight lies elsewhere or is
+    sharded, nothing is changed, and linears that something else has taken over (adapters, quantisation, hooks on
+    `forward`) stay as they are. What is made within it are inference tensors.
     """
+    plain = all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in model.parameters())
     linears = [
         module
-        for module in model.modules()
+        for module in (model.modules() if plain else ())
         if type(module) is nn.Linear
-        and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
         and module.weight.numel() >= SMALLEST_WEIGHT
         and "forward" not in module.__dict__
@@ -31,7 +32,8 @@ def fast_few_rows(model: nn.Module) -> Iterator[None]:
     for module in linears:
         module.forward = partial(_forward, module)
     try:
-        yield
+        with torch.inference_mode() if plain else nullcontext():
+            yield
     finally:
         for module in linears:
             module.__dict__.pop("forward", None)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from a3_hf.few_rows import fast_few_rows
+from a3_hf.cpu import fast_on_cpu
 from tests.conftest import tiny_model
 
 
@@ -14,7 +14,7 @@ def test_it_is_the_same_product(bias, shape):
     rows = torch.randn(*shape, 256)
     with torch.no_grad():
         expected = module(rows)
-        with fast_few_rows(module):
+        with fast_on_cpu(module):
             assert "forward" in module[0].__dict__ and "forward" not in module[1].__dict__  # small ones are left alone
             assert (module(rows) - expected).abs().max() < 1e-5
         assert torch.equal(module(rows), expected)
@@ -23,7 +23,7 @@ def test_it_is_the_same_product(bias, shape):
 def test_it_leaves_nothing_behind_and_others_alone():
     module = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512), nn.Linear(512, 512).bfloat16())
     module[1].forward = own = lambda rows: rows
-    with pytest.raises(RuntimeError, match="inside"), fast_few_rows(module):
+    with pytest.raises(RuntimeError, match="inside"), fast_on_cpu(module):
         assert module[1].forward is own and "forward" not in module[2].__dict__
         raise RuntimeError("inside")
     assert "forward" not in module[0].__dict__ and module[1].forward is own
@@ -36,11 +36,32 @@ def test_decoding_uses_it_and_stays_what_it_was(monkeypatch):
     fast = model.generate_any_order(ids, **settings)
     assert not any("forward" in module.__dict__ for module in model.modules())
     seen = []
-    monkeypatch.setattr("a3_hf.few_rows._forward", lambda module, rows: seen.append(rows.shape) or module.weight)
+    monkeypatch.setattr("a3_hf.cpu._forward", lambda module, rows: seen.append(rows.shape) or module.weight)
     with pytest.raises(Exception):  # noqa: B017 (whatever comes of a wrong product)
         model.generate_any_order(ids, **settings)
     assert seen
-    monkeypatch.setattr("a3_hf.generation.fast_few_rows", lambda model: torch.no_grad())
+    monkeypatch.setattr("a3_hf.generation.fast_on_cpu", lambda model: torch.no_grad())
     plain = model.generate_any_order(ids, **settings)
     assert torch.equal(fast.sequences, plain.sequences)
     assert (fast.logits - plain.logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["groupwise", "dynamic", "speculative", "refine"])
+def test_what_is_handed_back_can_be_trained_on(strategy):
+    model = tiny_model()
+    ids = torch.arange(3, 9)[None]
+    seen = {"output_logits": True, "output_history": True}
+    output = model.generate_any_order(ids, strategy=strategy, max_new_tokens=4, **seen)
+    tensors = [output.sequences, output.commit_step, output.log_probs, output.group_ids, output.logits, *output.history]
+    tensors += [states for layer in output.past_key_values.layers for states in (layer.keys, layer.values)]
+    assert not any(tensor.is_inference() for tensor in tensors)
+    model.train()
+    labels = output.sequences.masked_fill(output.commit_step < 0, -100)
+    model(input_ids=output.sequences, group_ids=output.group_ids, labels=labels).loss.backward()
+    assert model.model.query_embed.weight.grad.abs().sum() > 0
+
+
+def test_a_sharded_or_moved_weight_keeps_it_away():
+    module = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512, device="meta"))
+    with fast_on_cpu(module):
+        assert "forward" not in module[0].__dict__ and not torch.is_inference_mode_enabled()
