@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 # With 8 to 63 rows, fp32 `linear` on a CPU takes up to three times as long as the same product the other way round
-# (weight · inputᵀ), which does not repack the weight; below and above there is nothing to gain. `LOG.md` has the figures.
-ROWS = range(8, 64)
+# (weight · inputᵀ), which does not repack the weight; with a weight as tall as an lm_head's, from 4 rows on. Below and above
+# there is nothing to gain. `eval/bench_few_rows.py` measures it, `LOG.md` has the figures.
+ROWS, ROWS_OF_TALL, TALL = range(8, 64), range(4, 64), 8
 SMALLEST_WEIGHT = 2**17  # entries
 
 
@@ -39,10 +40,16 @@ def fast_on_cpu(model: nn.Module) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
+def other_way_round(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`linear` of rows (n, in) with a weight (out, in): (n, out), which lies in memory as (out, n)."""
+    return torch.mm(weight, rows.t().contiguous()).t()
+
+
 def _forward(module: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
-    if rows.numel() // rows.shape[-1] not in ROWS:
+    is_tall = module.out_features >= TALL * module.in_features
+    if rows.numel() // rows.shape[-1] not in (ROWS_OF_TALL if is_tall else ROWS):
         return nn.functional.linear(rows, module.weight, module.bias)
-    products = torch.mm(module.weight, rows.reshape(-1, rows.shape[-1]).t()).t()
+    products = other_way_round(rows.reshape(-1, rows.shape[-1]), module.weight)
     if module.out_features <= module.in_features:
         products = products.contiguous()  # attention needs it; what is wide feeds element-wise operations, as it lies
     if module.bias is not None:

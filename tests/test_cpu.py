@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from a3_hf.cpu import fast_on_cpu
+from a3_hf.cpu import fast_on_cpu, other_way_round
 from tests.conftest import tiny_model
 
 
@@ -18,6 +18,16 @@ def test_it_is_the_same_product(bias, shape):
             assert "forward" in module[0].__dict__ and "forward" not in module[1].__dict__  # small ones are left alone
             assert (module(rows) - expected).abs().max() < 1e-5
         assert torch.equal(module(rows), expected)
+
+
+@pytest.mark.parametrize("num_rows", [3, 4, 7])
+def test_a_tall_weight_goes_that_way_from_four_rows_on(num_rows, monkeypatch):
+    module, rows = nn.Linear(128, 1200), torch.randn(num_rows, 128)
+    expected, calls = module(rows), []
+    monkeypatch.setattr("a3_hf.cpu.other_way_round", lambda *args: calls.append(1) or other_way_round(*args))
+    with fast_on_cpu(module):
+        assert (module(rows) - expected).abs().max() < 1e-5
+    assert len(calls) == (num_rows >= 4)
 
 
 def test_it_leaves_nothing_behind_and_others_alone():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TextStreamer
 from transformers.generation import BaseStreamer, CompileConfig
 
@@ -493,3 +494,29 @@ def test_bf16_runs(name):
     ids, blanks, mask = problem()
     output = model.generate_any_order(ids, blanks, attention_mask=mask, **EVERY_STRATEGY[name])
     assert (output.commit_step >= 0).equal(blanks) and output.log_probs.isfinite().all()
+
+
+class CountReadBacks(TorchDispatchMode):
+    """Counts the values that Python reads from tensors: on a GPU each of them waits for the device."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"group_size": 2}, {"strategy": "dynamic", "tokens_per_step": 2}, {"strategy": "speculative"}],
+)
+def test_a_step_reads_nothing_back_number_by_number(model, settings):
+    """`speculative` reads how many tokens stand, which decides the shapes of the next pass: one transfer (`tolist`)."""
+    counts, passes = [], []
+    for num_tokens in (8, 16):
+        with CountReadBacks() as counter:
+            output = model.generate_any_order(torch.arange(3, 9)[None], max_new_tokens=num_tokens, **settings)
+        counts.append(counter.number)
+        passes.append(output.num_forward_passes)
+    assert passes[1] > passes[0]
+    assert counts[1] == counts[0]
