@@ -1,6 +1,7 @@
 """Small models that every test file can use: random LLaMA shapes, in fp32 on the CPU."""
 
 import os
+import random
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
 
@@ -80,3 +81,25 @@ def tokenizer():
         CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A folder with a LLaMA, its tokenizer, and texts."""
+    folder = tmp_path_factory.mktemp("source")
+    words = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(58))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+    torch.manual_seed(0)
+    settings = tiny_config(num_hidden_layers=2, attention_dropout=0.1).to_dict()  # dropout: random state matters
+    del settings["model_type"]
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+
+    words = random.Random(0)
+    for name, num_words in (("train.txt", 28 * 7 - 1), ("validation.txt", 20)):
+        (folder / name).write_text(" ".join(f"w{words.randrange(58)}" for _ in range(num_words)))
+    return folder

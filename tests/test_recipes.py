@@ -2,11 +2,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import a3_hf.data
+from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
 from a3_hf.arguments import parse_recipe
 from a3_hf.data import load_rows
 
@@ -24,7 +26,7 @@ def name_of(path):
 def test_there_are_recipes():
     assert LOCAL in RECIPES
     assert len(HUB_RECIPES) >= 3
-    assert {"cpu.yaml", "ddp.yaml"} <= {path.name for path in ACCELERATE_CONFIGS}
+    assert {"cpu.yaml", "ddp.yaml", "fsdp2.yaml", "zero2.yaml", "zero3.yaml"} <= {path.name for path in ACCELERATE_CONFIGS}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -55,8 +57,29 @@ def test_the_readme_of_a_recipe_names_it_in_a_command(path):
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=name_of)
 def test_accelerate_reads_its_configs(path):
     config = load_config_from_file(str(path))
-    assert config.num_machines == 1
+    assert (config.num_machines > 1) == path.stem.endswith("_multinode")
     assert config.use_cpu == (path.name == "cpu.yaml")
+    kinds = {"cpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == kinds[path.stem.split("_")[0]]
+    if path.stem.startswith("fsdp2"):
+        assert config.fsdp_config["fsdp_version"] == 2
+        wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+        model = A3LlamaForCausalLM(A3LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=8))
+        assert {type(layer).__name__ for layer in model.model.layers} == {wrapped}
+    if path.stem.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[4])
+
+
+def test_several_machines_differ_from_one_in_how_they_meet_alone():
+    meeting = {"num_machines", "num_processes", "rdzv_backend", "main_process_port", "deepspeed_multinode_launcher"}
+    for path in ACCELERATE_CONFIGS:
+        one = path.with_name(path.name.replace("_multinode", ""))
+        settings, others = (yaml.safe_load(each.read_text(encoding="utf-8")) for each in (path, one))
+        for config in (settings, others):
+            for nested in ("fsdp_config", "deepspeed_config"):
+                config.update(config.pop(nested, {}))
+        different = {name for name in settings.keys() | others.keys() if settings.get(name) != others.get(name)}
+        assert different <= meeting, path
 
 
 def test_hub_recipes_make_steps_of_half_a_million_tokens():

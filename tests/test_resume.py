@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import Trainer
 
 from a3_hf import train as train_module
 from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, Recipe
@@ -33,30 +32,6 @@ STAGE_ENDS = [3, 8, 12]
 # A server that has imported everything once; its children start at once and can be killed.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["a3_hf.train"])
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A folder with a LLaMA, its tokenizer, and texts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("source")
-    words = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(58))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-    torch.manual_seed(0)
-    settings = tiny_config(num_hidden_layers=2, attention_dropout=0.1).to_dict()  # dropout: random state matters
-    del settings["model_type"]
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
-
-    words = random.Random(0)
-    for name, num_words in (("train.txt", 28 * 7 - 1), ("validation.txt", 20)):
-        (folder / name).write_text(" ".join(f"w{words.randrange(58)}" for _ in range(num_words)))
-    return folder
 
 
 def recipe(source: Path, output_dir: Path, *, num_workers: int = 0) -> Recipe:
