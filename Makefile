@@ -13,7 +13,7 @@ else
   INSTALL = $(1)/bin/python -m pip install --quiet
 endif
 
-.PHONY: setup demo test test-gpu test-oldest quality style clean
+.PHONY: setup demo test test-slow test-gpu test-oldest quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
@@ -33,14 +33,17 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not slow'
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
 # The lower end of the supported transformers range, on the parts that lean on its internals.
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -m 'not gpu' tests/test_modeling.py tests/test_generation.py tests/test_trainer.py
+	.venv-oldest/bin/python -m pytest -m 'not gpu and not slow' tests/test_modeling.py tests/test_generation.py tests/test_trainer.py
 
 quality: setup
 	$(BIN)/ruff check .

@@ -16,7 +16,9 @@ app = typer.Typer(
 )
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-ModelPath = Annotated[str, typer.Argument(help="An adapted model: a folder or a hub name.", show_default=False)]
+ModelPath = Annotated[
+    str, typer.Argument(help="An adapted model, or an adapter: a folder or a hub name.", show_default=False)
+]
 Order = Annotated[str | None, typer.Option(help="left_to_right, right_to_left, random or spans.")]
 SpanLength = Annotated[int | None, typer.Option(help="With --order spans.")]
 Show = Annotated[bool, typer.Option("--show", help="Play in the terminal how the text came about.")]
@@ -76,15 +78,35 @@ def with_generation_options(command):
 def adapt(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A YAML file: one complete run.", show_default=False)],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run will read, do and take, and some rows; train nothing.")
+    ] = False,
+    accelerate_configs: Annotated[
+        Path, typer.Option(help="With --dry-run: a folder of accelerate configs to reckon memory for.")
+    ] = Path("accelerate_configs"),
+    tflops: Annotated[
+        float, typer.Option(help="With --dry-run: what a GPU reaches; 400 is about 40% of an H100 in bfloat16.")
+    ] = 400.0,
 ) -> None:
     """Adapt a pretrained LLaMA as RECIPE says. Any setting of the recipe can be replaced: --learning_rate 1e-4.
 
     The same command goes on from the last checkpoint after Ctrl-C or a crash.
     """
     from .arguments import parse_recipe
+    from .train import dry_run as plan
     from .train import run
 
-    raise typer.Exit(_or_exit(lambda: run(parse_recipe(recipe, context.args))))
+    def start() -> int:
+        if not dry_run:
+            return run(parse_recipe(recipe, context.args))
+        if not accelerate_configs.is_dir():
+            raise ValueError(f"accelerate_configs={str(accelerate_configs)!r}: there is no such folder")
+        if tflops <= 0:
+            raise ValueError(f"tflops={tflops}: takes a number above 0")
+        plan(parse_recipe(recipe, context.args), accelerate_configs=accelerate_configs, tflops=tflops)
+        return 0
+
+    raise typer.Exit(_or_exit(start))
 
 
 @app.command()
@@ -211,6 +233,25 @@ def score(
     _or_exit(tell)
 
 
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="An adapter: a folder or a hub name.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="A folder that is new or empty.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="The adapter's base, if no longer where it was.", show_default=False)
+    ] = None,
+) -> None:
+    """Write an adapter and its base as one plain checkpoint into OUTPUT."""
+
+    def join() -> None:
+        from .adapters import merge
+
+        merge(adapter, output, base=base)
+        print(f"The model is in {output}.")
+
+    _or_exit(join)
+
+
 def _range(name: str, text: str) -> tuple[int, int]:
     try:
         least, most = (int(bound) for bound in text.split(".."))
@@ -265,16 +306,15 @@ def _score_pieces(tokenizer, scored) -> list:
 
 def _load(path: str):
     import torch
-    from transformers import AutoTokenizer
 
-    from .modeling_a3_llama import A3LlamaForCausalLM
+    from .adapters import load_model, load_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
     except OSError as error:  # the library's message may not say which model
         raise ValueError(f"model={path!r} can't be loaded: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return A3LlamaForCausalLM.from_pretrained(path).to(device).eval(), tokenizer
+    return load_model(path).to(device).eval(), tokenizer
 
 
 def _or_exit(action):

@@ -2,7 +2,8 @@
 
 import codecs
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parq
 ROW_FEATURES = Features(
     {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": List(Value("int32"))}
 )
+ISOLATED_ROW_FEATURES = Features({**ROW_FEATURES, "document_ids": List(Value("int32"))})
 
 
 def load_rows(
@@ -28,7 +30,7 @@ def load_rows(
     Documents are tokenised without special tokens; after each comes the boundary token (`document_boundary`); of the
     stream so made, each row takes the next block_size − 1 tokens, behind a BOS of its own. Nothing is dropped: the last
     row is padded. Documents that hold no text are skipped; white space around a document of a .txt file belongs to the
-    separator and goes with it.
+    separator and goes with it. Rows of documents that are isolated from each other: see `pack_rows`.
 
     To be evaluated on: `validation_file`, or the last `validation_documents` documents of the source, which training
     never sees (a text that comes twice in the source is two documents), or nothing.
@@ -45,6 +47,7 @@ def load_rows(
         unshifted elsewhere. With block_size 4, the documents "a b" and "c d", and EOS as boundary:
             {"input_ids": [bos, a, b, eos], "attention_mask": [1, 1, 1, 1], "labels": [-100, a, b, eos]}
             {"input_ids": [bos, c, d, eos], "attention_mask": [1, 1, 1, 1], "labels": [-100, c, d, eos]}
+        Isolated documents add `document_ids`.
 
     Raises:
         ValueError: a file that is missing, of an unknown kind, empty, not UTF-8 or not what its name says; no column
@@ -52,19 +55,7 @@ def load_rows(
             .txt; block_size above `context_length`; a tokenizer without the token that rows start with or documents
             end with.
     """
-    if context_length is not None and arguments.block_size > context_length:
-        raise ValueError(f"block_size={arguments.block_size}: more than the model's context of {context_length} tokens")
-    tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-    if tokens["bos"] is None:
-        raise ValueError(
-            "the tokenizer has no BOS token, with which rows start: set tokenizer.bos_token, or tokenizer_name_or_path "
-            "to a tokenizer that has one"
-        )
-    if tokens[arguments.document_boundary] is None:
-        raise ValueError(
-            f"document_boundary={arguments.document_boundary!r}: the tokenizer has no such token; set "
-            f"tokenizer.{arguments.document_boundary}_token, or the other boundary"
-        )
+    boundary_id = check_tokens(arguments, tokenizer, context_length=context_length)
     files = {"train_file": arguments.train_file, "validation_file": arguments.validation_file}
     files = {name: Path(file) for name, file in files.items() if file is not None}
     for name, file in files.items():
@@ -112,13 +103,14 @@ def load_rows(
     rows = [
         Dataset.from_generator(
             _packed_rows,
-            features=ROW_FEATURES,
+            features=ISOLATED_ROW_FEATURES if arguments.documents == "isolated" else ROW_FEATURES,
             cache_dir=arguments.cache_dir,
             gen_kwargs={
                 "documents": documents,
                 "tokenizer": tokenizer,
-                "boundary_id": tokens[arguments.document_boundary],
+                "boundary_id": boundary_id,
                 "block_size": arguments.block_size,
+                "isolated": arguments.documents == "isolated",
                 "max_rows": max_rows,
                 "code": Path(__file__).read_text(encoding="utf-8"),
             },
@@ -128,9 +120,92 @@ def load_rows(
     return rows[0], rows[1] if len(rows) == 2 else None
 
 
+def check_tokens(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, context_length: int | None = None
+) -> int:
+    """The id of the token after each document.
+
+    Raises:
+        ValueError: block_size above `context_length`; a tokenizer without the token that rows start with or documents
+            end with.
+    """
+    if context_length is not None and arguments.block_size > context_length:
+        raise ValueError(f"block_size={arguments.block_size}: more than the model's context of {context_length} tokens")
+    tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    if tokens["bos"] is None:
+        raise ValueError(
+            "the tokenizer has no BOS token, with which rows start: set tokenizer.bos_token, or tokenizer_name_or_path "
+            "to a tokenizer that has one"
+        )
+    if tokens[arguments.document_boundary] is None:
+        raise ValueError(
+            f"document_boundary={arguments.document_boundary!r}: the tokenizer has no such token; set "
+            f"tokenizer.{arguments.document_boundary}_token, or the other boundary"
+        )
+    return tokens[arguments.document_boundary]
+
+
+def pack_rows(
+    documents: Iterable[Sequence[int]], *, bos_id: int, pad_id: int, block_size: int, isolated: bool = False
+) -> Iterator[tuple[dict[str, list[int]], int]]:
+    """Packs documents, token ids each with its boundary at the end, into rows of `block_size` tokens.
+
+    Joined, a row is BOS and the next block_size − 1 tokens of the stream of all documents. Isolated, every document of a
+    row starts with a BOS of its own, which is given and never scored, and `document_ids` counts the documents of the row
+    from 1, 0 at padding. A document that does not fit goes on in the next row, behind that row's BOS, where it no longer
+    sees what the row before holds; where a row has room for a BOS alone, it is padded. Not specified in the paper.
+
+    Yields:
+        A row, and how many tokens of the document read last are in this row and those before it. A row is yielded as soon
+        as it is full, before another document is read; the last one is padded. With block_size 6, isolated, of the
+        documents [a, b, eos] and [c, d, eos]:
+            {"input_ids": [bos, a, b, eos, bos, c], "attention_mask": [1, 1, 1, 1, 1, 1],
+             "labels": [-100, a, b, eos, -100, c], "document_ids": [1, 1, 1, 1, 2, 2]}, 1
+            {"input_ids": [bos, d, eos, pad, pad, pad], "attention_mask": [1, 1, 1, 0, 0, 0],
+             "labels": [-100, d, eos, -100, -100, -100], "document_ids": [1, 1, 1, 0, 0, 0]}, 3
+    """
+    ids, labels, document_ids, used = [], [], [], 0
+
+    def start(document_id: int) -> None:
+        ids.append(bos_id)
+        labels.append(IGNORED_LABEL)
+        document_ids.append(document_id)
+
+    def row() -> dict[str, list[int]]:
+        padding = block_size - len(ids)
+        full = {
+            "input_ids": [*ids, *[pad_id] * padding],
+            "attention_mask": [1] * len(ids) + [0] * padding,
+            "labels": [*labels, *[IGNORED_LABEL] * padding],
+        }
+        if isolated:
+            full["document_ids"] = [*document_ids, *[0] * padding]
+        for column in (ids, labels, document_ids):
+            column.clear()
+        return full
+
+    for tokens in documents:
+        used = 0
+        if ids and isolated:
+            start(document_ids[-1] + 1)
+        while used < len(tokens):
+            if not ids:
+                start(1)
+            piece = tokens[used : used + block_size - len(ids)]
+            ids += piece
+            labels += piece
+            document_ids += [document_ids[-1]] * len(piece)
+            used += len(piece)
+            # Where isolated, a BOS that nothing follows would be of no use.
+            if len(ids) > block_size - (2 if isolated else 1):
+                yield row(), used
+    if ids:
+        yield row(), used
+
+
 class RowCollator:
-    """Stacks rows to a batch of (B, S) LongTensors `input_ids`, `attention_mask` and `labels`; shorter rows are padded
-    at the right.
+    """Stacks rows to a batch of (B, S) LongTensors `input_ids`, `attention_mask` and `labels`, and `document_ids` where
+    the rows have them; shorter rows are padded at the right.
 
     Args:
         pad_token_id: what stands under the mask; no model reads it.
@@ -149,19 +224,24 @@ class RowCollator:
     """
 
     def __init__(self, *, pad_token_id: int = 0):
-        self.fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
+        self.fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL, "document_ids": 0}
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         if not rows:
             raise ValueError("no rows to make a batch of")
+        names = [name for name in self.fill if name != "document_ids" or any(name in row for row in rows)]
         for index, row in enumerate(rows):
-            lengths = {name: len(row[name]) for name in self.fill}
+            if any(name not in row for name in names):
+                raise ValueError(f"row {index} lacks {', '.join(name for name in names if name not in row)}")
+            lengths = {name: len(row[name]) for name in names}
             if len(set(lengths.values())) > 1:
                 raise ValueError(f"row {index}: its columns differ in length: {lengths}")
         width = max(len(row["input_ids"]) for row in rows)
         batch = {
-            name: torch.tensor([[*row[name], *[fill] * (width - len(row[name]))] for row in rows], dtype=torch.long)
-            for name, fill in self.fill.items()
+            name: torch.tensor(
+                [[*row[name], *[self.fill[name]] * (width - len(row[name]))] for row in rows], dtype=torch.long
+            )
+            for name in names
         }
         real, scored = batch["attention_mask"] != 0, batch["labels"] != IGNORED_LABEL
         _raise_at((scored & ~real).any(dim=1), "has a label at padding")
@@ -184,6 +264,7 @@ def _packed_rows(
     tokenizer: PreTrainedTokenizerBase,
     boundary_id: int,
     block_size: int,
+    isolated: bool,
     max_rows: int | None,
     code: str,
 ) -> Iterator[dict[str, list[int]]]:
@@ -192,40 +273,33 @@ def _packed_rows(
     `code` is read by nobody: the rows are cached under a hash of these arguments and of this function, of which
     datasets takes no more than the name, so that a change in this file would go unnoticed.
     """
-    num_rows = 0
-    for body in _bodies(documents, tokenizer, boundary_id, block_size - 1):
-        if num_rows == max_rows:
-            return
-        num_padding = block_size - 1 - len(body)
-        yield {
-            "input_ids": [tokenizer.bos_token_id, *body, *[_pad_id(tokenizer)] * num_padding],
-            "attention_mask": [1] * (1 + len(body)) + [0] * num_padding,
-            "labels": [IGNORED_LABEL, *body, *[IGNORED_LABEL] * num_padding],
-        }
-        num_rows += 1
+    rows = pack_rows(
+        _tokenized(documents, tokenizer, boundary_id),
+        bos_id=tokenizer.bos_token_id,
+        pad_id=pad_id(tokenizer),
+        block_size=block_size,
+        isolated=isolated,
+    )
+    for row, _ in itertools.islice(rows, max_rows):
+        yield row
 
 
-def _bodies(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, boundary_id: int, length: int
-) -> Iterator[list[int]]:
-    """Cuts the stream of all documents, each followed by its boundary, into pieces of `length`; the last is shorter."""
-    stream = []
+def _tokenized(documents: Dataset, tokenizer: PreTrainedTokenizerBase, boundary_id: int) -> Iterator[list[int]]:
     for batch in documents.iter(1000):
         texts = [text for text in _texts(batch) if text.strip()]
-        if not texts:
-            continue
-        # `verbose` would warn that a document is longer than the context, which is what packing is for.
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += [*ids, boundary_id]
-        whole = len(stream) - len(stream) % length
-        for start in range(0, whole, length):
-            yield stream[start : start + length]
-        stream = stream[whole:]
-    if stream:
-        yield stream
+        if texts:
+            yield from tokenize(texts, tokenizer, boundary_id=boundary_id)
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, boundary_id: int) -> list[list[int]]:
+    """The ids of each text, without special tokens, and its boundary."""
+    # `verbose` would warn that a document is longer than the context, which is what packing is for.
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [[*ids, boundary_id] for ids in encoded]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands at padding."""
     # Any id will do, since nothing reads it; LLaMA's tokenizers have no padding token.
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -302,5 +376,10 @@ def _text_column(dataset: Dataset, column: str, source: str) -> Dataset:
 
 
 def _split_documents(batch: dict[str, list[str]], separator: str | None) -> dict[str, list[str]]:
-    pieces = [piece for text in batch["text"] for piece in (text.split(separator) if separator is not None else [text])]
-    return {"text": [piece.strip() for piece in pieces if piece.strip()]}
+    return {"text": [piece for text in batch["text"] for piece in split_text(text, separator)]}
+
+
+def split_text(text: str, separator: str | None) -> list[str]:
+    """The documents of a .txt file, without the white space around them and without those that hold none."""
+    pieces = text.split(separator) if separator is not None else [text]
+    return [piece.strip() for piece in pieces if piece.strip()]

@@ -32,7 +32,11 @@ class A3LikelihoodMixin:
             ValueError: shapes that don't match or group ids that are not integers.
         """
         hidden_states = self.model(
-            input_ids, attention_mask=attention_mask, group_ids=group_ids, use_cache=False
+            input_ids,
+            attention_mask=attention_mask,
+            group_ids=group_ids,
+            use_cache=False,
+            content_hidden_state=False,
         ).last_hidden_state
         chunks = zip(
             hidden_states.flatten(0, 1).split(SLOTS_PER_CHUNK), input_ids.flatten().split(SLOTS_PER_CHUNK), strict=True

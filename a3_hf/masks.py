@@ -8,6 +8,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
 # These have no causal flag: a causal view, too, must be spelt out.
 MATERIALISED_IMPLEMENTATIONS = ("eager", "flex_attention")
+# Into how many runs each stream of a dense mask is cut, and from how many rows on.
+RUNS, ROWS_WORTH_A_CUT = 4, 256
 
 
 class View(NamedTuple):
@@ -15,15 +17,20 @@ class View(NamedTuple):
 
     `mask` is a boolean tensor (B or 1, 1, rows or 1, keys), True where a row sees a key; LLaMA's own mask (additive for
     `eager`, 2D for `flash_attention_2`); a `BlockMask` for `flex_attention`; or None. Under None, `is_causal` decides
-    between the plain causal triangle and everything.
+    between the plain causal triangle and everything. `of_slots` is the slots' part of a `BlockMask`, where it has been made
+    beforehand. With `rows` a view is that of so many rows alone, and of the first `keys` keys.
     """
 
     mask: torch.Tensor | BlockMask | None
     is_causal: bool = False
+    of_slots: BlockMask | None = None
+    rows: int | None = None
+    keys: int | None = None
 
 
-# One view for all rows of a pass (content tokens, then query slots), or two: the content's, then the slots'.
-Views = tuple[View] | tuple[View, View]
+# One view for all rows of a pass (content tokens, then query slots), or two: the content's, then the slots'; or more, each
+# with the number of its rows, none with rows of both streams.
+Views = tuple[View, ...]
 
 
 def sees(row_group: torch.Tensor, row_is_slot: torch.Tensor, key_group: torch.Tensor) -> torch.Tensor:
@@ -39,6 +46,8 @@ def group_views(
     key_mask: torch.Tensor | None = None,
     num_cached: int = 0,
     num_keys: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    target_document_ids: torch.Tensor | None = None,
 ) -> Views:
     """Turns the groups of one pass into the mask that `implementation` takes.
 
@@ -49,6 +58,9 @@ def group_views(
         key_mask: (B, num_cached + C), False where a key is padding. None: no padding.
         num_cached: keys that come from the cache, before those of this pass; every row sees them.
         num_keys: width of the keys when it is more than num_cached + C (a static cache); nobody sees the surplus.
+        document_ids: (B, C) and
+        target_document_ids: (B, Q), to keep documents of one row apart: a row sees keys of its own document only. Without a
+            cache alone. None: a row is one text.
 
     Returns:
         One `View` over C + Q rows.
@@ -71,18 +83,74 @@ def group_views(
     if key_mask is not None:
         present = present.clone()
         present[:, : key_mask.shape[1]] &= key_mask.to(torch.bool)
+    row_document = None if document_ids is None else torch.cat([document_ids, target_document_ids], dim=1)
 
     if implementation == "flex_attention":
 
         def mask_mod(batch, head, row, key):
+            batch = batch if batch_size > 1 else 0  # one mask for all rows of the batch
             rule = sees(row_group[batch, row], row_is_slot[row], key_group[batch, key])
+            if row_document is not None:
+                rule = rule & (row_document[batch, row] == document_ids[batch, key])
             return present[batch, key] & (committed[key] | rule)
 
         mask = create_block_mask(mask_mod, batch_size, None, row_group.shape[1], width, device=device)
     else:
         rule = sees(row_group[:, :, None], row_is_slot[None, :, None], key_group[:, None, :])
+        if row_document is not None:
+            rule = rule & (row_document[:, :, None] == document_ids[:, None, :])
         mask = (present[:, None, :] & (committed[None, None, :] | rule))[:, None]
     return (View(mask),)
+
+
+class KeptViews:
+    """The views of batches in which every row has the same groups, as equal groups in generation order have: made once, and
+    again when the groups change.
+    """
+
+    def __init__(self):
+        self._made_for: tuple | None = None
+        self._group_ids = self._target_group_ids = torch.empty(0)
+        self._views: Views | None = None
+
+    def views(
+        self,
+        implementation: str,
+        *,
+        group_ids: torch.Tensor,
+        target_group_ids: torch.Tensor,
+        key_mask: torch.Tensor,
+    ) -> Views | None:
+        """As `group_views`, one mask for all rows; None where rows differ or hold padding."""
+        row, target_row = group_ids[:1], target_group_ids[:1]
+        made_for = (implementation, group_ids.device, group_ids.shape[1], target_group_ids.shape[1])
+        same_for_all = (group_ids == row).all() & (target_group_ids == target_row).all() & key_mask.all()
+        if not same_for_all:
+            return None
+        is_kept = made_for == self._made_for and torch.equal(row, self._group_ids)
+        if not (is_kept and torch.equal(target_row, self._target_group_ids)):
+            views = group_views(implementation, group_ids=row, target_group_ids=target_row)
+            if implementation == "flex_attention":
+                views = (views[0]._replace(of_slots=slots_view(views, row.shape[1])[0].mask),)
+            elif implementation == "sdpa" and row.shape[1] >= ROWS_WORTH_A_CUT:
+                views = in_runs(views[0].mask, row.shape[1])
+            self._made_for, self._group_ids, self._target_group_ids = made_for, row.clone(), target_row.clone()
+            self._views = views
+        return self._views
+
+
+def in_runs(mask: torch.Tensor, content_length: int) -> Views:
+    """Cuts a mask (1, 1, C + Q, keys) of rows in generation order into runs of rows, each with the keys up to the last that
+    one of its rows sees: a kernel that takes any mask multiplies with the others all the same, and of four runs' keys three
+    eighths are left out.
+    """
+    views = []
+    for rows in mask.split((content_length, mask.shape[2] - content_length), dim=2):
+        for run in rows.chunk(RUNS, dim=2):
+            seen = run.flatten(0, 2).any(dim=0).nonzero()
+            keys = int(seen.max()) + 1 if len(seen) else 1
+            views.append(View(run[..., :keys].contiguous(), rows=run.shape[2], keys=keys))
+    return tuple(views)
 
 
 def singleton_views(implementation: str, length: int, device: torch.device) -> Views:
@@ -119,7 +187,12 @@ def open_views(implementation: str, num_rows: int, key_mask: torch.Tensor | None
     if implementation == "flex_attention":
         batch_size, width = present.shape
         mask = create_block_mask(
-            lambda batch, head, row, key: present[batch, key], batch_size, None, num_rows, width, device=present.device
+            lambda batch, head, row, key: present[batch if batch_size > 1 else 0, key],
+            batch_size,
+            None,
+            num_rows,
+            width,
+            device=present.device,
         )
         return (View(mask),)
     return (View(present[:, None, None, :]),)
@@ -158,10 +231,50 @@ def repeat_rows(implementation: str, content_mask, rows: torch.Tensor, content_l
     return content_view, View(triangle[None, None])
 
 
+def slots_view(views: Views, content_length: int) -> Views:
+    """What the slots alone may see, of the views of a whole pass."""
+    if views[0].rows is not None:
+        rows_before = [sum(view.rows for view in views[:index]) for index in range(len(views))]
+        return tuple(view for view, before in zip(views, rows_before, strict=True) if before >= content_length)
+    mask, is_causal, of_slots = views[-1][:3]
+    if of_slots is not None:
+        return (View(of_slots),)
+    if len(views) == 2 or mask is None:
+        return (View(mask, is_causal),)
+    if isinstance(mask, BlockMask):
+        batch_size, _, num_rows, width = mask.shape
+        mask = create_block_mask(
+            lambda batch, head, row, key: views[-1].mask.mask_mod(batch, head, row + content_length, key),
+            batch_size,
+            None,
+            num_rows - content_length,
+            width,
+            device=mask.kv_indices.device,
+        )
+        return (View(mask),)
+    return (View(mask if mask.shape[2] == 1 else mask[:, :, content_length:]),)
+
+
 def sees_something(
-    group_ids: torch.Tensor, target_group_ids: torch.Tensor, key_mask: torch.Tensor | None, num_cached: int
+    group_ids: torch.Tensor,
+    target_group_ids: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    num_cached: int,
+    *,
+    document_ids: torch.Tensor | None = None,
+    target_document_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B, Q), True where a slot sees at least one content token. Shapes as in `group_views`."""
+    if document_ids is not None:
+        views = group_views(
+            "sdpa",
+            group_ids=group_ids,
+            target_group_ids=target_group_ids,
+            key_mask=key_mask,
+            document_ids=document_ids,
+            target_document_ids=target_document_ids,
+        )
+        return views[0].mask[:, 0, group_ids.shape[1] :].any(dim=-1)
     present = torch.ones_like(group_ids, dtype=torch.bool)
     cached = torch.full_like(group_ids[:, :1], num_cached > 0, dtype=torch.bool)
     if key_mask is not None:

@@ -1,35 +1,52 @@
 """The model, as a difference from transformers' LLaMA: content tokens and query slots in one decoder pass."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv, rotate_half
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, repeat_kv, rotate_half
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .chunked_loss import chunked_cross_entropy
 from .configuration_a3_llama import A3LlamaConfig
 from .generation import A3GenerationMixin
 from .infilling import A3InfillingMixin
 from .likelihood import A3LikelihoodMixin
-from .masks import View, Views, group_views, repeat_rows, sees_something
+from .masks import View, Views, group_views, repeat_rows, sees_something, slots_view
 from .scoring import A3ScoringMixin
 
 
 @dataclass
 class A3ModelOutput(BaseModelOutputWithPast):
     """Output of `A3LlamaModel`: `last_hidden_state` (B, Q, D) belongs to the query slots, `content_hidden_state`
-    (B, C, D) to the content tokens; `hidden_states` and `attentions`, when asked for, hold C + Q rows, content first
-    (the last of `hidden_states` holds the slots alone). `past_key_values` holds content keys and values only.
+    (B, C, D) to the content tokens (None where it was not computed); `hidden_states` and `attentions`, when asked for,
+    hold C + Q rows, content first (the last of `hidden_states` holds the slots alone). `past_key_values` holds content
+    keys and values only.
     """
 
     content_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class A3CausalLMOutput(CausalLMOutputWithPast):
+    """Output of `A3LlamaForCausalLM`: `token_losses` (B, Q), with `chunked_loss` alone, are each slot's own in nats, 0
+    where nothing is scored, without gradient; `content_hidden_state` (B, C, D) and `content_logits` (N, V) are there where
+    they were asked for.
+    """
+
+    token_losses: torch.FloatTensor | None = None
+    content_hidden_state: torch.FloatTensor | None = None
+    content_logits: torch.FloatTensor | None = None
 
 
 def eager_attention_forward(
@@ -62,7 +79,8 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
 
 class A3LlamaAttention(LlamaAttention):
     # Identical to LlamaAttention except: keys and values come from the first `content_length` rows only, and the mask is
-    # one view for all rows or two, the content's and the slots'.
+    # one view for all rows or several, of one run of rows after the other. With `slots_only` the content rows do nothing
+    # else: queries, views and the output are those of the slots.
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -71,15 +89,19 @@ class A3LlamaAttention(LlamaAttention):
         content_length: int,
         past_key_values: Cache | None = None,
         position_ids: torch.LongTensor | None = None,
+        slots_only: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # `position_ids` stop here: a flash kernel would read positions that don't ascend as several packed texts.
-        input_shape = hidden_states.shape[:-1]
         heads = (-1, self.head_dim)
         content_states = hidden_states[:, :content_length]
         cos, sin = position_embeddings
+        first_row = content_length if slots_only else 0
+        hidden_states = hidden_states[:, first_row:]
+        input_shape = hidden_states.shape[:-1]
 
-        query_states = apply_rotary(self.q_proj(hidden_states).unflatten(-1, heads).transpose(1, 2), cos, sin)
+        query_states = self.q_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        query_states = apply_rotary(query_states, cos[:, first_row:], sin[:, first_row:])
         key_states = self.k_proj(content_states).unflatten(-1, heads).transpose(1, 2)
         key_states = apply_rotary(key_states, cos[:, :content_length], sin[:, :content_length])
         value_states = self.v_proj(content_states).unflatten(-1, heads).transpose(1, 2)
@@ -91,12 +113,14 @@ class A3LlamaAttention(LlamaAttention):
             self.config._attn_implementation, eager_attention_forward
         )
         lengths = (input_shape[1],) if len(attention_mask) == 1 else (content_length, input_shape[1] - content_length)
+        if attention_mask[0].rows is not None:
+            lengths = tuple(view.rows for view in attention_mask)
         outputs = [
             attention_interface(
                 self,
                 queries,
-                key_states,
-                value_states,
+                key_states[:, :, : view.keys],
+                value_states[:, :, : view.keys],
                 view.mask,
                 dropout=0.0 if not self.training else self.attention_dropout,
                 scaling=self.scaling,
@@ -111,8 +135,25 @@ class A3LlamaAttention(LlamaAttention):
         return attn_output, attn_weights
 
 
+class A3LlamaLastLayer(LlamaDecoderLayer):
+    # Identical to LlamaDecoderLayer except: with `slots_only` the content rows give their keys and values and go no further,
+    # and the output (B, Q, D) is that of the slots.
+    def forward(
+        self, hidden_states: torch.Tensor, content_length: int, slots_only: bool = False, **kwargs
+    ) -> torch.Tensor:
+        if not slots_only:
+            return super().forward(hidden_states, content_length=content_length, **kwargs)
+        residual = hidden_states[:, content_length:]
+        hidden_states, _ = self.self_attn(
+            self.input_layernorm(hidden_states), content_length=content_length, slots_only=True, **kwargs
+        )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
 class A3LlamaPreTrainedModel(LlamaPreTrainedModel):
     config_class = A3LlamaConfig
+    _no_split_modules = ["LlamaDecoderLayer", "A3LlamaLastLayer"]
     # Old LLaMA checkpoints carry the rotary buffers, which are computed now.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
 
@@ -150,23 +191,30 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
 
     def __init__(self, config: A3LlamaConfig):
         super().__init__(config)
+        self.layers[-1] = A3LlamaLastLayer(config, layer_idx=config.num_hidden_layers - 1)
         for layer_idx, layer in enumerate(self.layers):
             layer.self_attn = A3LlamaAttention(config=config, layer_idx=layer_idx)
         # An nn.Embedding, not a bare nn.Parameter: a missing one is then initialised, and peft can train and save it.
         self.query_embed = nn.Embedding(1, config.hidden_size)
         self.post_init()
 
-    @torch.no_grad()
     def start_query_embed(self) -> None:
         """Sets `query_embed` to the mean token embedding at the token embeddings' scale. Left as it is (normal, with
-        the config's `initializer_range`) where the embeddings are not at hand, as when they are sharded.
+        the config's `initializer_range`) on the meta device.
         """
-        tokens = self.embed_tokens.weight
-        if tokens.is_meta or tokens.numel() == 0:
-            return
-        mean = tokens.float().mean(dim=0)
-        scale = tokens.float().pow(2).mean().sqrt() / mean.pow(2).mean().sqrt().clamp_min(1e-12)
-        self.query_embed.weight.copy_(mean * scale)
+        weights = [self.embed_tokens.weight, self.query_embed.weight]
+        if is_deepspeed_zero3_enabled():  # each rank has a part of each weight
+            # No import statement: those of a checkpoint's code must be met wherever it is loaded.
+            whole = import_module("deepspeed").zero.GatheredParameters(weights, modifier_rank=0)
+        else:
+            whole = nullcontext()
+        with torch.no_grad(), whole:
+            tokens, query = weights
+            if tokens.is_meta or tokens.numel() == 0:
+                return
+            mean = tokens.float().mean(dim=0)
+            scale = tokens.float().pow(2).mean().sqrt() / mean.pow(2).mean().sqrt().clamp_min(1e-12)
+            query.copy_(mean * scale)
 
     def first_layer_keys(self, input_ids: torch.LongTensor, position_ids: torch.LongTensor) -> torch.Tensor:
         """(B, H, C, D / H) the first layer's keys of content (B, C), which depend on nothing but id and position: what a
@@ -192,6 +240,9 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         target_position_ids: torch.LongTensor | None = None,
         target_group_ids: torch.LongTensor | None = None,
         slots_to_keep: int | torch.Tensor = 0,
+        document_ids: torch.LongTensor | None = None,
+        target_document_ids: torch.LongTensor | None = None,
+        content_hidden_state: bool = True,
         **kwargs,
     ) -> A3ModelOutput:
         """One pass over content tokens and query slots (paper §1, both streams with one set of weights).
@@ -209,10 +260,16 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             target_group_ids: (B, Q) groups of the slots; a slot sees content of earlier groups only.
             slots_to_keep: where slots follow every token, only the last n of them (0: all) or those of the given
                 indices, as LLaMA's `logits_to_keep`.
+            document_ids: (B, C) integers, with `group_ids` and without a cache: documents of one row don't see each other.
+                Their positions may go on from one to the next, for RoPE knows distances only.
+            target_document_ids: (B, Q) documents of the slots; needed beside `target_position_ids`.
+            content_hidden_state: False leaves the content rows of the last layer at keys and values, which is all that slots
+                need of them, and the output's `content_hidden_state` at None. Without slots, and with
+                `output_attentions`, which shows these rows, they are computed all the same.
 
         Raises:
-            ValueError: shapes that don't match, group ids that are not integers, or an attention implementation that
-                can't express the groups.
+            ValueError: shapes that don't match, ids that are not integers, documents where they can't be kept apart, or an
+                attention implementation that can't express the groups.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -229,6 +286,10 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         _check_arguments(
             inputs_embeds, attention_mask, position_ids, group_ids, target_position_ids, target_group_ids, num_cached
         )
+        if document_ids is not None or target_document_ids is not None:
+            _check_documents(
+                attention_mask, group_ids, target_position_ids, document_ids, target_document_ids, num_cached
+            )
 
         # 1. Positions of the content.
         has_groups = group_ids is not None
@@ -248,6 +309,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 group_ids = group_ids.expand(inputs_embeds.shape[0], -1)
             if target_position_ids is None:
                 target_position_ids, target_group_ids = position_ids, group_ids
+                target_document_ids = document_ids
             views = group_views(
                 implementation,
                 group_ids=group_ids,
@@ -255,6 +317,8 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 key_mask=attention_mask,
                 num_cached=num_cached,
                 num_keys=num_keys,
+                document_ids=document_ids,
+                target_document_ids=target_document_ids,
             )
         else:
             content_mask = create_causal_mask(
@@ -281,7 +345,14 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             rows = max(position_ids.shape[0], target_position_ids.shape[0])
             position_ids = torch.cat([position_ids.expand(rows, -1), target_position_ids.expand(rows, -1)], dim=1)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+        shows_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        slots_only = num_slots > 0 and not content_hidden_state and not shows_attentions
+        last_layer = self.config.num_hidden_layers - 1
+        for layer_idx, decoder_layer in enumerate(self.layers[: last_layer + 1]):
+            at_the_end = {}
+            if slots_only and layer_idx == last_layer:
+                views = slots_view(views, content_length)
+                at_the_end = {"slots_only": True}
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=views,
@@ -290,9 +361,12 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 content_length=content_length,
+                **at_the_end,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
+        if slots_only:
+            return A3ModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
         return A3ModelOutput(
             last_hidden_state=hidden_states[:, content_length:],
             content_hidden_state=hidden_states[:, :content_length],
@@ -328,8 +402,13 @@ class A3LlamaForCausalLM(
         group_ids: torch.LongTensor | None = None,
         target_position_ids: torch.LongTensor | None = None,
         target_group_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        target_document_ids: torch.LongTensor | None = None,
+        content_hidden_state: bool = False,
+        content_logits_at: tuple[torch.LongTensor, torch.LongTensor] | None = None,
+        chunked_loss: bool = False,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> A3CausalLMOutput:
         """Three forms, by what is given:
 
         - `model(input_ids)`: LLaMA's causal contract. `logits[:, t]` (B, C, V) predicts token t + 1; `labels` (B, C) are
@@ -338,13 +417,17 @@ class A3LlamaForCausalLM(
           groups. `labels` (B, C) are not shifted. The lowest group sees nothing: its logits mean nothing.
         - with `target_position_ids` and `target_group_ids` (B, Q): logits (B, Q, V) and `labels` (B, Q) follow them.
 
-        Other arguments as in `A3LlamaModel.forward`; −100 in `labels` is ignored.
+        Other arguments as in `A3LlamaModel.forward`; −100 in `labels` is ignored. `content_logits_at`, rows and indices (N,)
+        of content tokens, asks for what their own states forecast, `content_logits`. With `chunked_loss` the logits never
+        exist all at once: the output holds `loss` and `token_losses` (B, Q), and no logits.
 
         Raises:
             ValueError: as `A3LlamaModel.forward`; a label of another shape than its logits, at padding, or where a slot
-                sees nothing; `logits_to_keep` with groups or targets.
+                sees nothing; `logits_to_keep` with groups or targets; `chunked_loss` without labels or groups.
         """
         causal_contract = group_ids is None and target_position_ids is None
+        if chunked_loss and (labels is None or causal_contract):
+            raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
         if not causal_contract:
             if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
                 raise ValueError(
@@ -353,8 +436,20 @@ class A3LlamaForCausalLM(
             if labels is not None:
                 content = input_ids if input_ids is not None else inputs_embeds
                 num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+                if document_ids is not None:
+                    _check_documents(
+                        attention_mask, group_ids, target_position_ids, document_ids, target_document_ids, num_cached
+                    )
                 _check_labels(
-                    labels, content, attention_mask, group_ids, target_position_ids, target_group_ids, num_cached
+                    labels,
+                    content,
+                    attention_mask,
+                    group_ids,
+                    target_position_ids,
+                    target_group_ids,
+                    num_cached,
+                    document_ids,
+                    target_document_ids,
                 )
         outputs: A3ModelOutput = self.model(
             input_ids=input_ids,
@@ -367,17 +462,30 @@ class A3LlamaForCausalLM(
             target_position_ids=target_position_ids,
             target_group_ids=target_group_ids,
             slots_to_keep=logits_to_keep,
+            document_ids=document_ids,
+            target_document_ids=target_document_ids,
+            content_hidden_state=content_hidden_state or content_logits_at is not None,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
-
-        loss = None
-        if labels is not None:
+        content_logits = None
+        if content_logits_at is not None:
+            content_logits = self.lm_head(outputs.content_hidden_state[content_logits_at])
+        loss = token_losses = logits = None
+        if chunked_loss:
+            loss, token_losses = chunked_cross_entropy(
+                outputs.last_hidden_state, self.lm_head, labels, num_items=kwargs.get("num_items_in_batch")
+            )
+        else:
+            logits = self.lm_head(outputs.last_hidden_state)
+        if labels is not None and not chunked_loss:
             if not causal_contract:
                 kwargs["shift_labels"] = labels.contiguous()  # the loss takes these as they are
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return A3CausalLMOutput(
             loss=loss,
+            token_losses=token_losses,
+            content_hidden_state=outputs.content_hidden_state if content_hidden_state else None,
+            content_logits=content_logits,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -433,8 +541,40 @@ def _check_integer(name: str, ids: torch.Tensor) -> None:
         raise ValueError(f"{name} has dtype {ids.dtype}; it takes integers (lower = earlier)")
 
 
+def _check_documents(
+    attention_mask, group_ids, target_position_ids, document_ids, target_document_ids, num_cached
+) -> None:
+    if document_ids is None:
+        raise ValueError("target_document_ids needs document_ids: whose are the content tokens?")
+    if isinstance(attention_mask, tuple) or group_ids is None or num_cached:
+        raise ValueError(
+            "document_ids takes group_ids, no cache and no prepared views: only the masks of groups keep documents apart"
+        )
+    if document_ids.shape != group_ids.shape:
+        raise ValueError(
+            f"document_ids has shape {tuple(document_ids.shape)}; it takes that of input_ids, {tuple(group_ids.shape)}"
+        )
+    expected = None if target_position_ids is None else tuple(target_position_ids.shape)
+    got = None if target_document_ids is None else tuple(target_document_ids.shape)
+    if got != expected:
+        raise ValueError(
+            f"target_document_ids has shape {got} and target_position_ids {expected}; with document_ids they take the same"
+        )
+    for name, ids in (("document_ids", document_ids), ("target_document_ids", target_document_ids)):
+        if ids is not None and (ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex()):
+            raise ValueError(f"{name} has dtype {ids.dtype}; it takes integers")
+
+
 def _check_labels(
-    labels, content, attention_mask, group_ids, target_position_ids, target_group_ids, num_cached
+    labels,
+    content,
+    attention_mask,
+    group_ids,
+    target_position_ids,
+    target_group_ids,
+    num_cached,
+    document_ids,
+    target_document_ids,
 ) -> None:
     expected = (content.shape[0], content.shape[1] if target_position_ids is None else target_position_ids.shape[1])
     if tuple(labels.shape) != expected:
@@ -450,7 +590,14 @@ def _check_labels(
     target_groups = group_ids if slots_are_tokens else target_group_ids
     if target_groups.shape[1] == 0:
         return
-    blind = scored & ~sees_something(group_ids, target_groups, attention_mask, num_cached)
+    blind = scored & ~sees_something(
+        group_ids,
+        target_groups,
+        attention_mask,
+        num_cached,
+        document_ids=document_ids,
+        target_document_ids=document_ids if slots_are_tokens else target_document_ids,
+    )
     if blind.any():
         row, slot = blind.nonzero()[0].tolist()
         raise ValueError(

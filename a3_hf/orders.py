@@ -1,7 +1,8 @@
 """Orders: which token is generated when, and together with which others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ class Layout(NamedTuple):
     group_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    document_ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class GroupOrder:
         group_ids: (B, S) integers, lower = earlier; −1 at padding.
         attention_mask: (B, S) bool, False at padding.
         given_mask: (B, S) bool, True where a token is known from the start.
+        context_mask: (B, S) bool, True where a token has its turn in the order but is not scored; None: nowhere.
 
     Every builder takes `attention_mask` (B, S), True or 1 at real tokens; `given_mask` (B, S), by default the first real
     token of each row (BOS), and where chance is needed a `generator`: one for the batch, or one per row, so that a row's
@@ -44,6 +47,7 @@ class GroupOrder:
     group_ids: torch.Tensor
     attention_mask: torch.Tensor
     given_mask: torch.Tensor
+    context_mask: torch.Tensor | None = None
 
     @classmethod
     def left_to_right(cls, attention_mask: torch.Tensor, *, given_mask: torch.Tensor | None = None) -> "GroupOrder":
@@ -157,27 +161,52 @@ class GroupOrder:
 
     @property
     def scored_mask(self) -> torch.Tensor:
-        """(B, S), True where a token is generated rather than given."""
-        return self.attention_mask & ~self.given_mask
+        """(B, S), True where a token is generated rather than given, and not context alone."""
+        scored = self.attention_mask & ~self.given_mask
+        return scored if self.context_mask is None else scored & ~self.context_mask
+
+    def scoring_last(self, share: Fraction) -> "GroupOrder":
+        """The same order with the last `share` (above 0, at most 1) of each row's open tokens scored alone, what comes
+        before them being context (XLNet's partial prediction; not specified in the paper). A group on the boundary is
+        scored whole.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}; it takes a number above 0 and at most 1")
+        is_open = self.attention_mask & ~self.given_mask
+        num_open = is_open.long().sum(dim=1, keepdim=True)
+        num_context = num_open * (share.denominator - share.numerator) // share.denominator
+        group = self.group_ids.clamp_min(0).long()
+        per_group = torch.zeros_like(group).scatter_add(1, group, is_open.long())
+        through_its_group = per_group.cumsum(dim=1).gather(1, group)
+        return replace(self, context_mask=is_open & (through_its_group <= num_context))
 
     def generation_order(self) -> torch.Tensor:
         """(B, S) indices into the text: its positions in the order in which they are generated, padding last."""
         last = torch.iinfo(self.group_ids.dtype).max
         return self.group_ids.masked_fill(~self.attention_mask, last).argsort(dim=1, stable=True)
 
-    def lay_out(self, input_ids: torch.Tensor) -> Layout:
+    def lay_out(self, input_ids: torch.Tensor, *, document_ids: torch.Tensor | None = None) -> Layout:
         """Stores a batch (B, S) in generation order, where content and slot masks are block-causal whatever the order and
         the permutation lives in `position_ids` alone. `labels` are −100 at given tokens and padding.
+
+        Args:
+            document_ids: (B, S), which document of its row a token belongs to. Their tokens share one order, and positions
+                go on from one document to the next: RoPE knows distances only, so it is for the mask to keep them apart.
+
+        Raises:
+            ValueError: a shape that is not the order's.
         """
-        if input_ids.shape != self.group_ids.shape:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; this order is for {tuple(self.group_ids.shape)}"
-            )
+        for name, tensor in (("input_ids", input_ids), ("document_ids", document_ids)):
+            if tensor is not None and tensor.shape != self.group_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; this order is for {tuple(self.group_ids.shape)}"
+                )
         index = self.generation_order()
         position_ids = (self.attention_mask.long().cumsum(1) - 1).clamp_min(0)
         labels = input_ids.masked_fill(~self.scored_mask, -100)
         stored = (tensor.gather(1, index) for tensor in (input_ids, position_ids, self.group_ids))
-        return Layout(*stored, self.attention_mask.gather(1, index), labels.gather(1, index))
+        documents = None if document_ids is None else document_ids.gather(1, index)
+        return Layout(*stored, self.attention_mask.gather(1, index), labels.gather(1, index), documents)
 
 
 ORDERS = ("left_to_right", "right_to_left", "random", "spans")

@@ -4,15 +4,22 @@ import math
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import is_bitsandbytes_available
 
+from .adapters import base_of, check_same, check_start, four_bits, load_to_train, load_tokenizer
 from .arguments import A3TrainingArguments, Recipe
-from .curriculum import Schedule
+from .configuration_a3_llama import A3LlamaConfig
+from .curriculum import RECORD, AdaptiveSchedule, Schedule
 from .data import RowCollator, load_rows
 from .modeling_a3_llama import A3LlamaForCausalLM
+from .plan import print_plan
+from .plot import can_plot, plot_losses
+from .streaming import StreamTrainer, check_readers, open_mixture
 from .trainer import (
     EVALUATION_ORDERS,
     A3Trainer,
@@ -23,6 +30,7 @@ from .trainer import (
 )
 
 METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "losses.png"
 STATE_FILE = "trainer_state.json"
 INTERRUPTED = 130
 
@@ -50,6 +58,36 @@ def run(recipe: Recipe, *, resume: bool = True) -> int:
         return INTERRUPTED
 
 
+def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
+    """Prints what the run of a recipe will read, do and take (`a3_hf.plan`), and trains nothing. The data is opened as a
+    run does, so that what would stop it there is known.
+
+    Args:
+        accelerate_configs: a folder of accelerate configs, for each of which memory is reckoned.
+        tflops: TFLOP/s that a GPU is taken to reach.
+
+    Raises:
+        ValueError: settings, files or a curriculum that can't be used.
+    """
+    _check_settings(recipe)
+    tokenizer, config = _load_tokenizer_and_config(recipe)
+    train_rows, _ = _load_rows(recipe, tokenizer, config)
+    training = recipe.training
+    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    max_steps = training.max_steps
+    if max_steps <= 0:
+        max_steps = math.ceil(training.num_train_epochs * math.ceil(len(train_rows) / rows_per_step))
+    print_plan(
+        recipe,
+        config=config,
+        schedule=recipe.curriculum.resolve(max_steps=max_steps, tokens_per_step=rows_per_step * recipe.data.block_size),
+        rows=train_rows,
+        tokenizer=tokenizer,
+        accelerate_configs=accelerate_configs,
+        tflops=tflops,
+    )
+
+
 def _run(recipe: Recipe, *, resume: bool) -> int:
     training = recipe.training
     output_dir = Path(training.output_dir)
@@ -65,28 +103,25 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     checkpoint = _find_checkpoint(training, output_dir, resume=resume)
 
     # 2. Data, model, trainer.
-    tokenizer_path = recipe.model.tokenizer_name_or_path or recipe.model.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    config = AutoConfig.from_pretrained(recipe.model.model_name_or_path)
-    with training.main_process_first(local=False, desc="packing rows"):
-        train_rows, eval_rows = load_rows(
-            recipe.data, tokenizer, seed=training.seed, context_length=config.max_position_embeddings
-        )
-    if eval_rows is None and training.eval_strategy != IntervalStrategy.NO:
-        raise ValueError(
-            f"eval_strategy={training.eval_strategy.value!r} needs something to evaluate on: set validation_file or "
-            "validation_documents, or eval_strategy: no"
-        )
+    tokenizer, config = _load_tokenizer_and_config(recipe)
+    if checkpoint is not None:
+        check_same(checkpoint, recipe.lora, config)
+    train_rows, eval_rows = _load_rows(recipe, tokenizer, config)
     if is_main and eval_rows is not None and training.eval_strategy == IntervalStrategy.NO:
         print("eval_strategy is 'no': losses are not measured; 'steps' measures them at the end of each stage as well.")
 
     state = TrainerState.load_from_json(str(checkpoint / STATE_FILE)) if checkpoint is not None else None
     steps_are_done = state is not None and _are_done(training, state)
-    model = A3LlamaForCausalLM.from_pretrained(
+    dtype = getattr(torch, recipe.model.dtype)
+    model = load_to_train(
+        recipe.model.model_name_or_path,
+        recipe.lora,
         # Killed between the last step and the final save: nothing is left to train.
-        checkpoint if steps_are_done else recipe.model.model_name_or_path,
-        dtype=getattr(torch, recipe.model.dtype),
+        finished=checkpoint if steps_are_done else None,
+        seed=training.seed,
+        dtype=dtype,
         attn_implementation=recipe.model.attn_implementation,
+        **({"quantization_config": four_bits(dtype)} if recipe.model.load_in_4bit else {}),
     )
     trainer = _make_trainer(recipe, model, tokenizer, train_rows, eval_rows, is_resumed=checkpoint is not None)
     interrupt = InterruptCallback()
@@ -97,6 +132,8 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     # 3. Training.
     if steps_are_done:
         trainer.state = state
+        if isinstance(trainer.schedule, AdaptiveSchedule):
+            trainer.schedule.restore(state.stateful_callbacks.get(RECORD), step=state.global_step)
     else:
         if is_main and checkpoint is not None:
             print(f"Resuming from {checkpoint} (step {state.global_step} of {max_steps}).")
@@ -117,12 +154,22 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         table = losses_table(trainer.state, trainer.schedule)
         if table is not None:
             Console().print(table)
+        if not can_plot():
+            print("matplotlib is not installed, so no plot of the losses: pip install 'a3-hf[plot]'")
+        elif plot_losses(
+            trainer.state.log_history,
+            output_dir / PLOT_FILE,
+            stages=[stage.name for stage in trainer.schedule.stages],
+            ends=trainer.schedule.ends,
+            tokens_per_step=trainer.get_total_train_batch_size(training) * recipe.data.block_size,
+        ):
+            print(f"The losses over the tokens are drawn in {output_dir / PLOT_FILE}.")
         print(f"The model is in {output_dir}. To use it:")
         print(_next_command(output_dir))
     return 0
 
 
-def losses_table(state: TrainerState, schedule: Schedule) -> Table | None:
+def losses_table(state: TrainerState, schedule: Schedule | AdaptiveSchedule) -> Table | None:
     """The losses of each evaluation order before training and after each stage, in nats per token; None where none was
     measured.
     """
@@ -140,9 +187,33 @@ def losses_table(state: TrainerState, schedule: Schedule) -> Table | None:
     return table if table.row_count else None
 
 
+def _load_tokenizer_and_config(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, A3LlamaConfig]:
+    path = recipe.model.model_name_or_path
+    tokenizer = load_tokenizer(recipe.model.tokenizer_name_or_path or path)
+    config = A3LlamaConfig.from_pretrained(base_of(path))
+    check_start(path, recipe.lora, config)
+    return tokenizer, config
+
+
+def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A3LlamaConfig):
+    """The rows to train on and to evaluate on (None: there are none)."""
+    training = recipe.training
+    load = load_rows if recipe.data.sources is None else open_mixture
+    with training.main_process_first(local=False, desc="packing rows"):
+        train_rows, eval_rows = load(
+            recipe.data, tokenizer, seed=training.seed, context_length=config.max_position_embeddings
+        )
+    if eval_rows is None and training.eval_strategy != IntervalStrategy.NO:
+        raise ValueError(
+            f"eval_strategy={training.eval_strategy.value!r} needs something to evaluate on: set validation_file or "
+            "validation_documents, or eval_strategy: no"
+        )
+    return train_rows, eval_rows
+
+
 def _make_trainer(
     recipe: Recipe,
-    model: A3LlamaForCausalLM,
+    model: A3LlamaForCausalLM | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_rows,
     eval_rows,
@@ -153,7 +224,8 @@ def _make_trainer(
     # The losses "before" are those of step 0; a resumed run has them in its state.
     training.eval_on_start = training.eval_strategy != IntervalStrategy.NO and not is_resumed
     pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return A3Trainer(
+    trainer = A3Trainer if recipe.data.sources is None else StreamTrainer
+    return trainer(
         model,
         training,
         curriculum=recipe.curriculum,
@@ -162,6 +234,10 @@ def _make_trainer(
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         tokens_per_row=recipe.data.block_size,
+        loss=training.loss,
+        peak_flops=training.peak_flops,
+        content_loss_weight=training.content_loss_weight,
+        distillation_weight=training.distillation_weight,
     )
 
 
@@ -169,6 +245,21 @@ def _check_settings(recipe: Recipe) -> None:
     training = recipe.training
     if training.save_only_model:
         raise ValueError("save_only_model=True: such checkpoints can't be resumed from; leave it out")
+    if recipe.model.load_in_4bit and recipe.lora is None:
+        raise ValueError("load_in_4bit=True: weights in 4 bits can't be trained; set lora, whose adapters can")
+    if recipe.model.load_in_4bit and not is_bitsandbytes_available():
+        raise ValueError("load_in_4bit=True needs bitsandbytes: pip install bitsandbytes")
+    if recipe.data.sources is not None:
+        if training.max_steps <= 0:
+            raise ValueError(f"max_steps={training.max_steps}: sources have no end; set how many steps the run has")
+        check_readers(
+            recipe.data.num_shards, world_size=training.world_size, num_workers=training.dataloader_num_workers
+        )
+    if training.content_loss_weight and recipe.lora is not None and recipe.lora.rows == "slots":
+        raise ValueError(
+            f"content_loss_weight={training.content_loss_weight}: with lora.rows 'slots' the content stream is not "
+            "trained; leave it out"
+        )
     for name, path in (("train_file", recipe.data.train_file), ("validation_file", recipe.data.validation_file)):
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{name}={path!r}: there is no such file (relative paths start at {Path.cwd()})")

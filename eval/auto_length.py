@@ -14,9 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from rich.progress import track
-from transformers import AutoTokenizer
 
-from a3_hf import A3LlamaForCausalLM
+from a3_hf.adapters import load_model, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import FULL
@@ -33,8 +32,8 @@ def main() -> None:
     parser.add_argument("--strategy", default="dynamic", choices=["groupwise", "dynamic"])
     arguments = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = A3LlamaForCausalLM.from_pretrained(arguments.model).eval()
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_model(arguments.model).eval()
     steps = FULL.pretraining_steps + FULL.adaptation_steps
     stories = sample_stories(FULL.held_out + steps * FULL.batch_size, seed=arguments.seed)[: arguments.count]
     rng = random.Random(arguments.seed)

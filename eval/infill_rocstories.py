@@ -11,9 +11,7 @@ import csv
 from itertools import islice
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from a3_hf import A3LlamaForCausalLM
+from a3_hf.adapters import load_model, load_tokenizer
 from a3_hf.templates import encode_piece
 
 
@@ -41,8 +39,8 @@ def main() -> None:
     sampling = (
         {} if arguments.temperature is None else {"do_sample": True, "temperature": arguments.temperature, "seed": 0}
     )
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = A3LlamaForCausalLM.from_pretrained(arguments.model).eval()
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_model(arguments.model).eval()
     for number, sentences in enumerate(islice(read_stories(arguments.stories), arguments.count), start=1):
         length = len(encode_piece(tokenizer, " " + sentences[2], is_start=False))
         template = f"{' '.join(sentences[:2])} <blank:{length}> {' '.join(sentences[3:])}"

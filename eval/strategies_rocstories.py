@@ -17,9 +17,8 @@ from infill_rocstories import read_stories
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoTokenizer
 
-from a3_hf import A3LlamaForCausalLM
+from a3_hf.adapters import load_model, load_tokenizer
 from a3_hf.orders import GroupOrder
 from a3_hf.templates import encode_piece
 
@@ -35,7 +34,7 @@ STRATEGIES = {
         for drafts in (4, 8)
         for source in ("model", "ngram")
     },
-    "speculative 4, model, sampled": {"strategy": "speculative", "draft_tokens": 4, "do_sample": True, "seed": 0},
+    "speculative 4, sampled": {"strategy": "speculative", "draft_tokens": 4, "do_sample": True, "seed": 0},
     "refine": {"strategy": "refine"},
     "refine, keep all": {"strategy": "refine", "refine_keep": "all"},
 }
@@ -61,12 +60,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("stories", type=Path)
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--tasks", nargs="+", choices=["infill", "continue"], default=["infill", "continue"])
     arguments = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = A3LlamaForCausalLM.from_pretrained(arguments.model).eval()
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_model(arguments.model).eval()
     stories = list(islice(read_stories(arguments.stories), arguments.count))
-    for task in ("infill", "continue"):
+    for task in arguments.tasks:
         likelihoods = {name: [] for name in STRATEGIES}
         tokens, passes, same, most = dict.fromkeys(STRATEGIES, 0), dict.fromkeys(STRATEGIES, 0), {}, {}
         for sentences in track(stories, task, transient=True):

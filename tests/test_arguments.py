@@ -1,6 +1,6 @@
 import pytest
 
-from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, parse_recipe
+from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, SourceArguments, parse_recipe
 from a3_hf.curriculum import Curriculum
 
 STAGES = [{"name": "ar", "until": 0.2}, {"name": "expand", "until": 0.5, "group_size": [1, 4]}]
@@ -186,6 +186,81 @@ def test_the_file_itself(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.yaml: .*recipe"):
             parse_recipe(path)
+
+
+SOURCES = RECIPE.replace(
+    "train_file: stories.txt", "sources:\n  web: {dataset_name: some/data, weight: 2}\n  own: {path: a.txt}"
+)
+
+
+def test_sources_are_checked_and_their_weights_are_numbers(recipe):
+    data = parse_recipe(recipe("num_shards: 8\ndocuments: isolated", text=SOURCES)).data
+    assert data.sources == {
+        "web": SourceArguments(dataset_name="some/data", weight=2.0),
+        "own": SourceArguments(path="a.txt"),
+    }
+    assert (data.num_shards, data.documents) == (8, "isolated")
+
+
+def test_the_command_line_replaces_a_source(recipe):
+    overrides = ["--sources.web.path", "b.jsonl", "--sources.own.weight=0.25", "--sources.own.text_column", "3"]
+    data = parse_recipe(recipe(text=SOURCES), [*overrides, "--block_size", "16"]).data
+    assert data.sources == {
+        "web": SourceArguments(path="b.jsonl", weight=2.0),
+        "own": SourceArguments(path="a.txt", weight=0.25, text_column="3"),
+    }
+    assert data.block_size == 16
+    data = parse_recipe(recipe(text=SOURCES), ["--sources.own.dataset_name=other/data"]).data
+    assert data.sources["own"] == SourceArguments(dataset_name="other/data")
+    data = parse_recipe(recipe(text=SOURCES), ["--sources", "{one: {path: c.txt}}"]).data
+    assert data.sources == {"one": SourceArguments(path="c.txt")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["--sources.wob.path", "b"],
+            "unknown setting '--sources.wob.path': the recipe has no such source; its.*web, own",
+        ),
+        (["--sources.web.paht", "b"], "unknown setting '--sources.web.paht'; did you mean 'path'"),
+        (["--sources.web.path"], "--sources.web.path: expected one argument"),
+        (["--sources.web.weight", "much"], "sources: web: weight takes a number, got 'much'"),
+        (["--sources.web.weight", "0"], "sources: web: weight=0.0: takes a number above 0"),
+        (["--sources", "[a]"], "sources: takes a mapping"),
+    ],
+)
+def test_bad_overrides_of_sources_are_named(recipe, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe(text=SOURCES), overrides)
+    with pytest.raises(ValueError, match=r"the recipe has no such source; it has none"):
+        parse_recipe(recipe(), ["--sources.web.path", "b"])
+
+
+@pytest.mark.parametrize(
+    ("sources", "extra", "message"),
+    [
+        ("[a, b]", "", "sources takes a mapping or null, got"),
+        ("{}", "", "sources: takes a mapping"),
+        ("{a: b.txt}", "", "sources: a takes a mapping of path"),
+        ("{a/b: {path: b.txt}}", "", "sources: a source's name is letters"),
+        ("{a: {path: b.txt, weigth: 1}}", "", "sources: a: unknown key 'weigth'; did you mean 'weight'"),
+        ("{a: {path: 3}}", "", "sources: a: path takes text or null, got 3"),
+        ("{a: {weight: 1}}", "", "sources: a: path=None, dataset_name=None: set one of the two"),
+        ("{a: {path: b, dataset_name: c}}", "", "sources: a: path='b', dataset_name='c': set one of the two"),
+        ("{a: {path: b, dataset_config_name: c}}", "", "sources: a: dataset_config_name='c' has no effect"),
+        ("{a: {path: b, weight: -1}}", "", "sources: a: weight=-1.0"),
+        ("{a: {path: b}}", "train_file: c", "train_file='c' and sources: set one"),
+        ("{a: {path: b}}", "max_train_rows: 3", "max_train_rows=3: of sources, as much is read as max_steps needs"),
+        ("{a: {path: b}}", "shuffle_documents: true", "shuffle_documents=True: sources are read in the order"),
+        ("{a: {path: b}}", "num_shards: 0", "num_shards=0: takes 1 or more"),
+        ("null", "train_file: c\nnum_shards: 4", "num_shards=4 has no effect without sources"),
+        ("{a: {path: b}}", "documents: apart", "documents takes one of 'joined', 'isolated'"),
+    ],
+)
+def test_bad_sources_are_named(recipe, sources, extra, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe(extra, text=RECIPE.replace("train_file: stories.txt", f"sources: {sources}")))
 
 
 def test_direct_construction_refuses_too():

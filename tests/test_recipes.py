@@ -1,21 +1,28 @@
+import json
+import random
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+import zstandard
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import IterableDataset
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-import a3_hf.data
+import a3_hf.streaming
 from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
 from a3_hf.arguments import parse_recipe
+from a3_hf.cli import app
 from a3_hf.data import load_rows
+from a3_hf.streaming import check_readers, open_mixture
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 LOCAL = ROOT / "recipes/stories260k/config_cpu.yaml"
-HUB_RECIPES = [path for path in RECIPES if path != LOCAL]
+HUB_RECIPES = [path for path in RECIPES if path.parent != LOCAL.parent and path.name == "config_full.yaml"]
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 
@@ -26,7 +33,9 @@ def name_of(path):
 def test_there_are_recipes():
     assert LOCAL in RECIPES
     assert len(HUB_RECIPES) >= 3
-    assert {"cpu.yaml", "ddp.yaml", "fsdp2.yaml", "zero2.yaml", "zero3.yaml"} <= {path.name for path in ACCELERATE_CONFIGS}
+    assert {"cpu.yaml", "ddp.yaml", "fsdp2.yaml", "zero2.yaml", "zero3.yaml"} <= {
+        path.name for path in ACCELERATE_CONFIGS
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -38,7 +47,7 @@ def test_a_recipe_parses_and_its_curriculum_resolves(path):
     text = path.read_text(encoding="utf-8")
     assert re.search(r"^seed: \d+", text, re.MULTILINE)
     assert re.search(r"^output_dir: runs/", text, re.MULTILINE)
-    assert "../shared" not in text or path == LOCAL
+    assert "../shared" not in text or path.parent == LOCAL.parent
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -64,8 +73,11 @@ def test_accelerate_reads_its_configs(path):
     if path.stem.startswith("fsdp2"):
         assert config.fsdp_config["fsdp_version"] == 2
         wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
-        model = A3LlamaForCausalLM(A3LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=8))
-        assert {type(layer).__name__ for layer in model.model.layers} == {wrapped}
+        model = A3LlamaForCausalLM(
+            A3LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=8)
+        )
+        assert all(wrapped in {kind.__name__ for kind in type(layer).__mro__} for layer in model.model.layers)
+        assert {type(layer).__name__ for layer in model.model.layers} <= set(model._no_split_modules)
     if path.stem.startswith("zero"):
         assert config.deepspeed_config["zero_stage"] == int(path.stem[4])
 
@@ -89,28 +101,68 @@ def test_hub_recipes_make_steps_of_half_a_million_tokens():
         training = recipe.training
         rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
         assert rows * recipe.data.block_size == 524288
-        assert recipe.data.max_train_rows == rows * training.max_steps
+        check_readers(recipe.data.num_shards, world_size=processes, num_workers=training.dataloader_num_workers)
 
 
 @pytest.mark.parametrize("path", HUB_RECIPES, ids=name_of)
-def test_hub_recipes_go_as_far_as_the_download(path, monkeypatch):
-    class Downloading(Exception):
-        pass
+def test_hub_recipes_stream_the_papers_two_sources(path, monkeypatch):
+    opened = []
 
-    def load_dataset(*names, split, cache_dir):
-        raise Downloading(names, split)
+    def stream(name, config, *, split, streaming):
+        assert streaming
+        opened.append((name, config, split))
+        return IterableDataset.from_generator(lambda: iter([{"text": "the dog " * 1000}] * 200))
 
-    recipe = parse_recipe(path)
-    for name in (recipe.model.model_name_or_path, recipe.data.dataset_name):
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(a3_hf.data, "load_dataset", load_dataset)
+    recipe = parse_recipe(path, ["--validation_documents", "10"])
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.model_name_or_path)
+    monkeypatch.setattr(a3_hf.streaming, "load_dataset", stream)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1})), bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
     )
-    with pytest.raises(Downloading) as reached:
-        load_rows(recipe.data, tokenizer, seed=recipe.training.seed, context_length=131072)
-    assert reached.value.args == (("HuggingFaceFW/fineweb", "sample-10BT"), "train")
+    mixture, evaluation = open_mixture(recipe.data, tokenizer, seed=recipe.training.seed, context_length=131072)
+    assert opened == [("HuggingFaceFW/fineweb", "sample-10BT", "train"), ("cerebras/SlimPajama-627B", None, "train")]
+    assert [len(row["input_ids"]) for row in (next(iter(mixture)), evaluation[0])] == [2048, 2048]
+
+
+def test_the_papers_recipe_runs_on_a_small_model_and_local_files(stories, tmp_path):
+    """Model, sources and sizes are replaced on the command line alone."""
+    words = random.Random(0)
+    names = ["Tom", "Lily", "the dog", "a cat", "the sun", "mom"]
+    for name, suffix in (("fineweb", "jsonl"), ("slimpajama", "jsonl.zst")):
+        texts = [f"{words.choice(names)} saw {words.choice(names)}. " * words.randrange(1, 9) for _ in range(400)]
+        lines = "".join(json.dumps({"text": text, "meta": {"source": name}}) + "\n" for text in texts).encode()
+        (tmp_path / f"{name}.{suffix}").write_bytes(zstandard.compress(lines) if suffix.endswith("zst") else lines)
+    recipe = ROOT / "recipes/llama-3.1-8b/config_full.yaml"
+    replaced = {
+        "model_name_or_path": stories,
+        "sources.fineweb.path": tmp_path / "fineweb.jsonl",
+        "sources.slimpajama.path": tmp_path / "slimpajama.jsonl.zst",
+        "block_size": 64,
+        "validation_documents": 20,
+        "max_eval_rows": 4,
+        "max_steps": 6,
+        "gradient_accumulation_steps": 4,
+        "dataloader_num_workers": 0,
+        "warmup_steps": 1,
+        "learning_rate": 1e-3,
+        "curriculum": "{unit: steps, stages: [{name: ar, until: 2}, {name: expand, until: 4, group_size: [1, 4]}, "
+        "{name: permute, group_size: 4}]}",
+        "logging_steps": 1,
+        "eval_steps": 6,
+        "save_steps": 4,
+        "use_cpu": "true",
+        "output_dir": tmp_path / "out",
+    }
+    options = [word for name, value in replaced.items() for word in (f"--{name}", str(value))]
+    done = CliRunner().invoke(app, ["adapt", str(recipe), *options])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "loss per order" in done.output
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    position = json.loads((tmp_path / "out" / "checkpoint-4" / "stream_position.json").read_text())
+    assert position["num_batches"] == 16
+    assert set(position["mixture"]["weights"]) == {"fineweb", "slimpajama"}
 
 
 def test_the_local_recipe_reads_its_data(tmp_path):

@@ -17,8 +17,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "a3_hf"
 # Each file may import from those that stand before it, in its own line excepted.
 LAYERS = [
-    {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "cpu"},
-    {"curriculum", "likelihood", "generation_config", "lengths", "scoring"},
+    {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "cpu"}
+    | {"chunked_loss", "plateaus", "throughput"},
+    {"mixtures"},
+    {"stages"},
+    {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
     {"canvas", "observers"},
     {"processors"},
     {"strategies"},
@@ -26,13 +29,15 @@ LAYERS = [
     {"infilling"},
     {"modeling_a3_llama"},
     {"arguments", "trainer", "pipeline"},
-    {"data"},
+    {"data", "adapters", "plot"},
+    {"streaming", "plan"},
     {"train"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 PURE = {"orders", "masks", "decoding"}
 FLAT = {
+    "chunked_loss",
     "configuration_a3_llama",
     "modeling_a3_llama",
     "generation_config",
@@ -147,7 +152,7 @@ def test_readme_commands_exist(command):
                 assert option.split("=")[0] in shown.output, f"{command!r}: no such option"
 
 
-@pytest.mark.parametrize("command", ["adapt", "infill", "generate", "score"])
+@pytest.mark.parametrize("command", ["adapt", "infill", "generate", "score", "merge"])
 def test_help_names_every_command(command):
     assert command in CliRunner().invoke(app, ["--help"]).output
 

@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from a3_hf.curriculum import Curriculum, CurriculumCallback
 from a3_hf.orders import GroupOrder
+from a3_hf.throughput import training_flops
 from a3_hf.trainer import (
     EVALUATION_SEED,
     A3Trainer,
@@ -58,7 +59,19 @@ def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-def make_trainer(output_dir, train=None, evaluation=None, *, stages=STAGES, model=None, callbacks=(), **settings):
+def make_trainer(
+    output_dir,
+    train=None,
+    evaluation=None,
+    *,
+    stages=STAGES,
+    model=None,
+    callbacks=(),
+    loss="plain",
+    content_loss_weight=0.0,
+    distillation_weight=0.0,
+    **settings,
+):
     settings = {
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 2,
@@ -81,6 +94,9 @@ def make_trainer(output_dir, train=None, evaluation=None, *, stages=STAGES, mode
         train_dataset=train,
         eval_dataset=evaluation,
         callbacks=callbacks,
+        loss=loss,
+        content_loss_weight=content_loss_weight,
+        distillation_weight=distillation_weight,
     )
 
 
@@ -449,3 +465,124 @@ def test_no_checkpoints(tmp_path):
     assert last_whole_checkpoint(tmp_path / "none") == (None, [])
     (tmp_path / "checkpoint-best").mkdir()
     assert last_whole_checkpoint(tmp_path) == (None, [])
+
+
+# Documents apart, and the chunked loss
+
+
+def document_rows(lengths) -> tuple[list[dict], list[dict]]:
+    """Rows of two documents, which start with a given token each, and the same documents in rows of their own."""
+    joined, alone = rows(lengths), []
+    for row in joined:
+        cut = max(len(row["input_ids"]) // 2, 1)
+        row["labels"] = [-100 if i in (0, cut) else token for i, token in enumerate(row["input_ids"])]
+        row["document_ids"] = [1 + (i >= cut) for i in range(len(row["input_ids"]))]
+        alone += [{name: row[name][part] for name in row} for part in (slice(0, cut), slice(cut, None))]
+    return joined, alone
+
+
+@pytest.mark.parametrize("loss", ["plain", "chunked"])
+def test_documents_are_kept_apart_in_training_and_evaluation(tmp_path, loss):
+    joined, alone = document_rows([9, 6, 8, 9, 7, 8, 9, 4])
+
+    def collate_documents(batch):
+        width = max(len(row["input_ids"]) for row in batch)
+        documents = [row["document_ids"] + [0] * (width - len(row["document_ids"])) for row in batch]
+        return {**collate(batch), "document_ids": torch.tensor(documents)}
+
+    trainer = make_trainer(tmp_path, joined, joined, stages=[{"name": "ar", "until": 1}, {"name": "expand"}], loss=loss)
+    trainer.data_collator = collate_documents
+    apart = make_trainer(tmp_path, evaluation=alone, loss=loss)
+    # left to right, the order within a document is that of the row
+    measured, expected = trainer.evaluate(), apart.evaluate()
+    name = "eval_loss_left_to_right"
+    assert measured[name] == pytest.approx(expected[name], abs=1e-5)
+
+    trainer.train()
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    model = tiny_model()
+    batch = [alone[index] for index in alone_of_first_step(trainer)]
+    total = sum(naive_loss(model, row, naive_groups(row, "contiguous", 1, None)).item() for row in batch)
+    scored = sum(label != -100 for row in batch for label in row["labels"])
+    assert first == pytest.approx(total / scored, abs=2e-5)
+
+
+def alone_of_first_step(trainer) -> list[int]:
+    """The documents in the first update step of a fresh loader, two for each row."""
+    order = list(trainer.get_train_dataloader().batch_sampler)[:2]
+    return [2 * int(row) + part for batch in order for row in batch for part in (0, 1)]
+
+
+def test_bad_documents_are_refused():
+    inputs = {
+        "input_ids": torch.ones(1, 4, dtype=torch.long),
+        "attention_mask": torch.ones(1, 4),
+        "labels": torch.tensor([[-100, 5, 6, 7]]),
+    }
+    with pytest.raises(ValueError, match="document 2 in row 0 of the batch has no given token"):
+        given_tokens({**inputs, "document_ids": torch.tensor([[1, 1, 2, 2]])})
+    for wrong in ([[1, 1, 0, 2]], [[1, 1, 2]]):
+        with pytest.raises(ValueError, match="document_ids has shape"):
+            given_tokens({**inputs, "document_ids": torch.tensor(wrong)})
+    assert given_tokens({**inputs, "document_ids": torch.ones(1, 4, dtype=torch.long)}).sum() == 1
+
+
+def test_the_chunked_loss_trains_and_evaluates_as_the_plain_one(tmp_path):
+    train, evaluation = rows([9, 4, 7, 2, 8, 3, 9, 5] * 2), rows([9, 4, 7, 2, 8], seed=3)
+    found = []
+    for loss in ("plain", "chunked"):
+        trainer = make_trainer(tmp_path, train, evaluation, loss=loss, optim="sgd")
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append((losses, trainer.evaluate(), trainer.model.state_dict()))
+    (plain, plain_metrics, plain_weights), (chunked, chunked_metrics, chunked_weights) = found
+    assert chunked == pytest.approx(plain, abs=1e-5) and len(plain) == 4
+    for name, loss in plain_metrics.items():
+        if name.startswith("eval_loss"):
+            assert chunked_metrics[name] == pytest.approx(loss, abs=1e-5)
+    for name, weight in plain_weights.items():
+        torch.testing.assert_close(chunked_weights[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_losses_that_do_not_exist_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="loss='fused'; it takes one of plain, chunked"):
+        make_trainer(tmp_path, rows([6] * 4), loss="fused")
+    with pytest.raises(ValueError, match="use_liger_kernel=True: Liger's kernels know no model"):
+        make_trainer(tmp_path, rows([6] * 4), use_liger_kernel=True)
+
+
+def test_logs_tell_what_training_costs(tmp_path):
+    trainer = make_trainer(tmp_path, rows([8] * 16))
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["stage_index"] for entry in logs] == [0, 1, 2, 3]
+    assert all(entry["tokens_per_second"] > 0 and entry["peak_memory_mib"] > 0 for entry in logs)
+    assert not any("mfu" in entry for entry in logs)
+
+    stated = A3Trainer(
+        tiny_model(),
+        TrainingArguments(str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True),
+        curriculum=Curriculum.from_config([{"name": "ar"}]),
+        data_collator=collate,
+        train_dataset=rows([8] * 8),
+        peak_flops=1e12,
+    )
+    stated.train()
+    entry = next(entry for entry in stated.state.log_history if "loss" in entry)
+    flops = training_flops(stated.model.config, length=8)
+    assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_training(tmp_path):
+    stages = [{"name": "ar", "until": 1}, {"name": "permute", "group_size": 2}]
+    losses = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch._dynamo.reset()
+        model = tiny_model(num_hidden_layers=1)
+        trainer = make_trainer(
+            tmp_path, rows([9] * 8), model=model, stages=stages, max_steps=2, optim="sgd", loss="chunked", **settings
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 2

@@ -1,0 +1,316 @@
+"""Low-rank adapters (peft's LoRA) on all rows or on the query slots alone: attached, loaded, merged."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers.trainer_utils import set_seed
+from transformers.utils import find_adapter_config_file
+
+from .arguments import LoraArguments
+from .modeling_a3_llama import A3LlamaForCausalLM
+
+ADAPTER = "default"  # peft's name of the one adapter
+# In adapter_config.json, where peft writes LORA: peft alone would adapt all rows, and so it must not load such a file.
+SLOT_ADAPTER_TYPE = "A3_SLOT_LORA"
+CONTENT_ONLY = ("k_proj", "v_proj")  # no slot passes these
+
+
+class SlotLinear(LoraLinear):
+    # Identical to peft's LoRA around a linear layer except: the adapter acts on the last `num_slots` rows alone. The others
+    # are what the base makes of them, and without slots nothing else is computed.
+    num_slots = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self.base_layer(x)
+        if self.num_slots == 0 or self.disable_adapters:
+            return result
+        # From the end: in the last layer the content rows may be gone by now.
+        slots = x[:, -self.num_slots :]
+        content, adapted = result[:, : -self.num_slots], result[:, -self.num_slots :]
+        for name in self.active_adapters:
+            down, up = self.lora_A[name], self.lora_B[name]
+            change = up(down(self.lora_dropout[name](slots.to(down.weight.dtype)))) * self.scaling[name]
+            adapted = adapted + change.to(result.dtype)
+        return torch.cat([content, adapted], dim=1)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(_NOT_MERGED)
+
+
+_NOT_MERGED = (
+    "an adapter with rows: slots can't be merged: content tokens pass the same weights without it; use it as it is, beside "
+    "its base"
+)
+
+
+@dataclass
+class SlotLoraConfig(LoraConfig):
+    # Identical to LoraConfig except: linear layers become `SlotLinear`, and the file says so.
+    def __post_init__(self):
+        super().__post_init__()
+        self._register_custom_module({nn.Linear: SlotLinear})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "peft_type": SLOT_ADAPTER_TYPE}
+
+
+def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
+    """Puts fresh adapters (which change nothing yet) into a model, from the global generator, and freezes all else but
+    `query_embed`, which is trained and saved with them. What is trained is in fp32, whatever the base is.
+
+    Raises:
+        ValueError: a target that matches nothing, or that no slot passes where `rows` is `"slots"`.
+    """
+    kind = SlotLoraConfig if lora.rows == "slots" else LoraConfig
+    return _wrap(
+        model,
+        kind(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=target_names(model, lora),
+            modules_to_save=["query_embed"],
+        ),
+    )
+
+
+def _wrap(model: A3LlamaForCausalLM, config: LoraConfig) -> PeftModel:
+    adapted = get_peft_model(model, config, adapter_name=ADAPTER)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # in bfloat16 most steps of an optimiser would be rounded away
+    for layer in model.model.layers:
+        linears = [module for module in layer.modules() if isinstance(module, SlotLinear)]
+        if linears:
+            # On attention, not on the layer or the model: gradient checkpointing runs it once more before the others.
+            layer.self_attn.register_forward_pre_hook(partial(_count_slots, linears), with_kwargs=True)
+    return adapted
+
+
+def _count_slots(linears: Sequence[SlotLinear], attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    for linear in linears:
+        linear.num_slots = hidden_states.shape[1] - kwargs["content_length"]
+
+
+def target_names(model: nn.Module, lora: LoraArguments) -> list[str]:
+    """The target of `lora` in a model as peft takes it: ends of names of linear layers.
+
+    Raises:
+        ValueError: a target that matches no linear layer of the decoder, or that no slot passes where `rows` is `"slots"`.
+    """
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in f".{name}"
+    ]
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    if lora.rows == "slots":
+        kinds = [kind for kind in kinds if kind not in CONTENT_ONLY]
+    if lora.target == "all-linear":
+        return kinds
+    for target in lora.target:
+        matched = [name for name in linears if f".{name}".endswith(f".{target}")]
+        if not matched:
+            raise ValueError(
+                f"lora.target: {target!r} matches no linear layer of the decoder; there are {', '.join(kinds)}, in all "
+                f"layers or in one ({linears[0]!r})"
+            )
+        if lora.rows == "slots" and matched[0].endswith(CONTENT_ONLY):
+            raise ValueError(
+                f"lora.target: {target!r} makes keys or values, which content alone has; with rows: slots it takes "
+                f"{', '.join(kinds)}"
+            )
+    return lora.target
+
+
+def check_start(path: str, lora: LoraArguments | None, config: LlamaConfig) -> None:
+    """Whether a run with `lora` can start from `path`, a checkpoint or an adapter, whose base has `config`; without the
+    weights. From an adapter, a run with the same `lora` trains it further, and one without takes it merged.
+
+    Raises:
+        ValueError: a target that matches nothing; adapters of another kind than `lora`; no `lora` and adapters that can't be
+            merged.
+    """
+    if lora is not None:
+        with torch.device("meta"):
+            target_names(A3LlamaForCausalLM(config), lora)
+    stored = read_config(path)
+    if stored is not None and lora is not None:
+        check_same(path, lora, config)
+    elif isinstance(stored, SlotLoraConfig):
+        raise ValueError(f"model_name_or_path={path!r}, without lora: {_NOT_MERGED}")
+
+
+def check_same(path: str | PathLike, lora: LoraArguments | None, config: LlamaConfig) -> None:
+    """Whether the weights at `path` are of the kind that `lora` describes; its dropout may be another.
+
+    Raises:
+        ValueError: they are not; says in what they differ.
+    """
+    stored = read_config(path)
+    is_whole = stored is None and Path(path, "config.json").is_file()  # a sharded checkpoint doesn't say what it holds
+    if stored is None and (lora is None or not is_whole):
+        return
+    if stored is None or lora is None:
+        has, asks = ("whole models", "adapters") if stored is None else ("adapters", "a whole model (it has no lora)")
+        raise ValueError(
+            f"{path} holds {has} where the recipe trains {asks}; set lora as it was there, or start elsewhere"
+        )
+    with torch.device("meta"):
+        targets = target_names(A3LlamaForCausalLM(config), lora)
+    rows = "slots" if isinstance(stored, SlotLoraConfig) else "all"
+    settings = {
+        "r": (stored.r, lora.r),
+        "alpha": (stored.lora_alpha, lora.alpha),
+        "rows": (rows, lora.rows),
+        "target": (sorted(stored.target_modules), sorted(targets)),
+    }
+    changed = [f"{name} is {old!r} there and {new!r} here" for name, (old, new) in settings.items() if old != new]
+    if changed:
+        raise ValueError(f"{path} holds other adapters than lora says: {'; '.join(changed)}")
+
+
+def read_config(path: str | PathLike) -> LoraConfig | None:
+    """The settings of an adapter, in a folder or on the hub; None where there is none.
+
+    Raises:
+        ValueError: an adapter that is not LoRA, or a file that is cut off.
+    """
+    file = find_adapter_config_file(str(path))
+    if file is None:
+        return None
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is cut off, or not JSON: {error}") from error
+    kind = settings.get("peft_type") if isinstance(settings, Mapping) else None
+    if kind == SLOT_ADAPTER_TYPE:
+        return SlotLoraConfig(**{**settings, "peft_type": "LORA"})
+    if kind != "LORA":
+        raise ValueError(f"{path} holds an adapter of type {kind!r}; A3 takes LORA and its own {SLOT_ADAPTER_TYPE}")
+    return LoraConfig.from_pretrained(str(path))
+
+
+def base_of(path: str) -> str:
+    """Where the base of the adapter at `path` is; `path` itself where there is a whole model."""
+    stored = read_config(path)
+    return path if stored is None else stored.base_model_name_or_path
+
+
+def load_model(
+    path: str, *, base: str | None = None, trainable: bool = False, **settings: Any
+) -> A3LlamaForCausalLM | PeftModel:
+    """The model at `path`, a folder or a hub id: an A3 or LLaMA checkpoint, or an adapter, put into its base. An adapted
+    model has all methods of `A3LlamaForCausalLM`.
+
+    Args:
+        base: the adapter's base, where it is no longer where it was.
+        trainable: train the adapter further, all else frozen.
+        **settings: those of `from_pretrained` (`dtype`, `attn_implementation`, …), for the base.
+
+    Raises:
+        ValueError: an adapter that is not LoRA, whose base can't be loaded, or whose weights don't fit it.
+    """
+    config = read_config(path)
+    if config is None:
+        return A3LlamaForCausalLM.from_pretrained(path, **settings)
+    base = base or config.base_model_name_or_path
+    try:
+        model = A3LlamaForCausalLM.from_pretrained(base, **settings)
+    except OSError as error:
+        raise ValueError(f"{path}: its base {base!r} can't be loaded (relative to {Path.cwd()}): {error}") from error
+    config.base_model_name_or_path = model.name_or_path
+    config.inference_mode = not trainable
+    adapted = _wrap(model, config)
+    load_weights(adapted, path)
+    return adapted.train(trainable)
+
+
+def load_to_train(
+    path: str, lora: LoraArguments | None, *, seed: int, finished: Path | None = None, **settings: Any
+) -> A3LlamaForCausalLM | PeftModel:
+    """The model that a run with `lora` trains, starting from `path` (see `check_start`).
+
+    Args:
+        seed: fresh adapters are drawn from it, and from nothing else: a run that begins anew begins with the same.
+        finished: a checkpoint that has the weights already.
+        **settings: those of `from_pretrained`.
+
+    Raises:
+        ValueError: as `attach`, `load_model` and `load_weights`.
+    """
+    if lora is None:
+        model = load_model(path if finished is None else str(finished), **settings)
+        if isinstance(model, PeftModel):
+            model = model.merge_and_unload().requires_grad_(True)  # peft had frozen them
+        return model
+    model = A3LlamaForCausalLM.from_pretrained(base_of(path), **settings)
+    set_seed(seed)
+    adapted = attach(model, lora)
+    if finished is not None or read_config(path) is not None:
+        load_weights(adapted, finished or path)
+    return adapted
+
+
+def load_weights(adapted: PeftModel, path: str | PathLike) -> None:
+    """Puts the weights at `path` into a model's adapters and its `query_embed`.
+
+    Raises:
+        ValueError: they don't fit: other layers, or other shapes.
+    """
+    try:
+        keys = adapted.load_adapter(str(path), ADAPTER, is_trainable=adapted.training)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights don't fit this base: {error}") from error
+    for kind, wrong in (("lacks", keys.missing_keys), ("has, and the base has not,", keys.unexpected_keys)):
+        if wrong:
+            raise ValueError(
+                f"{path}: it {kind} {len(wrong)} weights: {', '.join(wrong[:3])}{', …' if wrong[3:] else ''}"
+            )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, and for an adapter without one that of its base."""
+    has_own = read_config(path) is None or Path(path, "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(path if has_own else base_of(path))
+
+
+def merge(path: str, output: str | PathLike, *, base: str | None = None) -> None:
+    """Writes the adapter at `path` and its base as one plain A3 checkpoint, with the tokenizer.
+
+    Args:
+        output: a folder that is new or empty.
+        base: as in `load_model`.
+
+    Raises:
+        ValueError: no adapter, one with `rows: slots`, an output folder with something in it, or as `load_model`.
+    """
+    config = read_config(path)
+    if config is None:
+        raise ValueError(f"{path!r} holds no adapter (no adapter_config.json): nothing to merge")
+    if isinstance(config, SlotLoraConfig):
+        raise ValueError(f"{path}: {_NOT_MERGED}")
+    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
+        raise ValueError(f"output={str(output)!r} exists already; give a folder that is new or empty")
+    tokenizer = load_tokenizer(path) if base is None else AutoTokenizer.from_pretrained(base)
+    load_model(path, base=base).merge_and_unload(safe_merge=True).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How a base is held in 4 bits (QLoRA's NF4, twice quantised); its products are in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )

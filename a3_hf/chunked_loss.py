@@ -1,0 +1,119 @@
+"""Cross entropy from hidden states: the logits are made, used and dropped a few rows at a time."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+IGNORED_LABEL = -100
+# Numbers of fp32 logits that exist at one time: products of fewer rows take longer, above all on a GPU.
+LOGITS_AT_ONCE = {"cpu": 2**24}
+LOGITS_AT_ONCE_ELSEWHERE = 2**27
+
+
+class ChunkedLoss(NamedTuple):
+    """`loss` () carries the gradient; `token_losses` (…) are each row's own, fp32, 0 where ignored, without gradient."""
+
+    loss: torch.Tensor
+    token_losses: torch.Tensor
+
+
+def chunked_cross_entropy(
+    hidden_states: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    *,
+    num_items: torch.Tensor | int | None = None,
+    rows_at_once: int | None = None,
+) -> ChunkedLoss:
+    """The mean cross entropy of `head(hidden_states)`, where (…, V) logits never exist all at once (not specified in the
+    paper). Its gradients are made along with it, while a chunk's logits are at hand: no product is done twice, and what is
+    kept for the backward pass is one gradient (…, D) and one (V, D).
+
+    Under autocast products are in its type, otherwise in that of the weight; softmax and sums are in fp32.
+
+    Args:
+        hidden_states: (…, D).
+        head: an `nn.Linear` (D → V) without bias; its weight may be tied.
+        labels: (…) integers below V; −100 is ignored.
+        num_items: what the sum over labels is divided by; None: by the number of labels that are not −100.
+        rows_at_once: rows of logits that exist at one time; None: as suits the device.
+
+    Raises:
+        ValueError: shapes that don't match, or a head that is not a plain linear one (an adapter on it, say): its product
+            is not that with one weight.
+    """
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(
+            f"the chunked loss takes a head that is an nn.Linear without bias, got {type(head).__name__}; "
+            "use the plain loss, or leave lm_head out of the adapter's targets"
+        )
+    if labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; it takes {tuple(hidden_states.shape[:-1])}")
+    weight, labels_in_line = head.weight, labels.reshape(-1).to(hidden_states.device)
+    if rows_at_once is None:
+        at_once = LOGITS_AT_ONCE.get(hidden_states.device.type, LOGITS_AT_ONCE_ELSEWHERE)
+        rows_at_once = max(at_once // weight.shape[0], 1)
+    if num_items is None:
+        num_items = (labels_in_line != IGNORED_LABEL).sum()
+    divisor = torch.as_tensor(num_items, device=hidden_states.device, dtype=torch.float32)
+    loss, token_losses = _ChunkedCrossEntropy.apply(
+        hidden_states.reshape(-1, hidden_states.shape[-1]), weight, labels_in_line, divisor, rows_at_once
+    )
+    return ChunkedLoss(loss, token_losses.view(labels.shape))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    # d loss / d logits = (softmax(logits) − one-hot(label)) / divisor, row by row, 0 where the label is ignored.
+    @staticmethod
+    def forward(ctx, hidden_states, weight, labels, divisor, rows_at_once):
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        ctx.hidden_dtype, ctx.weight_dtype = hidden_states.dtype, weight.dtype
+        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+        hidden_gradient = torch.empty_like(hidden_states) if wants_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        token_losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden_states.device)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, labels.shape[0], rows_at_once):
+                rows = slice(start, start + rows_at_once)
+                scored = labels[rows] != IGNORED_LABEL
+                target = labels[rows].masked_fill(~scored, 0)[:, None]
+                logits = (hidden_states[rows] @ weight.t()).float()
+                normaliser = logits.logsumexp(dim=1, keepdim=True)
+                token_losses[rows] = ((normaliser - logits.gather(1, target)).squeeze(1)).masked_fill(~scored, 0.0)
+                if not (wants_hidden or wants_weight):
+                    continue
+                share = (scored / divisor)[:, None]
+                gradient = logits.sub_(normaliser).exp_().mul_(share)
+                gradient = gradient.scatter_add_(1, target, -share).to(dtype)
+                if wants_hidden:
+                    hidden_gradient[rows] = gradient @ weight
+                if wants_weight:
+                    _add_product(weight_gradient, gradient.t(), hidden_states[rows])
+        ctx.gradients = [hidden_gradient, weight_gradient]
+        ctx.mark_non_differentiable(token_losses)
+        return token_losses.sum() / divisor, token_losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_gradient, _):
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss keeps its gradients for one backward pass; compute the loss again")
+        hidden_gradient, weight_gradient = ctx.gradients
+        ctx.gradients = None
+        if hidden_gradient is not None:
+            hidden_gradient = hidden_gradient.mul_(loss_gradient).to(ctx.hidden_dtype)
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient.mul_(loss_gradient).to(ctx.weight_dtype)
+        return hidden_gradient, weight_gradient, None, None, None
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`total` (fp32) += `left` · `right`, in their type."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

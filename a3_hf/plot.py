@@ -1,0 +1,61 @@
+"""The losses of a run over its tokens, drawn."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from .trainer import EVALUATION_ORDERS
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed (`pip install 'a3-hf[plot]'`)."""
+    return find_spec("matplotlib") is not None
+
+
+def plot_losses(
+    log_history: Sequence[Mapping[str, float]],
+    path: Path,
+    *,
+    stages: Sequence[str],
+    ends: Sequence[int],
+    tokens_per_step: int,
+) -> bool:
+    """Draws a PNG: nats per token under each evaluation order, and the training loss, over tokens trained on, with a line
+    where a stage ends.
+
+    Args:
+        log_history: what the run logged, as in `TrainerState`.
+        stages: the names of the stages.
+        ends: the step at which each is over.
+        tokens_per_step: of an update step, over all ranks.
+
+    Returns:
+        False where nothing was logged, so that there is nothing to draw.
+    """
+    from matplotlib.figure import Figure  # only where it is asked for: an extra
+
+    training = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    measured = [entry for entry in log_history if f"eval_loss_{next(iter(EVALUATION_ORDERS))}" in entry]
+    if not training and not measured:
+        return False
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    if training:
+        steps, losses = zip(*training, strict=True)
+        axes.plot([step * tokens_per_step for step in steps], losses, color="lightgrey", label="training")
+    for name in EVALUATION_ORDERS:
+        if measured:
+            tokens = [entry["step"] * tokens_per_step for entry in measured]
+            axes.plot(tokens, [entry[f"eval_loss_{name}"] for entry in measured], marker="o", markersize=3, label=name)
+    start = 0
+    for name, end in zip(stages, ends, strict=True):
+        axes.axvline(end * tokens_per_step, color="grey", linestyle=":")
+        middle = (start + end) / 2 * tokens_per_step
+        axes.text(middle, 1.01, name, transform=axes.get_xaxis_transform(), ha="center")
+        start = end
+    axes.set_xlim(left=0)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True

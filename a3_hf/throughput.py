@@ -1,0 +1,90 @@
+"""What training costs: tokens per second, peak memory, and the share of the device's arithmetic that is put to use."""
+
+import resource
+import sys
+import time
+
+import torch
+from transformers import LlamaConfig
+
+# Dense 16-bit products with fp32 sums per second, from the makers' data sheets, by the start of the device's name.
+PEAK_FLOPS = {
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def training_flops(config: LlamaConfig, *, length: int, slots: bool = True) -> float:
+    """Floating-point operations per token of a training step, forward and backward: a content row and a slot for each
+    token of rows of `length`, the last layer's content rows at keys and values; without `slots`, plain LLaMA's next-token
+    step. Attention counts every row with every key, as is usual, whatever the mask skips; recomputed activations
+    (gradient checkpointing) don't count.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    width = config.head_dim * heads
+    keys_and_values = 2 * hidden * config.head_dim * config.num_key_value_heads
+    row = 2 * hidden * width + 3 * hidden * config.intermediate_size + 2 * width * length
+    layers = config.num_hidden_layers
+    rows = 2 * layers - 1 if slots else layers
+    products = rows * row + layers * keys_and_values + hidden * config.vocab_size
+    return 6.0 * products  # 2 operations a product; once forward, twice backward
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What the device can do in a second in 16-bit types; None where this is not known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory held so far, in MiB: on a GPU what tensors took, on a CPU all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Meter:
+    """Counts tokens and seconds from one reading to the next.
+
+    Example:
+        >>> meter = Meter()
+        >>> meter.start()
+        >>> meter.add(torch.tensor(4096))
+        >>> rate = meter.read()  # tokens per second; starts anew
+    """
+
+    def __init__(self):
+        self._seconds = 0.0
+        self._tokens: torch.Tensor | int = 0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """The clock runs; it may be running already."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """The clock stands until the next start."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """Counts tokens, a tensor () that stays on its device: to ask for its value would wait for the device."""
+        self._tokens = self._tokens + tokens
+
+    def read(self) -> float | None:
+        """Tokens per second since the last reading, None where nothing was counted; what comes next counts anew."""
+        self.pause()
+        tokens, seconds = int(self._tokens), self._seconds
+        self._tokens, self._seconds = 0, 0.0
+        return tokens / seconds if tokens and seconds > 0 else None
