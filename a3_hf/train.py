@@ -19,6 +19,7 @@ from .data import RowCollator, load_rows
 from .modeling_a3_llama import A3LlamaForCausalLM
 from .plan import print_plan
 from .plot import can_plot, plot_losses
+from .record import check_resume, write_record
 from .streaming import StreamTrainer, check_readers, open_mixture
 from .trainer import (
     EVALUATION_ORDERS,
@@ -106,6 +107,9 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     tokenizer, config = _load_tokenizer_and_config(recipe)
     if checkpoint is not None:
         check_same(checkpoint, recipe.lora, config)
+        changes = check_resume(recipe, tokenizer)
+        if is_main and changes:
+            print(f"Changed since the run was started, without effect on its result: {'; '.join(changes)}.")
     train_rows, eval_rows = _load_rows(recipe, tokenizer, config)
     if is_main and eval_rows is not None and training.eval_strategy == IntervalStrategy.NO:
         print("eval_strategy is 'no': losses are not measured; 'steps' measures them at the end of each stage as well.")
@@ -128,6 +132,9 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     trainer.add_callback(interrupt)
     trainer.add_callback(MetricsFileCallback(output_dir / METRICS_FILE, trainer.schedule))
     max_steps = trainer.schedule.ends[-1]
+
+    if is_main and checkpoint is None:
+        write_record(recipe, tokenizer)
 
     # 3. Training.
     if steps_are_done:
@@ -191,6 +198,12 @@ def _load_tokenizer_and_config(recipe: Recipe) -> tuple[PreTrainedTokenizerBase,
     path = recipe.model.model_name_or_path
     tokenizer = load_tokenizer(recipe.model.tokenizer_name_or_path or path)
     config = A3LlamaConfig.from_pretrained(base_of(path))
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, and the model {path} embeds those below "
+            f"{config.vocab_size}: they don't belong together; set tokenizer_name_or_path to the model's own"
+        )
     check_start(path, recipe.lora, config)
     return tokenizer, config
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -125,6 +126,10 @@ def model_inputs(
     return {**layout._asdict(), "use_cache": False}
 
 
+class NonFiniteLossError(ValueError):
+    """The loss of a step is NaN or infinite; the weights have not taken the step."""
+
+
 class A3Trainer(Trainer):
     """A `Trainer` whose orders follow a curriculum.
 
@@ -139,6 +144,8 @@ class A3Trainer(Trainer):
       apart in both streams. Each document with a scored token has a given one, its own BOS.
     - The loss is summed over the scored tokens of the update step and divided by their number, so that ragged rows
       weigh by their tokens.
+    - A loss that is not finite stops training on all ranks before the weights take the step (`NonFiniteLossError`; with
+      DeepSpeed, which steps by itself, right after it).
     - `evaluate` is that of four fixed orders, see there.
 
     Args:
@@ -226,6 +233,7 @@ class A3Trainer(Trainer):
         self.schedule = self._resolve(tokens_per_row) if train_dataset is not None else None
         self._check_implementation()
         self._check_auxiliary()
+        self.add_callback(BeforeTheStepCallback(self.check_finite))
         has_callback = any(isinstance(each, CurriculumCallback) for each in callbacks)
         if isinstance(self.schedule, AdaptiveSchedule):
             if has_callback:
@@ -306,6 +314,35 @@ class A3Trainer(Trainer):
             inputs["attention_mask"].bool(),
             given_mask=given_tokens(inputs),
             generator=generators,
+        )
+
+    def check_finite(self) -> None:
+        """Called before each update.
+
+        Raises:
+            NonFiniteLossError: on all ranks alike; names the step and the rows of the global batch.
+        """
+        is_bad = ~torch.stack(self._step_losses).isfinite()
+        if self.args.world_size > 1:
+            anywhere = is_bad.any().long()
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+        else:
+            anywhere = is_bad.any()
+        if not anywhere.item():
+            return
+        rows = []
+        for micro_batch in is_bad.nonzero().flatten().tolist():
+            first = first_row_index(
+                micro_batch,
+                world_size=self.args.world_size,
+                rank=self.args.process_index,
+                rows_per_batch=self._train_batch_size,
+            )
+            rows.append(f"{first} to {first + self._train_batch_size - 1}")
+        raise NonFiniteLossError(
+            f"step {self.state.global_step + 1}: the loss is not finite in rows {', '.join(gather_object(rows))} of its batch "
+            f"(counted from 0); the weights have not taken the step, and the checkpoints in {self.args.output_dir} are as "
+            "they were. Lower learning_rate or max_grad_norm, or look at these rows"
         )
 
     def step_loss(self) -> float:
@@ -524,6 +561,18 @@ def losses_by_order(prediction: EvalPrediction) -> dict[str, float]:
     losses = prediction.predictions.astype(np.float64).sum(axis=0) / tokens
     by_order = {f"loss_{name}": float(loss) for name, loss in zip(EVALUATION_ORDERS, losses, strict=True)}
     return {**by_order, "loss": float(losses.mean())}
+
+
+class BeforeTheStepCallback(TrainerCallback):
+    """Calls `check` before each update of the weights."""
+
+    def __init__(self, check: Callable[[], None]):
+        self.check = check
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        self.check()
 
 
 class MetricsFileCallback(TrainerCallback):

@@ -2,6 +2,7 @@
 of a run that was not.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from transformers import Trainer
 from a3_hf import train as train_module
 from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, Recipe
 from a3_hf.curriculum import Curriculum
-from a3_hf.trainer import InterruptCallback
+from a3_hf.trainer import InterruptCallback, last_whole_checkpoint
 
 MAX_STEPS = 12  # of 4 rows, in two epochs of 7 steps
 STAGES = [
@@ -278,3 +279,31 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(source, tmp_path, monk
     good.data.validation_file = None
     with pytest.raises(ValueError, match="needs something to evaluate on"):
         train_module.run(good)
+
+
+class DiskFull:
+    """An accident: no space is left when a step's checkpoint is being written."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __call__(self) -> None:
+        save, step = Trainer._save_optimizer_and_scheduler, self.step
+
+        def struck(trainer, output_dir):
+            if trainer.state.global_step == step:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            save(trainer, output_dir)
+
+        Trainer._save_optimizer_and_scheduler = struck
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(source, unbroken, tmp_path):
+    output_dir = tmp_path / "out"
+    code, said = run(source, output_dir, accident=DiskFull(6))
+    assert code == 1 and os.strerror(errno.ENOSPC) in said
+    whole, half_written = last_whole_checkpoint(output_dir)
+    assert whole == output_dir / "checkpoint-3" and half_written == [output_dir / "checkpoint-6"]
+    code, said = run(source, output_dir)
+    assert code == 0 and "Resuming from" in said, said
+    assert_same_weights(output_dir, unbroken)

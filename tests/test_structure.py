@@ -29,7 +29,7 @@ LAYERS = [
     {"infilling"},
     {"modeling_a3_llama"},
     {"arguments", "trainer", "pipeline"},
-    {"data", "adapters", "plot"},
+    {"data", "adapters", "record", "plot"},
     {"streaming", "plan"},
     {"train"},
     {"cli"},

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -17,6 +18,7 @@ from a3_hf.trainer import (
     A3Trainer,
     InterruptCallback,
     MetricsFileCallback,
+    NonFiniteLossError,
     first_row_index,
     given_tokens,
     last_whole_checkpoint,
@@ -586,3 +588,19 @@ def test_compiled_training_is_training(tmp_path):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, value):
+    trainer = make_trainer(tmp_path, train=rows([9] * 12), save_strategy="steps", save_steps=1)
+    forward = trainer.model.lm_head.forward
+
+    def broken(states):
+        return forward(states) * (value if trainer.state.global_step == 2 else 1.0)
+
+    trainer.model.lm_head.forward = broken
+    with pytest.raises(NonFiniteLossError, match=r"step 3: the loss is not finite in rows 0 to \d+"):
+        trainer.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    weights = trainer.model.state_dict()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
