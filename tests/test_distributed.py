@@ -104,7 +104,7 @@ def assert_same_run(output_dir: Path, expected: Path) -> None:
     assert max((weights[name] - others[name]).abs().max() for name in others) < 1e-4
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(source, one_process, tmp_path, checkpointing):
     """The global batch, its orders and its losses do not depend on the number of processes; checkpointing changes nothing."""
     output_dir = adapt(source, tmp_path / "ddp", processes=2, gradient_checkpointing=checkpointing)

@@ -49,8 +49,15 @@ def test_copies_differ_and_the_first_is_the_text_alone(model):
     assert len(many.sequences[:4].unique(dim=0)) == 4
 
 
-@pytest.mark.parametrize("draft", ["model", "ngram"])
-@pytest.mark.parametrize("order", ["left_to_right", "spans"])
+@pytest.mark.parametrize(
+    ("draft", "order"),
+    [
+        ("model", "left_to_right"),
+        ("ngram", "spans"),
+        pytest.param("ngram", "left_to_right", marks=pytest.mark.slow),
+        pytest.param("model", "spans", marks=pytest.mark.slow),
+    ],
+)
 def test_speculative_sampling_follows_the_sequential_joint(draft, order):
     """Total variation between 100,000 samples and the enumerated joint of the sequential model, with text on both sides."""
     model = tiny_model(vocab_size=3, num_hidden_layers=2, hidden_size=16, intermediate_size=16, initializer_range=0.5)
