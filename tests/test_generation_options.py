@@ -1,6 +1,7 @@
 """What users expect of `generate`: processors, stopping, copies, streamers, hooks, caches, and errors that tell."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -517,8 +518,11 @@ class CountReadBacks(TorchDispatchMode):
     "settings",
     [{"group_size": 2}, {"strategy": "dynamic", "tokens_per_step": 2}, {"strategy": "speculative"}],
 )
-def test_a_step_reads_nothing_back_number_by_number(model, settings):
-    """`speculative` reads how many tokens stand, which decides the shapes of the next pass: one transfer (`tolist`)."""
+def test_a_step_reads_one_number_back_at_most(model, settings, monkeypatch):
+    """That of the check for NaN, on a CPU at each step. `speculative` also reads how many tokens stand, which decides the
+    shapes of the next pass: one transfer (`tolist`), which does not count here.
+    """
+    monkeypatch.setattr("a3_hf.generation.fast_on_cpu", lambda model: nullcontext())  # inference mode hides what is read
     counts, passes = [], []
     for num_tokens in (8, 16):
         with CountReadBacks() as counter:
@@ -526,4 +530,4 @@ def test_a_step_reads_nothing_back_number_by_number(model, settings):
         counts.append(counter.number)
         passes.append(output.num_forward_passes)
     assert passes[1] > passes[0]
-    assert counts[1] == counts[0]
+    assert counts[1] - counts[0] == passes[1] - passes[0]
