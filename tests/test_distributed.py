@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,18 @@ def assert_same_run(output_dir: Path, expected: Path) -> None:
 def test_two_processes_train_as_one(source, one_process, tmp_path, checkpointing):
     """The global batch, its orders and its losses do not depend on the number of processes; checkpointing changes nothing."""
     output_dir = adapt(source, tmp_path / "ddp", processes=2, gradient_checkpointing=checkpointing)
+    assert_same_run(output_dir, one_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(source, one_process, tmp_path, first, then):
+    output_dir = tmp_path / "out"
+    adapt(source, output_dir, processes=first, save_strategy="steps", save_steps=10)
+    shutil.rmtree(output_dir / f"checkpoint-{STEPS}")
+    for name in ("model.safetensors", "trainer_state.json"):
+        (output_dir / name).unlink()
+    adapt(source, output_dir, processes=then, save_strategy="steps", save_steps=10)
     assert_same_run(output_dir, one_process)
 
 

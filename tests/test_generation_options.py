@@ -522,7 +522,9 @@ def test_a_step_reads_one_number_back_at_most(model, settings, monkeypatch):
     """That of the check for NaN, on a CPU at each step. `speculative` also reads how many tokens stand, which decides the
     shapes of the next pass: one transfer (`tolist`), which does not count here.
     """
-    monkeypatch.setattr("a3_hf.generation.fast_on_cpu", lambda model: nullcontext())  # inference mode hides what is read
+    monkeypatch.setattr(
+        "a3_hf.generation.fast_on_cpu", lambda model: nullcontext()
+    )  # inference mode hides what is read
     counts, passes = [], []
     for num_tokens in (8, 16):
         with CountReadBacks() as counter:
