@@ -240,6 +240,11 @@ class A3TrainingArguments(TrainingArguments):
             raise ValueError(f"peak_flops={self.peak_flops}: takes a number above 0")
         super().__post_init__()
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an update step, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, A3TrainingArguments)
 

@@ -1,15 +1,9 @@
 """The losses of a run over its tokens, drawn."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from .trainer import EVALUATION_ORDERS
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed (`pip install 'a3-hf[plot]'`)."""
-    return find_spec("matplotlib") is not None
 
 
 def plot_losses(

@@ -34,6 +34,10 @@ FREE = {
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_strategy",
+    "hub_token",
     "log_level",
     "logging_first_step",
     "logging_steps",
@@ -46,6 +50,7 @@ FREE = {
     "per_device_eval_batch_size",
     "per_device_train_batch_size",
     "project",
+    "push_to_hub",
     "report_to",
     "run_name",
     "save_steps",
@@ -66,9 +71,7 @@ def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
         **{name: value for name, value in training.to_dict().items() if not name.startswith("_")},
         "curriculum": asdict(recipe.curriculum),
         "lora": None if recipe.lora is None else asdict(recipe.lora),
-        "rows_per_step": training.per_device_train_batch_size
-        * training.gradient_accumulation_steps
-        * training.world_size,
+        "rows_per_step": training.rows_per_step,
         "tokenizer": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
     }
     return json.loads(json.dumps(settings, default=str))
@@ -94,7 +97,9 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
     }
     if "tokenizer" in changes:
         changes["tokenizer"] = "the tokenizer has another vocabulary"
-    refused = [text for name, text in changes.items() if name not in FREE]
+    # A checkpoint holds the model, but an adapter's leaves its base where it was.
+    free = FREE if recipe.lora is None else FREE - {"model_name_or_path"}
+    refused = [text for name, text in changes.items() if name not in free]
     if refused:
         raise ValueError(
             f"{path}: the run was started with other settings: {'; '.join(refused)}. It would not go on to the same "

@@ -9,16 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available, is_matplotlib_available
 
 from .adapters import base_of, check_same, check_start, four_bits, load_to_train, load_tokenizer
 from .arguments import A3TrainingArguments, Recipe
+from .checkpoints import last_whole_checkpoint, set_aside
 from .configuration_a3_llama import A3LlamaConfig
 from .curriculum import RECORD, AdaptiveSchedule, Schedule
 from .data import RowCollator, load_rows
 from .modeling_a3_llama import A3LlamaForCausalLM
 from .plan import print_plan
-from .plot import can_plot, plot_losses
+from .plot import plot_losses
 from .record import check_resume, write_record
 from .streaming import StreamTrainer, check_readers, open_mixture
 from .trainer import (
@@ -26,8 +27,6 @@ from .trainer import (
     A3Trainer,
     InterruptCallback,
     MetricsFileCallback,
-    last_whole_checkpoint,
-    set_aside,
 )
 
 METRICS_FILE = "metrics.jsonl"
@@ -74,14 +73,15 @@ def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
     tokenizer, config = _load_tokenizer_and_config(recipe)
     train_rows, _ = _load_rows(recipe, tokenizer, config)
     training = recipe.training
-    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     max_steps = training.max_steps
     if max_steps <= 0:
-        max_steps = math.ceil(training.num_train_epochs * math.ceil(len(train_rows) / rows_per_step))
+        max_steps = math.ceil(training.num_train_epochs * math.ceil(len(train_rows) / training.rows_per_step))
     print_plan(
         recipe,
         config=config,
-        schedule=recipe.curriculum.resolve(max_steps=max_steps, tokens_per_step=rows_per_step * recipe.data.block_size),
+        schedule=recipe.curriculum.resolve(
+            max_steps=max_steps, tokens_per_step=training.rows_per_step * recipe.data.block_size
+        ),
         rows=train_rows,
         tokenizer=tokenizer,
         accelerate_configs=accelerate_configs,
@@ -161,14 +161,14 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         table = losses_table(trainer.state, trainer.schedule)
         if table is not None:
             Console().print(table)
-        if not can_plot():
+        if not is_matplotlib_available():
             print("matplotlib is not installed, so no plot of the losses: pip install 'a3-hf[plot]'")
         elif plot_losses(
             trainer.state.log_history,
             output_dir / PLOT_FILE,
             stages=[stage.name for stage in trainer.schedule.stages],
             ends=trainer.schedule.ends,
-            tokens_per_step=trainer.get_total_train_batch_size(training) * recipe.data.block_size,
+            tokens_per_step=training.rows_per_step * recipe.data.block_size,
         ):
             print(f"The losses over the tokens are drawn in {output_dir / PLOT_FILE}.")
         print(f"The model is in {output_dir}. To use it:")
@@ -277,10 +277,9 @@ def _check_settings(recipe: Recipe) -> None:
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{name}={path!r}: there is no such file (relative paths start at {Path.cwd()})")
     if training.max_steps > 0:
-        rows_per_step = (
-            training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        recipe.curriculum.resolve(
+            max_steps=training.max_steps, tokens_per_step=training.rows_per_step * recipe.data.block_size
         )
-        recipe.curriculum.resolve(max_steps=training.max_steps, tokens_per_step=rows_per_step * recipe.data.block_size)
 
 
 def _is_finished(training: A3TrainingArguments, output_dir: Path) -> bool:

@@ -1,13 +1,11 @@
-"""Training: orders drawn on the main process as the curriculum says, evaluation under fixed orders, exact resumes."""
+"""Training: orders drawn on the main process as the curriculum says, evaluation under fixed orders."""
 
 import json
 import math
 import os
-import re
 import signal
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     EvalPrediction,
@@ -25,7 +22,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.utils import logging
 
 from .auxiliary import Pairs, content_loss, distillation_loss, next_token_pairs
 from .curriculum import (
@@ -41,8 +37,6 @@ from .masks import KeptViews, group_views, singleton_views
 from .orders import GroupOrder
 from .throughput import Meter, peak_flops, peak_memory_mib, training_flops
 
-logger = logging.get_logger(__name__)
-
 # The orders of the evaluation, each as the stage that draws it.
 EVALUATION_ORDERS = {
     "left_to_right": StageAtStep("ar", group_size=1, index=0),
@@ -54,7 +48,6 @@ EVALUATION_ORDERS = {
 EVALUATION_SEED = 20_250_411
 
 LOSSES = ("plain", "chunked")
-HALF_WRITTEN_PREFIX = "half-written-"
 
 
 def row_generator(*seeds: int) -> torch.Generator:
@@ -668,78 +661,3 @@ class InterruptCallback(TrainerCallback):
         if self._previous_handler is not None:
             signal.signal(signal.SIGINT, self._previous_handler)
             self._previous_handler = None
-
-
-def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
-    """Why a checkpoint can't be resumed from ("trainer_state.json is cut off"), or None where it is whole. `Trainer`
-    writes `trainer_state.json` last, and deletes old checkpoints only after it.
-    """
-    folder = Path(checkpoint)
-    try:
-        step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-    except FileNotFoundError:
-        return "trainer_state.json is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return "trainer_state.json is cut off"
-    if folder.name.removeprefix("checkpoint-") != str(step):
-        return f"trainer_state.json is of step {step}"
-
-    names = {path.name for path in folder.iterdir()}
-    for name in sorted(names):
-        if name.endswith(".index.json"):
-            try:
-                shards = set(json.loads((folder / name).read_text())["weight_map"].values())
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
-                return f"{name} is cut off"
-            if shards - names:
-                return f"{min(shards - names)} is missing"
-        elif name.endswith(".safetensors"):
-            try:
-                with safe_open(folder / name, framework="pt"):
-                    pass
-            except (SafetensorError, OSError):
-                return f"{name} is cut off"
-        elif name.endswith((".pt", ".pth", ".bin")) and not zipfile.is_zipfile(folder / name):
-            return f"{name} is cut off"  # torch.save writes zip files, their directory at the end
-
-    # Plain or sharded, FSDP's (`pytorch_model_fsdp…`, `optimizer…`), DeepSpeed's (`global_step…` holds both).
-    for part, pattern in (
-        ("weights", r".*\.safetensors|pytorch_model.*|global_step\d+"),
-        ("optimizer state", r"optimizer.*|global_step\d+"),
-        ("random state", r"rng_state.*\.pth"),
-    ):
-        if not any(re.fullmatch(pattern, name) for name in names):
-            return f"its {part} is missing"
-    return None
-
-
-def last_whole_checkpoint(output_dir: str | os.PathLike) -> tuple[Path | None, list[Path]]:
-    """The checkpoint of the highest step that is whole, and those that are not (killed while they were written)."""
-    folder = Path(output_dir)
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if path.is_dir() and step.isdecimal():
-            found.append((int(step), path))
-    whole, skipped = None, []
-    for _, path in sorted(found):
-        reason = what_is_missing(path)
-        if reason is None:
-            whole = path
-        else:
-            logger.warning(f"{path} is half-written ({reason}): not used")
-            skipped.append(path)
-    return whole, skipped
-
-
-def set_aside(checkpoint: Path) -> Path:
-    """Renames a half-written checkpoint. Left where it is, it would count for `save_total_limit`, which goes by time,
-    and a whole one would be deleted in its stead.
-    """
-    target = checkpoint.with_name(HALF_WRITTEN_PREFIX + checkpoint.name)
-    number = 1
-    while target.exists():
-        number += 1
-        target = checkpoint.with_name(f"{HALF_WRITTEN_PREFIX}{checkpoint.name}-{number}")
-    checkpoint.rename(target)
-    return target

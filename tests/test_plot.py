@@ -1,6 +1,7 @@
 import pytest
+from transformers.utils import is_matplotlib_available
 
-from a3_hf.plot import can_plot, plot_losses
+from a3_hf.plot import plot_losses
 from a3_hf.trainer import EVALUATION_ORDERS
 
 STAGES = {"stages": ["ar", "permute"], "ends": [10, 30], "tokens_per_step": 1000}
@@ -14,7 +15,7 @@ def history():
     return [*logged, {"step": 30, "train_loss": 4.0}]
 
 
-@pytest.mark.skipif(not can_plot(), reason="needs matplotlib")
+@pytest.mark.skipif(not is_matplotlib_available(), reason="needs matplotlib")
 def test_every_order_is_drawn_over_tokens_with_the_stages(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
@@ -35,7 +36,7 @@ def test_every_order_is_drawn_over_tokens_with_the_stages(tmp_path, monkeypatch)
     assert [text.get_text() for text in axes.texts] == ["ar", "permute"]
 
 
-@pytest.mark.skipif(not can_plot(), reason="needs matplotlib")
+@pytest.mark.skipif(not is_matplotlib_available(), reason="needs matplotlib")
 def test_nothing_logged_is_nothing_drawn(tmp_path):
     assert not plot_losses([{"step": 3, "train_loss": 4.0}], tmp_path / "losses.png", **STAGES)
     assert not list(tmp_path.iterdir())

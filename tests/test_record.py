@@ -83,3 +83,16 @@ def test_a_tokenizer_with_more_ids_than_the_model_embeds_is_refused(source, toke
     with pytest.raises(ValueError, match=r"ids up to \d+, and the model .* embeds those below 61"):
         run(recipe)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapters_base_may_not_change_and_a_models_start_may(source, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    for lora in (None, LoraArguments(r=4)):
+        recipe = replace(small_recipe(source, tmp_path / str(lora is None)), lora=lora)
+        write_record(recipe, tokenizer)
+        recipe.model.model_name_or_path = "elsewhere"
+        if lora is None:
+            assert len(check_resume(recipe, tokenizer)) == 1
+        else:
+            with pytest.raises(ValueError, match="other settings: model_name_or_path was"):
+                check_resume(recipe, tokenizer)

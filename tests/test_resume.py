@@ -19,8 +19,9 @@ from transformers import Trainer
 
 from a3_hf import train as train_module
 from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, Recipe
+from a3_hf.checkpoints import last_whole_checkpoint
 from a3_hf.curriculum import Curriculum
-from a3_hf.trainer import InterruptCallback, last_whole_checkpoint
+from a3_hf.trainer import InterruptCallback
 
 MAX_STEPS = 12  # of 4 rows, in two epochs of 7 steps
 STAGES = [
@@ -107,16 +108,18 @@ class At:
 
 
 class WhileSaving:
-    """An accident: killed when the weights of a step's checkpoint are written and the rest is not."""
+    """An accident when the weights of a step's checkpoint are written and the rest is not: killed, or the disk is full."""
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, *, disk_full: bool = False):
+        self.step, self.disk_full = step, disk_full
 
     def __call__(self) -> None:
-        save, step = Trainer._save_optimizer_and_scheduler, self.step
+        save, step, disk_full = Trainer._save_optimizer_and_scheduler, self.step, self.disk_full
 
         def struck(trainer, output_dir):
             if trainer.state.global_step == step:
+                if disk_full:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.killpg(0, signal.SIGKILL)
             save(trainer, output_dir)
 
@@ -281,26 +284,9 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(source, tmp_path, monk
         train_module.run(good)
 
 
-class DiskFull:
-    """An accident: no space is left when a step's checkpoint is being written."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def __call__(self) -> None:
-        save, step = Trainer._save_optimizer_and_scheduler, self.step
-
-        def struck(trainer, output_dir):
-            if trainer.state.global_step == step:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            save(trainer, output_dir)
-
-        Trainer._save_optimizer_and_scheduler = struck
-
-
 def test_a_full_disk_leaves_the_checkpoint_before_whole(source, unbroken, tmp_path):
     output_dir = tmp_path / "out"
-    code, said = run(source, output_dir, accident=DiskFull(6))
+    code, said = run(source, output_dir, accident=WhileSaving(6, disk_full=True))
     assert code == 1 and os.strerror(errno.ENOSPC) in said
     whole, half_written = last_whole_checkpoint(output_dir)
     assert whole == output_dir / "checkpoint-3" and half_written == [output_dir / "checkpoint-6"]

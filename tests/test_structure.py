@@ -18,7 +18,7 @@ PACKAGE = ROOT / "a3_hf"
 # Each file may import from those that stand before it, in its own line excepted.
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "cpu"}
-    | {"chunked_loss", "plateaus", "throughput"},
+    | {"chunked_loss", "plateaus", "throughput", "checkpoints"},
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from a3_hf.checkpoints import last_whole_checkpoint, set_aside, what_is_missing
 from a3_hf.curriculum import Curriculum, CurriculumCallback
 from a3_hf.orders import GroupOrder
 from a3_hf.throughput import training_flops
@@ -21,10 +22,7 @@ from a3_hf.trainer import (
     NonFiniteLossError,
     first_row_index,
     given_tokens,
-    last_whole_checkpoint,
     row_generator,
-    set_aside,
-    what_is_missing,
 )
 
 STAGES = [
@@ -442,7 +440,7 @@ DAMAGE = {
 def test_half_written_checkpoints_are_skipped_and_named(tmp_path, saved, damage, monkeypatch):
     import shutil
 
-    from a3_hf import trainer as trainer_module
+    from a3_hf import checkpoints
 
     for step in (3, 4):
         shutil.copytree(saved / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
@@ -452,7 +450,7 @@ def test_half_written_checkpoints_are_skipped_and_named(tmp_path, saved, damage,
     break_it, reason = DAMAGE[damage]
     break_it(newest)
     warned = []
-    monkeypatch.setattr(trainer_module.logger, "warning", warned.append)
+    monkeypatch.setattr(checkpoints.logger, "warning", warned.append)
     assert what_is_missing(newest) == reason
     assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-3", [newest])
     assert len(warned) == 1 and str(newest) in warned[0] and reason in warned[0]
