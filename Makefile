@@ -20,7 +20,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml scripts/install_torch.sh
 	$(call CREATE,$(VENV))
 	sh scripts/install_torch.sh $(call INSTALL,$(VENV))
-	$(call INSTALL,$(VENV)) -e '.[dev]'
+	$(call INSTALL,$(VENV)) -e '.[dev,eval]'
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml scripts/install_torch.sh

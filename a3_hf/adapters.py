@@ -228,6 +228,18 @@ def load_model(
         model = A3LlamaForCausalLM.from_pretrained(base, **settings)
     except OSError as error:
         raise ValueError(f"{path}: its base {base!r} can't be loaded (relative to {Path.cwd()}): {error}") from error
+    return put_on(model, path, trainable=trainable)
+
+
+def put_on(model: A3LlamaForCausalLM, path: str, *, trainable: bool = False) -> PeftModel:
+    """Puts the adapter at `path` into a model, its base.
+
+    Raises:
+        ValueError: no adapter there, or one that is not LoRA or whose weights don't fit the model.
+    """
+    config = read_config(path)
+    if config is None:
+        raise ValueError(f"path={path!r} holds no adapter (adapter_config.json)")
     config.base_model_name_or_path = model.name_or_path
     config.inference_mode = not trainable
     adapted = _wrap(model, config)

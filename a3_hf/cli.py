@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .commands import ModelPath, load, or_exit
+
 app = typer.Typer(
     help="A3: any-order generation from a pretrained LLaMA.",
     no_args_is_help=True,
@@ -16,9 +18,6 @@ app = typer.Typer(
 )
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-ModelPath = Annotated[
-    str, typer.Argument(help="An adapted model, or an adapter: a folder or a hub name.", show_default=False)
-]
 Order = Annotated[str | None, typer.Option(help="left_to_right, right_to_left, random or spans.")]
 SpanLength = Annotated[int | None, typer.Option(help="With --order spans.")]
 Show = Annotated[bool, typer.Option("--show", help="Play in the terminal how the text came about.")]
@@ -106,7 +105,7 @@ def adapt(
         plan(parse_recipe(recipe, context.args), accelerate_configs=accelerate_configs, tflops=tflops)
         return 0
 
-    raise typer.Exit(_or_exit(start))
+    raise typer.Exit(or_exit(start))
 
 
 @app.command()
@@ -136,7 +135,7 @@ def infill(
         Template.parse(text).with_range(least_and_most)
         A3GenerationConfig(**settings)
         _check_can_write(html)
-        a3, tokenizer = _load(model)
+        a3, tokenizer = load(model)
         if tokenizer.eos_token_id is not None:
             settings["suppress_tokens"] = [tokenizer.eos_token_id]
         output = a3.infill(tokenizer, [text], auto_lengths=least_and_most, return_outputs=True, **settings)
@@ -147,7 +146,7 @@ def infill(
                 tried = ", ".join(f"{length} ({scores[length]:.3f})" for length in ranked)
                 print(f"blank {number}: likeliest lengths {tried} nats per token", file=sys.stderr)
 
-    _or_exit(fill)
+    or_exit(fill)
 
 
 @app.command()
@@ -173,14 +172,14 @@ def generate(
 
         A3GenerationConfig(max_new_tokens=max_new_tokens, **settings)
         _check_can_write(html)
-        a3, tokenizer = _load(model)
+        a3, tokenizer = load(model)
         ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=a3.device)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
         output = a3.generate_any_order(ids, max_new_tokens=max_new_tokens, **ends, **settings)
         text = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
         _present(text, tokenizer, output, show, html, title=prompt or "From nothing")
 
-    _or_exit(go_on)
+    or_exit(go_on)
 
 
 @app.command()
@@ -206,7 +205,7 @@ def score(
         from rich.table import Table
 
         _check_can_write(html)
-        a3, tokenizer = _load(model)
+        a3, tokenizer = load(model)
         settings = {"group_size": group_size, "span_length": span_length, "seed": seed}
         scored = a3.score(tokenizer, text, order=order, num_orders=num_orders, **settings)
         beside = against or ("random" if order == "left_to_right" else "left_to_right")
@@ -230,7 +229,7 @@ def score(
             pages = [(name, _score_pieces(tokenizer, one)) for name, one in ((order, scored), (beside, other))]
             html.write_text(surprise_page(pages, title=text), encoding="utf-8")
 
-    _or_exit(tell)
+    or_exit(tell)
 
 
 @app.command()
@@ -249,7 +248,36 @@ def merge(
         merge(adapter, output, base=base)
         print(f"The model is in {output}.")
 
-    _or_exit(join)
+    or_exit(join)
+
+
+@app.command("eval", context_settings={**PASS_ON, "help_option_names": []})
+def evaluate(context: typer.Context) -> None:
+    """Run lm-eval with the models a3 and a3_ar and the tasks of eval/tasks, or measure: ppl, judge, needle, calibration.
+
+    All arguments are lm-eval's; `a3 eval --help` says which models and tasks there are beside its own.
+    """
+    from .evaluation.command import run
+
+    or_exit(lambda: run(context.args))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="What `a3 eval` wrote: its --output_path.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="Where report.md and its plots go.", show_default="FOLDER")
+    ] = None,
+    plots: Annotated[bool, typer.Option(help="Draw the plots, as PNG files.")] = True,
+) -> None:
+    """Write the results in FOLDER as tables and plots, with the paper's figures beside them."""
+
+    def tell() -> None:
+        from .evaluation.report import write_report
+
+        print(f"The report is {write_report(folder, output, plots=plots)}.")
+
+    or_exit(tell)
 
 
 def _range(name: str, text: str) -> tuple[int, int]:
@@ -302,25 +330,3 @@ def _score_pieces(tokenizer, scored) -> list:
         Piece(text, group, -1 if place == 0 else group, log_prob if place else None, token_id)
         for place, (text, group, log_prob, token_id) in enumerate(columns)
     ]
-
-
-def _load(path: str):
-    import torch
-
-    from .adapters import load_model, load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(path)
-    except OSError as error:  # the library's message may not say which model
-        raise ValueError(f"model={path!r} can't be loaded: {error}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(path).to(device).eval(), tokenizer
-
-
-def _or_exit(action):
-    """Runs an action; what the user can put right is said in a line, without a traceback."""
-    try:
-        return action()
-    except (ValueError, OSError) as error:
-        print(f"a3: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error

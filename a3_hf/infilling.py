@@ -73,7 +73,7 @@ class A3InfillingMixin:
         ]
         if not templates:
             raise ValueError("text is an empty list; it takes at least one text")
-        output = self._fill_templates(tokenizer, templates, generation_config, overrides)
+        output = self.fill_templates(tokenizer, templates, generation_config=generation_config, **overrides)
         if return_outputs:
             return output
         return output.texts[0] if isinstance(text, str) else output.texts
@@ -106,10 +106,23 @@ class A3InfillingMixin:
         else:
             lengths = [_checked_length(length)] * len(spans)
         template = Template.cut(text, spans, lengths).with_range(auto_lengths)
-        output = self._fill_templates(tokenizer, [template], generation_config, overrides)
+        output = self.fill_templates(tokenizer, [template], generation_config=generation_config, **overrides)
         return output if return_outputs else output.texts[0]
 
-    def _fill_templates(self, tokenizer, templates, generation_config, overrides) -> A3InfillOutput:
+    def fill_templates(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        templates: list[Template],
+        *,
+        generation_config: A3GenerationConfig | None = None,
+        **overrides: Any,
+    ) -> A3InfillOutput:
+        """Fills texts with blanks, all lengths of which are numbers or ranges, in one batch.
+
+        Args:
+            generation_config, overrides: as in `generate_any_order`, hooks included.
+        """
+        templates = list(templates)
         silent = {name: value for name, value in overrides.items() if name not in ("streamer", "commit_hook")}
 
         def fill_candidates(ids, blanks):

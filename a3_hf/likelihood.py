@@ -10,12 +10,13 @@ SLOTS_PER_CHUNK = 1024  # rows of logits held at once, so that a large vocabular
 class A3LikelihoodMixin:
     """`log_likelihood` for a model with an A3 body `self.model` and a head `self.lm_head`."""
 
-    @torch.no_grad()
     def log_likelihood(
         self,
         input_ids: torch.LongTensor,
         group_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
+        *,
+        scored_mask: torch.Tensor | None = None,
     ) -> torch.FloatTensor:
         """Log-probabilities log p(x_i | x of all lower groups), exact for that factorisation, in one pass (paper §1).
 
@@ -23,29 +24,66 @@ class A3LikelihoodMixin:
             input_ids: (B, S) tokens.
             group_ids: (B, S) integers, lower = earlier. Tokens of one group are independent given the earlier ones.
             attention_mask: (B, S), 0 at padding.
+            scored_mask: (B, S), True where a log-probability is wanted; None: everywhere. Fewer cost less.
 
         Returns:
-            (B, S) natural logarithms in fp32; 0 where nothing is scored: padding, and each row's lowest group, which sees
-            nothing.
+            (B, S) natural logarithms in fp32; 0 where nothing is scored: outside `scored_mask`, at padding, and in each
+            row's lowest group, which sees nothing.
 
         Raises:
             ValueError: shapes that don't match or group ids that are not integers.
         """
+        return self.log_likelihood_and_greedy(input_ids, group_ids, attention_mask, scored_mask=scored_mask)[0]
+
+    @torch.no_grad()
+    def log_likelihood_and_greedy(
+        self,
+        input_ids: torch.LongTensor,
+        group_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        scored_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+        """What `log_likelihood` returns, and (B, S) whether each scored token is the likeliest one at its place."""
+        columns, targets = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids), {}
+        if scored_mask is not None:
+            if scored_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"scored_mask has shape {tuple(scored_mask.shape)}; it takes that of input_ids, "
+                    f"{tuple(input_ids.shape)}"
+                )
+            # the columns (B, Q) of the scored tokens, and others behind them where a row has fewer
+            most = max(int(scored_mask.sum(dim=1).max()), 1)
+            columns = scored_mask.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+            places = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            places = (places.cumsum(dim=1) - 1).clamp_min(0)
+            targets = {
+                "target_position_ids": places.gather(1, columns),
+                "target_group_ids": group_ids.gather(1, columns),
+            }
         hidden_states = self.model(
             input_ids,
             attention_mask=attention_mask,
             group_ids=group_ids,
             use_cache=False,
             content_hidden_state=False,
+            **targets,
         ).last_hidden_state
+        wanted = input_ids.gather(1, columns)
         chunks = zip(
-            hidden_states.flatten(0, 1).split(SLOTS_PER_CHUNK), input_ids.flatten().split(SLOTS_PER_CHUNK), strict=True
+            hidden_states.flatten(0, 1).split(SLOTS_PER_CHUNK), wanted.flatten().split(SLOTS_PER_CHUNK), strict=True
         )
-        log_probs = torch.cat([token_log_probs(self.lm_head(hidden), ids) for hidden, ids in chunks])
+        parts = []
+        for hidden, ids in chunks:
+            logits = self.lm_head(hidden)
+            parts.append((token_log_probs(logits, ids), logits.argmax(dim=-1) == ids))
         scored = sees_something(group_ids, group_ids, attention_mask, num_cached=0)
-        if attention_mask is not None:
-            scored = scored & attention_mask.to(torch.bool)
-        return log_probs.view(input_ids.shape).masked_fill(~scored, 0.0)
+        for mask in (scored_mask, attention_mask):
+            scored = scored if mask is None else scored & mask.to(torch.bool)
+        log_probs, greedy = (torch.cat(part).view(columns.shape) for part in zip(*parts, strict=True))
+        whole = torch.zeros(input_ids.shape, device=input_ids.device)
+        log_probs = whole.scatter(1, columns, log_probs).masked_fill(~scored, 0.0)
+        return log_probs, whole.bool().scatter(1, columns, greedy) & scored
 
 
 def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

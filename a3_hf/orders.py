@@ -1,5 +1,6 @@
 """Orders: which token is generated when, and together with which others."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -210,6 +211,12 @@ class GroupOrder:
 
 
 ORDERS = ("left_to_right", "right_to_left", "random", "spans")
+RANDOM_ORDERS = ("random", "spans")
+
+
+def seed_of(*parts) -> int:
+    """A seed (63 bits) from anything printable, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 def _uniform(like: torch.Tensor, generator: Generators) -> torch.Tensor:

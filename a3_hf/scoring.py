@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .orders import GroupOrder
+from .orders import RANDOM_ORDERS, GroupOrder
 from .templates import encode_prompt
 
 
@@ -57,7 +57,7 @@ class A3ScoringMixin:
             ValueError: an empty text, an unknown order, a text longer than the model's context, several orders where
                 nothing is drawn, a tokenizer without BOS.
         """
-        if num_orders < 1 or (num_orders > 1 and order not in ("random", "spans")):
+        if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
             raise ValueError(
                 f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'"
             )

@@ -1,6 +1,5 @@
 """The four ways to fill a canvas: which columns a pass asks, and what is committed after it."""
 
-import hashlib
 import math
 import time
 from collections import Counter
@@ -13,7 +12,7 @@ from .canvas import Canvas, Encoder, columns_of, pack
 from .decoding import accept_drafts, choose_tokens, commit_scores, ngram_draft, slots_to_commit, uniform_noise
 from .generation_config import A3GenerationConfig
 from .observers import Observers
-from .orders import GroupOrder
+from .orders import GroupOrder, seed_of
 from .processors import SlotProcessors
 
 DRAFT_TOKENS = 4
@@ -65,7 +64,7 @@ def _row_seeds(seed, canvas: Canvas) -> list[int]:
     if isinstance(seed, (list, tuple)):
         if len(seed) != batch_size:
             raise ValueError(f"seed holds {len(seed)} seeds; it takes an integer or one per row, {batch_size}")
-        return [_hash(one) for one in seed]
+        return [seed_of(one) for one in seed]
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     real = (canvas.given_mask | canvas.blank_mask).cpu()
@@ -73,14 +72,9 @@ def _row_seeds(seed, canvas: Canvas) -> list[int]:
     seen, seeds = Counter(), []
     for text, mask in zip(texts, real, strict=True):
         content = text[mask].numpy().tobytes()
-        seeds.append(_hash(seed, content, seen[content]))
+        seeds.append(seed_of(seed, content, seen[content]))
         seen[content] += 1
     return seeds
-
-
-def _hash(*parts) -> int:
-    """63 bits from anything printable."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 class Decoder:

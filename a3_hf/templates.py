@@ -143,11 +143,15 @@ def decode_template(
     text, written = template.pieces[0], []
     for number, following in enumerate(template.pieces[1:], start=1):
         start = blanks.index(number)
-        end = start + template.lengths[number - 1]
-        before = tokenizer.decode(token_ids[:start], skip_special_tokens=True)
-        fresh = tokenizer.decode(token_ids[:end], skip_special_tokens=True)[len(before) :]
+        fresh = decode_after(tokenizer, token_ids[:start], token_ids[start : start + template.lengths[number - 1]])
         if text.endswith(" ") or start == 1:
             fresh = fresh.removeprefix(" ")
         written.append(fresh)
         text += fresh + following
     return text, written
+
+
+def decode_after(tokenizer: PreTrainedTokenizerBase, before: list[int], token_ids: list[int]) -> str:
+    """The text of tokens as it reads after the tokens `before`: a tokenizer may put or drop a space at the start."""
+    start = tokenizer.decode(before, skip_special_tokens=True)
+    return tokenizer.decode([*before, *token_ids], skip_special_tokens=True)[len(start) :]

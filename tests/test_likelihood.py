@@ -52,6 +52,29 @@ def test_chunks_of_slots_change_nothing(model, monkeypatch):
     assert (model.log_likelihood(ids, groups) - whole).abs().max() < 1e-6
 
 
+def test_scoring_some_tokens_is_scoring_all_and_looking_at_some(model):
+    ids = torch.randint(3, 61, (3, 12), generator=generators(1)[0])
+    mask = ragged_mask([12, 7, 9], 12, "left").long()
+    groups = torch.randint(0, 5, (3, 12), generator=generators(1)[0])
+    wanted = torch.rand(3, 12, generator=generators(1)[0]) < 0.3
+    wanted[1] = False
+    every, greedy = model.log_likelihood_and_greedy(ids, groups, mask)
+    some, some_greedy = model.log_likelihood_and_greedy(ids, groups, mask, scored_mask=wanted)
+    assert (some - every.masked_fill(~wanted, 0.0)).abs().max() < 1e-5
+    assert torch.equal(some_greedy, greedy & wanted) and (some[1] == 0).all()
+
+
+def test_greedy_says_which_tokens_the_model_would_write(model):
+    ids = torch.randint(3, 61, (1, 8), generator=generators(1)[0])
+    blanks = torch.arange(8)[None] >= 5
+    written = model.generate_any_order(ids, blanks).sequences
+    groups = torch.arange(8)[None]
+    assert model.log_likelihood_and_greedy(written, groups, scored_mask=blanks)[1].sum() == 3
+    written[0, 6] = (written[0, 6] + 1) % 61
+    greedy = model.log_likelihood_and_greedy(written, groups)[1][0]
+    assert greedy[5] and not greedy[6] and not greedy[0]
+
+
 def test_token_log_probs_is_log_softmax():
     logits, ids = torch.randn(3, 4, 9), torch.randint(0, 9, (3, 4))
     expected = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
@@ -63,3 +86,5 @@ def test_bad_input(model):
         model.log_likelihood(torch.zeros(2, 5).long(), torch.zeros(2, 4).long())
     with pytest.raises(ValueError, match="group_ids has dtype"):
         model.log_likelihood(torch.zeros(2, 5).long(), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="scored_mask has shape"):
+        model.log_likelihood(torch.zeros(2, 5).long(), torch.zeros(2, 5).long(), scored_mask=torch.ones(2, 4).bool())

@@ -30,10 +30,20 @@ LAYERS = [
     {"modeling_a3_llama"},
     {"arguments", "trainer", "pipeline"},
     {"data", "adapters", "record", "plot"},
-    {"streaming", "plan"},
+    {"streaming", "plan", "commands"},
     {"train"},
+    {"evaluation"},
     {"cli"},
     {"__init__", "__main__"},
+]
+# The same within `evaluation`, whose files may also import from those of the layers before it.
+EVALUATION_LAYERS = [
+    {"requests", "results", "speed", "running_code", "running_text", "published", "__init__"},
+    {"batched", "sources"},
+    {"harness", "tasks"},
+    {"causal", "perplexity", "judged", "needle", "calibration"},
+    {"measure", "report"},
+    {"command"},
 ]
 PURE = {"orders", "masks", "decoding"}
 FLAT = {
@@ -63,8 +73,12 @@ def imports(name: str) -> tuple[set[str], set[str]]:
     """Modules of the package (by relative import) and outside it that a file imports anywhere, functions included."""
     inside, outside = set(), set()
     for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            inside.add(node.module)
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is None:
+            inside |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            inside.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.level == 2:
+            inside.add(f"..{node.module}")
         elif isinstance(node, ast.ImportFrom):
             outside.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
@@ -73,10 +87,23 @@ def imports(name: str) -> tuple[set[str], set[str]]:
 
 
 def test_every_file_has_a_layer():
-    assert sorted(path.stem for path in PACKAGE.glob("*.py")) == sorted(set().union(*LAYERS))
+    files = {path.stem for path in PACKAGE.glob("*.py")} | {"evaluation"}
+    assert sorted(files) == sorted(set().union(*LAYERS))
+    files = {path.stem for path in (PACKAGE / "evaluation").glob("*.py")}
+    assert sorted(files) == sorted(set().union(*EVALUATION_LAYERS))
 
 
-@pytest.mark.parametrize("name", sorted(set().union(*LAYERS)))
+@pytest.mark.parametrize("name", sorted(set().union(*EVALUATION_LAYERS)))
+def test_imports_of_the_evaluation_run_one_way(name):
+    inside, outside = imports(f"evaluation/{name}")
+    depth = next(index for index, layer in enumerate(EVALUATION_LAYERS) if name in layer)
+    below = set().union(*LAYERS[: LAYERS.index({"evaluation"})])
+    allowed = set().union(*EVALUATION_LAYERS[:depth]) | {f"..{other}" for other in below}
+    assert inside <= allowed, f"evaluation/{name} imports {inside - allowed}, which stand beside or above it"
+    assert "a3_hf" not in outside
+
+
+@pytest.mark.parametrize("name", sorted(set().union(*LAYERS) - {"evaluation"}))
 def test_imports_run_one_way(name):
     inside, outside = imports(name)
     depth = next(index for index, layer in enumerate(LAYERS) if name in layer)
@@ -110,10 +137,10 @@ def test_contract_names():
 
 def test_the_readmes_tree_names_every_file_with_its_phrase():
     readme = (ROOT / "README.md").read_text()
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         assert re.search(rf"^\s*{re.escape(path.name)}\s+\S+", readme, re.MULTILINE), f"README's tree lacks {path.name}"
-    for name in re.findall(r"^\s{2}(\w+\.py)\s", readme, re.MULTILINE):
-        assert list(ROOT.glob(f"*/{name}")), f"README's tree names {name}, which does not exist"
+    for name in re.findall(r"^\s{2,4}(\w+\.py)\s", readme, re.MULTILINE):
+        assert list(ROOT.glob(f"*/**/{name}")), f"README's tree names {name}, which does not exist"
 
 
 def commands() -> list[str]:
@@ -147,12 +174,12 @@ def test_readme_commands_exist(command):
     if words[0] == "a3":
         shown = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"})
         assert shown.exit_code == 0, f"a3 {words[1]} does not exist"
-        if words[1] != "adapt":  # adapt takes the recipe's own keys
+        if words[1] not in ("adapt", "eval"):  # adapt takes the recipe's own keys, eval those of lm-eval
             for option in (word for word in words[2:] if word.startswith("--")):
                 assert option.split("=")[0] in shown.output, f"{command!r}: no such option"
 
 
-@pytest.mark.parametrize("command", ["adapt", "infill", "generate", "score", "merge"])
+@pytest.mark.parametrize("command", ["adapt", "infill", "generate", "score", "merge", "eval", "report"])
 def test_help_names_every_command(command):
     assert command in CliRunner().invoke(app, ["--help"]).output
 
@@ -164,7 +191,7 @@ def test_importing_is_all_it_takes_to_register():
 
 
 def test_no_machine_paths_or_hosts():
-    for path in [*ROOT.glob("*.*"), *ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.yaml"), *ROOT.glob("*/*/*.md")]:
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("*/**/*.py"), *ROOT.glob("*/*/*.yaml"), *ROOT.glob("*/*/*.md")]:
         if path.is_file() and path.suffix in {".py", ".md", ".yaml", ".toml", ".sh"} and path != Path(__file__):
             assert not re.search(
                 r"/work/|/root/|/home/|/tmp/|https?://(?!arxiv\.org|huggingface\.co)", path.read_text()

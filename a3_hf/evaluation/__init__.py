@@ -1,0 +1,1 @@
+"""Evaluation: lm-eval models and tasks, measurements beyond tasks, reports. Needs the extra `eval`."""

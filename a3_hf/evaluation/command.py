@@ -1,0 +1,54 @@
+"""`a3 eval`: lm-eval's command line with the models `a3` and `a3_ar` and the task pack, and the measurements beyond tasks."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+HELP = """\
+Usage: a3 eval --model a3|a3_ar|hf --model_args pretrained=PATH,… --tasks NAME,… [any option of lm_eval]
+       a3 eval ppl|judge|needle|calibration …   (each has --help)
+
+The first form is lm-eval's own command line, with two more models and the tasks of eval/tasks:
+  a3     an A3 model, an adapter, or a LLaMA as one: order=, group_size=, num_orders=, decoding=, and any option of
+         A3GenerationConfig
+  a3_ar  a LLaMA, or the content stream of an A3 checkpoint: infilling=prefix|suffix_prompt|best_of
+  --metadata data_dir=FOLDER   the tasks read local files instead of the hub (eval/tasks/README.md)
+  --output_path FOLDER         for `a3 report FOLDER`
+  --use_cache PATH             an interrupted run goes on where it was
+a3 eval run --help shows all of lm-eval's options."""
+
+
+def task_folder() -> Path:
+    """The task pack: in the repository, or as installed beside this file."""
+    in_repository = Path(__file__).parents[2] / "eval" / "tasks"
+    return in_repository if in_repository.is_dir() else Path(__file__).parent / "task_pack"
+
+
+def run(args: list[str]) -> None:
+    """Runs `a3 eval` with its arguments.
+
+    Raises:
+        ValueError: lm-eval is not installed.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP)
+        return
+    if find_spec("lm_eval") is None:
+        raise ValueError("a3 eval needs lm-eval: pip install 'a3-hf[eval]'")
+    from .measure import app
+
+    if args[0] in {command.name or command.callback.__name__ for command in app.registered_commands}:
+        app(args=args, prog_name="a3 eval")
+        return
+    import torch
+    from lm_eval.__main__ import cli_evaluate
+
+    from . import causal, harness  # noqa: F401  (they register their models)
+
+    given = {arg.split("=")[0] for arg in args}
+    if "--include_path" not in given:
+        args = [*args, "--include_path", str(task_folder())]
+    if "--device" not in given and args[0] not in ("ls", "validate") and not torch.cuda.is_available():
+        args = [*args, "--device", "cpu"]  # lm-eval's own default is a GPU
+    sys.argv = ["lm_eval", *args]
+    cli_evaluate()

@@ -1,0 +1,59 @@
+"""What the tasks ask of a model beyond lm-eval's own requests: blanks with text on both sides, and counts of tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+KEY = "blank"
+
+
+class LogLikelihood(tuple):
+    """lm-eval's answer to `loglikelihood`, (log-likelihood in nats, whether greedy decoding would write it), which also
+    knows how many tokens it is the sum of. It stays a pair, so that every task and cache of lm-eval takes it.
+    """
+
+    num_tokens: int
+
+    def __new__(cls, log_likelihood: float, is_greedy: bool, num_tokens: int) -> "LogLikelihood":
+        answer = super().__new__(cls, (log_likelihood, is_greedy))
+        answer.num_tokens = num_tokens
+        return answer
+
+    def __reduce__(self):
+        return LogLikelihood, (*self, self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Blank:
+    """What a `generate_until` request writes between its context and `suffix`: as many tokens as the text `length_of` has
+    there, or a number that the model chooses from `lengths` (least, most). `sentences` says how many sentences are wanted,
+    for a model that writes left to right and would not know where to end.
+    """
+
+    suffix: str = ""
+    length_of: str | None = None
+    lengths: tuple[int, int] | None = None
+    sentences: int | None = None
+
+    def __post_init__(self):
+        if (self.length_of is None) == (self.lengths is None):
+            raise ValueError(
+                f"length_of={self.length_of!r} and lengths={self.lengths!r}; a blank takes exactly one of them"
+            )
+
+    def in_kwargs(self) -> dict[str, Any]:
+        """The entry of `gen_kwargs` that asks for it: plain values, so that lm-eval's cache can hash them."""
+        size = {"length_of": self.length_of} if self.lengths is None else {"lengths": list(self.lengths)}
+        if self.sentences is not None:
+            size["sentences"] = self.sentences
+        return {KEY: {"suffix": self.suffix, **size}}
+
+
+def take_blank(gen_kwargs: dict[str, Any]) -> tuple[dict[str, Any], Blank | None]:
+    """The rest of `gen_kwargs`, and the blank that they ask for, if any."""
+    rest = dict(gen_kwargs)
+    asked = rest.pop(KEY, None)
+    if asked is None:
+        return rest, None
+    if "lengths" in asked:
+        asked = {**asked, "lengths": tuple(asked["lengths"])}
+    return rest, Blank(**asked)
