@@ -7,7 +7,6 @@ whose result is there already is left out, so that the command goes on where it 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import lm_eval
@@ -74,7 +73,8 @@ def main() -> None:
             # what the command line would have written of them
             results["config"].update(model=model, model_args=given, device=device, limit=limit)
             tracker = EvaluationTracker(output_path=str(folder))
-            tracker.general_config_tracker.log_experiment_args(model, json.dumps(given), None, None, False)
+            told = ",".join(f"{key}={value}" for key, value in given.items())
+            tracker.general_config_tracker.log_experiment_args(model, told, "", "", False)
             tracker.save_results_aggregated(results=results, samples=None)
 
 

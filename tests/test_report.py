@@ -7,9 +7,11 @@ import pytest
 from transformers.utils import is_matplotlib_available
 
 from a3_hf.evaluation import report
+from a3_hf.evaluation.drawing import unbeaten
 from a3_hf.evaluation.published import COLUMNS, JUDGE_STEPS, JUDGED, RESULTS, SUSPECT, published_scores
-from a3_hf.evaluation.report import DEFAULTS, gather_scores, run_of, unbeaten, write_report
+from a3_hf.evaluation.report import write_report
 from a3_hf.evaluation.results import read_results
+from a3_hf.evaluation.runs import DEFAULTS, Run, gather_scores, run_of
 
 needs_matplotlib = pytest.mark.skipif(not is_matplotlib_available(), reason="needs matplotlib")
 MULTIPLE_CHOICE = {"output_type": "multiple_choice"}
@@ -233,12 +235,12 @@ def test_output_goes_elsewhere_if_asked(tmp_path):
     ],
 )
 def test_defaults_batch_and_device_do_not_make_another_run(model_args):
-    assert run_of(harness({}, model_args=model_args)) == report.Run("a3", "m", "")
+    assert run_of(harness({}, model_args=model_args)) == Run("a3", "m", "")
 
 
 def test_settings_make_another_run():
     run = run_of(harness({}, model_args="pretrained=m,seed=1,group_size=4,dtype=bfloat16"))
-    assert run == report.Run("a3", "m", "dtype=bfloat16 group_size=4 seed=1")
+    assert run == Run("a3", "m", "dtype=bfloat16 group_size=4 seed=1")
     assert run_of(harness({}, model_args={"pretrained": "m", "seed": 1, "group_size": 4, "dtype": "bfloat16"})) == run
     assert run_of(harness({}, model="hf", model_args="pretrained=m,seed=0")).settings == "seed=0"
     template = harness({}, chat_template_sha="0123456789", system_instruction="Be brief.")
@@ -246,7 +248,7 @@ def test_settings_make_another_run():
     sampled = harness({})
     sampled["config"]["gen_kwargs"] = {"do_sample": True}
     assert run_of(sampled).settings == 'gen_kwargs={"do_sample": true}'
-    assert run_of(harness({}, model="LlamaForCausalLM", model_args=None)) == report.Run("LlamaForCausalLM", "", "")
+    assert run_of(harness({}, model="LlamaForCausalLM", model_args=None)) == Run("LlamaForCausalLM", "", "")
 
 
 @pytest.mark.parametrize(("module", "model"), [("harness", "A3LM"), ("causal", "CausalLM")])
@@ -602,7 +604,7 @@ def test_what_lm_eval_writes_is_read(tmp_path):
     (result,) = read_results(tmp_path / "results")
     ((run, scores),) = gather_scores([result]).items()
     ((column, score),) = scores.items()
-    assert run == report.Run("dummy", "", "")
+    assert run == Run("dummy", "", "")
     assert (column.task.name, column.metric, column.task.version) == ("toy", "acc", "1.0")
     assert (score.value, score.items, score.of) == (answers["results"]["toy"]["acc,none"], 2, 3)
     text = write_report(tmp_path / "results", plots=False).read_text()

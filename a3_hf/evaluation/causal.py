@@ -15,7 +15,7 @@ from ..templates import decode_after, encode_piece
 from .batched import BatchedLM, Scored, Written
 from .harness import cut_at
 from .requests import Blank
-from .running_text import pad_right
+from .running_text import pad_left, pad_right
 
 INFILLING = ("prefix", "suffix_prompt", "best_of")
 SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
@@ -109,10 +109,8 @@ class CausalLM(BatchedLM):
         self, contexts: Sequence[list[int]], *, max_tokens: int, until: list[str], **sampling
     ) -> list[Written]:
         """See `BatchedLM`."""
-        width = max(map(len, contexts))
-        ids, real = torch.zeros(2, len(contexts), width, dtype=torch.long)
-        for number, tokens in enumerate(contexts):
-            ids[number, width - len(tokens) :], real[number, width - len(tokens) :] = torch.tensor(tokens), 1
+        ids, real = pad_left(contexts)
+        width = ids.shape[1]
         output = self._model_generate(
             context=ids.to(self.device),
             attention_mask=real.to(self.device),
@@ -129,37 +127,56 @@ class CausalLM(BatchedLM):
 
     def fill_batch(self, contexts: Sequence[str], blanks: Sequence[Blank], **sampling) -> list[Written]:
         """See `BatchedLM`."""
-        return [self._fill(context, blank, sampling) for context, blank in zip(contexts, blanks, strict=True)]
+        wants_best = self._infilling == "best_of" and any(blank.suffix for blank in blanks)
+        prompts, most = [], []
+        for context, blank in zip(contexts, blanks, strict=True):
+            if self._infilling == "suffix_prompt" and blank.suffix.strip():
+                prompts.append(f"{blank.suffix.strip()}\n{context}")
+            else:
+                prompts.append(context)
+            most.append(blank.lengths[1] if blank.lengths else self.tokens_of(blank.length_of, context))
+        ids = [
+            self._context_ids(prompt)[-(self.max_length - length) :]
+            for prompt, length in zip(prompts, most, strict=True)
+        ]
+        rows = range(len(ids))
+        if not wants_best:
+            written = self._generate(ids, max(most), **sampling)
+            texts = [self._ended(ids[row], written[row][: most[row]], blanks[row]) for row in rows]
+            return [Written(text, len(tokens), most[row]) for row, (text, tokens) in zip(rows, texts, strict=True)]
+        return [self._best(ids[row], most[row], blanks[row]) for row in rows]
 
-    def _fill(self, context: str, blank: Blank, sampling: dict[str, Any]) -> Written:
-        prompt = context
-        if self._infilling == "suffix_prompt" and blank.suffix.strip():
-            prompt = f"{blank.suffix.strip()}\n{context}"
-        most = blank.lengths[1] if blank.lengths else self.tokens_of(blank.length_of, context)
-        ids = self._context_ids(prompt)[-(self.max_length - most) :]
-        wants_best = self._infilling == "best_of" and bool(blank.suffix)
-        if wants_best:
-            sampling = {
-                "do_sample": True,
-                "temperature": self._temperature,
-                "top_k": 0,
-                "num_return_sequences": self._num_samples,
-            }
+    def _generate(self, prompts: Sequence[list[int]], length: int, **sampling) -> list[list[int]]:
+        """`length` tokens behind each prompt."""
+        ids, real = pad_left(prompts)
         ends = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed_of(self._seed, ids))
+        with torch.no_grad():
             output = self.model.generate(
-                torch.tensor([ids], device=self.device),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.device),
-                max_new_tokens=most,
-                min_new_tokens=most,
+                ids.to(self.device),
+                attention_mask=real.to(self.device),
+                max_new_tokens=length,
+                min_new_tokens=length,
                 suppress_tokens=ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **sampling,
-            )[:, len(ids) :].tolist()
-        texts = [self._ended(ids, tokens, blank) for tokens in output]
-        best = self._likeliest(ids, texts, blank) if wants_best else 0
-        return Written(texts[best][0], len(texts[best][1]), len(output) * (most + wants_best))
+            )
+        return output[:, ids.shape[1] :].tolist()
+
+    def _best(self, ids: list[int], most: int, blank: Blank) -> Written:
+        """Of several samples the one which, followed by the suffix, is likeliest per token."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(self._seed, ids))
+            samples = self._generate(
+                [ids],
+                most,
+                do_sample=True,
+                temperature=self._temperature,
+                top_k=0,
+                num_return_sequences=self._num_samples,
+            )
+        texts = [self._ended(ids, tokens, blank) for tokens in samples]
+        best = self._likeliest(ids, texts, blank)
+        return Written(texts[best][0], len(texts[best][1]), len(samples) * (most + 1))
 
     def _ended(self, ids: list[int], tokens: list[int], blank: Blank) -> tuple[str, list[int]]:
         """What was written, up to the end of its last sentence where the length was left to the model."""

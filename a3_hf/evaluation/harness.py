@@ -14,7 +14,7 @@ from ..orders import ORDERS, RANDOM_ORDERS, GroupOrder, seed_of
 from ..templates import Template, decode_after
 from .batched import BatchedLM, Scored, Written
 from .requests import Blank
-from .running_text import pad_right
+from .running_text import pad_left, pad_right
 
 # Options of A3GenerationConfig that have a name of their own here.
 SHARED = ("order", "group_size", "span_length")
@@ -136,10 +136,8 @@ class A3LM(BatchedLM):
         open_rows = list(range(len(contexts)))
         while open_rows:
             texts = [[*contexts[row], *written[row]] for row in open_rows]
-            width = max(map(len, texts))
-            ids, real = torch.zeros(2, len(texts), width, dtype=torch.long)
-            for place, text in enumerate(texts):
-                ids[place, width - len(text) :], real[place, width - len(text) :] = torch.tensor(text), 1
+            ids, real = pad_left(texts)
+            width = ids.shape[1]
             block = min(self._block_length, max_tokens - len(written[open_rows[0]]))
             output = self.model.generate_any_order(
                 ids.to(self.device),
@@ -155,7 +153,7 @@ class A3LM(BatchedLM):
             for place, row in enumerate(open_rows):
                 fresh = output.sequences[place, width:][output.commit_step[place, width:] >= 0].tolist()
                 written[row] += fresh
-                passes[row] += output.num_forward_passes
+                passes[row] += int(output.commit_step[place].max()) + 1
                 ended = len(fresh) < block or fresh[-1] == self.eot_token_id or len(written[row]) >= max_tokens
                 if not ended and not any(stop in self.tok_decode(written[row]) for stop in until if stop):
                     still_open.append(row)

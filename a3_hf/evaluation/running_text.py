@@ -112,3 +112,9 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
     return ids, mask
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, padded on the left, so that all rows go on at the same column."""
+    ids, mask = pad_right([row[::-1] for row in rows])
+    return ids.flip(1), mask.flip(1)
