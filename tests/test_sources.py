@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("lm_eval")
 
 import datasets
-from conftest import SHARED
 from datasets import Dataset
 from lm_eval import tasks as stock_tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from a3_hf.evaluation import sources
+from tests.conftest import SHARED
 
 COUNT = 10
 NUMBERS = range(COUNT)

@@ -8,18 +8,18 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from conftest import SHARED
 from lm_eval import evaluator, simple_evaluate
 from lm_eval import tasks as stock_tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from test_sources import COUNT, FILES, LOCAL, STOCK, write_all, write_items
 
 from a3_hf.evaluation import tasks
 from a3_hf.evaluation.requests import LogLikelihood, take_blank
 from a3_hf.evaluation.running_code import FINISHED, run_program
+from tests.conftest import SHARED
+from tests.test_sources import COUNT, FILES, LOCAL, STOCK, write_all, write_items
 
 PACK = Path(__file__).parents[1] / "eval" / "tasks"
 ROUGE = {"rouge1", "rouge2", "rougeL"}
