@@ -49,6 +49,12 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--limit", type=int, default=1000, help="items of a task")
     parser.add_argument("--limit-texts", type=int, default=100, help="items of a task that writes")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        default=1024,
+        help="tokens of a text to score; lm-eval's hf stops at a longer choice, and PIQA has one of 625 in this vocabulary of 512",
+    )
     parser.add_argument("--batch_size", type=int, default=32)
     arguments = parser.parse_args()
 
@@ -66,6 +72,8 @@ def main() -> None:
                 continue
             print(f"{name}: {', '.join(wanted)}", flush=True)
             given = {"pretrained": models[which], **settings}
+            if part == "choices":
+                given["max_length"] = arguments.max_length
             lm = get_model(model).create_from_arg_obj(given, {"batch_size": arguments.batch_size, "device": device})
             results = lm_eval.simple_evaluate(
                 lm, tasks=wanted, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
