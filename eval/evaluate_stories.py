@@ -53,7 +53,7 @@ def main() -> None:
         "--max_length",
         type=int,
         default=1024,
-        help="tokens of a text to score; lm-eval's hf stops at a longer choice, and PIQA has one of 625 in this vocabulary of 512",
+        help="tokens of a text to score: hf stops at a longer choice, and PIQA has one of 625 in this vocabulary",
     )
     parser.add_argument("--batch_size", type=int, default=32)
     arguments = parser.parse_args()

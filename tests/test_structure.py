@@ -38,8 +38,8 @@ LAYERS = [
 ]
 # The same within `evaluation`, whose files may also import from those of the layers before it.
 EVALUATION_LAYERS = [
-    {"requests", "results", "speed", "running_code", "running_text", "published", "__init__"},
-    {"batched", "sources"},
+    {"requests", "results", "runs", "speed", "running_code", "running_text", "published", "__init__"},
+    {"batched", "sources", "drawing"},
     {"harness", "tasks"},
     {"causal", "perplexity", "judged", "needle", "calibration"},
     {"measure", "report"},
