@@ -203,6 +203,7 @@ def test_documents(tmp_path):
     path.write_text(" one\n--\n \n--\ntwo\n--\nthree é ", encoding="utf-8")
     assert read_documents(path, separator="--") == ["one", "two", "three é"]
     assert read_documents(path, separator="--", documents=2) == ["one", "two"]
+    assert read_documents(path, separator="--", documents=-2) == ["two", "three é"]
     assert read_documents(path) == ["one\n--\n \n--\ntwo\n--\nthree é"]
     path.write_text(" \n ")
     with pytest.raises(ValueError, match="holds no text"):

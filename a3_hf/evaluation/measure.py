@@ -29,7 +29,7 @@ Separator = Annotated[
     str | None,
     typer.Option("--separator", help="What stands between documents, e.g. <|endoftext|>; none: one document per file."),
 ]
-Documents = Annotated[int | None, typer.Option("--documents", help="At most so many of them, from the start.")]
+Documents = Annotated[int | None, typer.Option("--documents", help="So many of them from the start; -200: the last 200.")]
 Scaling = Annotated[
     str | None,
     typer.Option(
@@ -401,19 +401,20 @@ def read_documents(path: Path, *, separator: str | None = None, documents: int |
 
     Args:
         separator: what stands between them; None: the file is one document.
-        documents: at most so many, from the start.
+        documents: at most so many, from the start; a negative number: from the end.
 
     Raises:
         ValueError: a file that can't be read, is not UTF-8 or holds no text; a separator that is empty or not in it.
     """
     from ..data import split_text
 
-    if documents is not None and documents < 1:
-        raise ValueError(f"documents={documents}; it takes at least 1")
+    if documents == 0:
+        raise ValueError("documents=0; it takes at least 1, or a negative number of the last ones")
     content = _read("text", path)
     if separator is not None and (not separator or separator not in content):
         raise ValueError(f"separator={separator!r} is nowhere in {str(path)!r}; it takes what stands between documents")
-    found = split_text(content, separator)[:documents]
+    found = split_text(content, separator)
+    found = found[:documents] if documents is None or documents > 0 else found[documents:]
     if not found:
         raise ValueError(f"text={str(path)!r} holds no text")
     return found
