@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +17,9 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import find_adapter_config_file
 
 from .arguments import LoraArguments
+from .configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
 from .modeling_a3_llama import A3LlamaForCausalLM
+from .modeling_decoupled_rope_llama import DecoupledRopeLlamaForCausalLM
 
 ADAPTER = "default"  # peft's name of the one adapter
 # In adapter_config.json, where peft writes LORA: peft alone would adapt all rows, and so it must not load such a file.
@@ -138,8 +140,14 @@ def check_start(path: str, lora: LoraArguments | None, config: LlamaConfig) -> N
 
     Raises:
         ValueError: a target that matches nothing; adapters of another kind than `lora`; no `lora` and adapters that can't be
-            merged.
+            merged; adapters of any kind where `config` is not A3's.
     """
+    if config.model_type == DecoupledRopeLlamaConfig.model_type:
+        if lora is not None or read_config(path) is not None:
+            raise ValueError(
+                "lora: adapters are for architecture 'a3'; architecture 'decoupled_rope' trains all weights of a whole model"
+            )
+        return
     if lora is not None:
         with torch.device("meta"):
             target_names(A3LlamaForCausalLM(config), lora)
@@ -207,28 +215,46 @@ def base_of(path: str) -> str:
 
 
 def load_model(
-    path: str, *, base: str | None = None, trainable: bool = False, **settings: Any
-) -> A3LlamaForCausalLM | PeftModel:
-    """The model at `path`, a folder or a hub id: an A3 or LLaMA checkpoint, or an adapter, put into its base. An adapted
-    model has all methods of `A3LlamaForCausalLM`.
+    path: str,
+    *,
+    base: str | None = None,
+    trainable: bool = False,
+    architecture: Literal["a3", "decoupled_rope"] | None = None,
+    **settings: Any,
+) -> A3LlamaForCausalLM | DecoupledRopeLlamaForCausalLM | PeftModel:
+    """The model at `path`, a folder or a hub id: an A3 or LLaMA checkpoint, or an adapter, put into its base; or a checkpoint
+    of Decoupled RoPE. An adapted model has all methods of `A3LlamaForCausalLM`.
 
     Args:
         base: the adapter's base, where it is no longer where it was.
         trainable: train the adapter further, all else frozen.
+        architecture: what a LLaMA checkpoint becomes, or what another has to be; None: what the checkpoint says, and A3 for
+            a LLaMA.
         **settings: those of `from_pretrained` (`dtype`, `attn_implementation`, …), for the base.
 
     Raises:
-        ValueError: an adapter that is not LoRA, whose base can't be loaded, or whose weights don't fit it.
+        ValueError: an adapter that is not LoRA, whose base can't be loaded, or whose weights don't fit it; a checkpoint of
+            another architecture.
     """
     config = read_config(path)
     if config is None:
-        return A3LlamaForCausalLM.from_pretrained(path, **settings)
+        return _model_class(path, architecture).from_pretrained(path, **settings)
+    if architecture not in (None, "a3"):
+        raise ValueError(f"{path} holds an adapter, which belongs to architecture 'a3', not {architecture!r}")
     base = base or config.base_model_name_or_path
     try:
         model = A3LlamaForCausalLM.from_pretrained(base, **settings)
     except OSError as error:
         raise ValueError(f"{path}: its base {base!r} can't be loaded (relative to {Path.cwd()}): {error}") from error
     return put_on(model, path, trainable=trainable)
+
+
+def _model_class(path: str, architecture: str | None) -> type[A3LlamaForCausalLM] | type[DecoupledRopeLlamaForCausalLM]:
+    if architecture is None:
+        is_decoupled = LlamaConfig.get_config_dict(path)[0].get("model_type") == DecoupledRopeLlamaConfig.model_type
+    else:
+        is_decoupled = architecture == "decoupled_rope"
+    return DecoupledRopeLlamaForCausalLM if is_decoupled else A3LlamaForCausalLM
 
 
 def put_on(model: A3LlamaForCausalLM, path: str, *, trainable: bool = False) -> PeftModel:
@@ -248,20 +274,27 @@ def put_on(model: A3LlamaForCausalLM, path: str, *, trainable: bool = False) -> 
 
 
 def load_to_train(
-    path: str, lora: LoraArguments | None, *, seed: int, finished: Path | None = None, **settings: Any
-) -> A3LlamaForCausalLM | PeftModel:
+    path: str,
+    lora: LoraArguments | None,
+    *,
+    seed: int,
+    finished: Path | None = None,
+    architecture: Literal["a3", "decoupled_rope"] = "a3",
+    **settings: Any,
+) -> A3LlamaForCausalLM | DecoupledRopeLlamaForCausalLM | PeftModel:
     """The model that a run with `lora` trains, starting from `path` (see `check_start`).
 
     Args:
         seed: fresh adapters are drawn from it, and from nothing else: a run that begins anew begins with the same.
         finished: a checkpoint that has the weights already.
+        architecture: what is trained; with `lora`, `"a3"` alone.
         **settings: those of `from_pretrained`.
 
     Raises:
         ValueError: as `attach`, `load_model` and `load_weights`.
     """
     if lora is None:
-        model = load_model(path if finished is None else str(finished), **settings)
+        model = load_model(path if finished is None else str(finished), architecture=architecture, **settings)
         if isinstance(model, PeftModel):
             model = model.merge_and_unload().requires_grad_(True)  # peft had frozen them
         return model

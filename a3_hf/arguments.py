@@ -19,9 +19,14 @@ from .curriculum import Curriculum
 
 @dataclass
 class ModelArguments:
-    """Which model is adapted. `model_name_or_path` is a LLaMA or an A3 checkpoint, a folder or a hub id."""
+    """Which model is adapted, and to what. `model_name_or_path` is a LLaMA or a checkpoint of the architecture, a folder or
+    a hub id.
+    """
 
     model_name_or_path: str = field(metadata={"help": "LLaMA or A3 checkpoint: a folder or a hub id."})
+    architecture: Literal["a3", "decoupled_rope"] = field(
+        default="a3", metadata={"help": "a3: two streams; decoupled_rope: one stream, one token at a time, no lora."}
+    )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Where the tokenizer is, if not with the model."}
     )

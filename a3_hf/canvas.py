@@ -91,10 +91,10 @@ class Canvas:
         return bool(self.blank_mask[:, : self.new_from].any())
 
     def is_ragged(self) -> bool:
-        """Whether rows differ in how many tokens are given or blank, so that steps need padding."""
-        return any(
-            int(mask.sum(dim=1).min()) != int(mask.sum(dim=1).max()) for mask in (self.given_mask, self.blank_mask)
-        )
+        """Whether rows have padding, or differ in how many tokens are given or blank, so that steps need padding."""
+        if not (self.given_mask | self.blank_mask).all():
+            return True
+        return int(self.blank_mask.sum(dim=1).min()) != int(self.blank_mask.sum(dim=1).max())
 
     def known(self) -> torch.Tensor:
         """(B, S), True where a token is given or written."""

@@ -64,6 +64,11 @@ class A3GenerateOutput(ModelOutput):
 class A3GenerationMixin:
     """`generate_any_order` for a model whose forward takes content tokens, slots and prepared views."""
 
+    encoder_class = Encoder  # what runs the passes
+
+    def check_generation(self, config: A3GenerationConfig) -> None:
+        """Raises a ValueError for settings that this kind of model has no meaning for; A3 takes all that a config does."""
+
     @torch.no_grad()
     def generate_any_order(
         self,
@@ -112,6 +117,7 @@ class A3GenerationMixin:
             NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds what was committed before.
         """
         config = resolve_config(generation_config, max_new_tokens, overrides)
+        self.check_generation(config)
         deadline = math.inf if config.max_time is None else time.perf_counter() + config.max_time
         if past_key_values is not None and (not config.use_cache or config.cache_implementation == "static"):
             raise ValueError("past_key_values needs use_cache=True and no static cache")
@@ -195,7 +201,7 @@ def _make_encoder(model, canvas: Canvas, config: A3GenerationConfig, steps, prom
     else:  # rows go on at their own pace
         paced = config.threshold is None and config.entropy_budget is None and config.strategy != "speculative"
         ragged = ragged or (is_batch and not paced)
-    return Encoder(
+    return model.encoder_class(
         model,
         canvas,
         use_cache=config.use_cache,

@@ -38,7 +38,7 @@ def plot_losses(
         steps, losses = zip(*training, strict=True)
         axes.plot([step * tokens_per_step for step in steps], losses, color="lightgrey", label="training")
     for name in EVALUATION_ORDERS:
-        if measured:
+        if any(f"eval_loss_{name}" in entry for entry in measured):
             tokens = [entry["step"] * tokens_per_step for entry in measured]
             axes.plot(tokens, [entry[f"eval_loss_{name}"] for entry in measured], marker="o", markersize=3, label=name)
     start = 0

@@ -90,6 +90,7 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
     if not path.is_file():
         return []
     before, now = json.loads(path.read_text(encoding="utf-8")), describe(recipe, tokenizer)
+    before.setdefault("architecture", "a3")  # the only one when older runs were started
     changes = {
         name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

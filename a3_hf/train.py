@@ -15,9 +15,11 @@ from .adapters import base_of, check_same, check_start, four_bits, load_to_train
 from .arguments import A3TrainingArguments, Recipe
 from .checkpoints import last_whole_checkpoint, set_aside
 from .configuration_a3_llama import A3LlamaConfig
+from .configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
 from .curriculum import RECORD, AdaptiveSchedule, Schedule
 from .data import RowCollator, load_rows
 from .modeling_a3_llama import A3LlamaForCausalLM
+from .modeling_decoupled_rope_llama import DecoupledRopeLlamaForCausalLM
 from .plan import print_plan
 from .plot import plot_losses
 from .record import check_resume, write_record
@@ -27,12 +29,14 @@ from .trainer import (
     A3Trainer,
     InterruptCallback,
     MetricsFileCallback,
+    check_one_stream,
 )
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "losses.png"
 STATE_FILE = "trainer_state.json"
 INTERRUPTED = 130
+CONFIGS = {"a3": A3LlamaConfig, "decoupled_rope": DecoupledRopeLlamaConfig}
 
 
 def run(recipe: Recipe, *, resume: bool = True) -> int:
@@ -67,8 +71,13 @@ def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
         tflops: TFLOP/s that a GPU is taken to reach.
 
     Raises:
-        ValueError: settings, files or a curriculum that can't be used.
+        ValueError: settings, files or a curriculum that can't be used, or an architecture of one stream, for which there are
+            no formulas.
     """
+    if recipe.model.architecture != "a3":
+        raise ValueError(
+            f"architecture={recipe.model.architecture!r}: the plan's formulas are those of architecture 'a3'"
+        )
     _check_settings(recipe)
     tokenizer, config = _load_tokenizer_and_config(recipe)
     train_rows, _ = _load_rows(recipe, tokenizer, config)
@@ -123,6 +132,7 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         # Killed between the last step and the final save: nothing is left to train.
         finished=checkpoint if steps_are_done else None,
         seed=training.seed,
+        architecture=recipe.model.architecture,
         dtype=dtype,
         attn_implementation=recipe.model.attn_implementation,
         **({"quantization_config": four_bits(dtype)} if recipe.model.load_in_4bit else {}),
@@ -181,23 +191,26 @@ def losses_table(state: TrainerState, schedule: Schedule | AdaptiveSchedule) -> 
     measured.
     """
     measured = {entry["step"]: entry for entry in state.log_history if "eval_loss_left_to_right" in entry}
+    orders = [name for name in EVALUATION_ORDERS if any(f"eval_loss_{name}" in entry for entry in measured.values())]
     table = Table(title="loss per order, nats per token")
     table.add_column("after")
     table.add_column("step", justify="right")
-    for name in EVALUATION_ORDERS:
+    for name in orders:
         table.add_column(name, justify="right")
     rows = [("(start)", 0), *((stage.name, end) for stage, end in zip(schedule.stages, schedule.ends, strict=True))]
     for label, step in rows:
         if step in measured:
-            losses = (f"{measured[step][f'eval_loss_{name}']:.4f}" for name in EVALUATION_ORDERS)
+            losses = (f"{measured[step][f'eval_loss_{name}']:.4f}" for name in orders)
             table.add_row(label, str(step), *losses)
     return table if table.row_count else None
 
 
-def _load_tokenizer_and_config(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, A3LlamaConfig]:
+def _load_tokenizer_and_config(
+    recipe: Recipe,
+) -> tuple[PreTrainedTokenizerBase, A3LlamaConfig | DecoupledRopeLlamaConfig]:
     path = recipe.model.model_name_or_path
     tokenizer = load_tokenizer(recipe.model.tokenizer_name_or_path or path)
-    config = A3LlamaConfig.from_pretrained(base_of(path))
+    config = CONFIGS[recipe.model.architecture].from_pretrained(base_of(path))
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ValueError(
@@ -208,7 +221,7 @@ def _load_tokenizer_and_config(recipe: Recipe) -> tuple[PreTrainedTokenizerBase,
     return tokenizer, config
 
 
-def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A3LlamaConfig):
+def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A3LlamaConfig | DecoupledRopeLlamaConfig):
     """The rows to train on and to evaluate on (None: there are none)."""
     training = recipe.training
     load = load_rows if recipe.data.sources is None else open_mixture
@@ -226,7 +239,7 @@ def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A3Lla
 
 def _make_trainer(
     recipe: Recipe,
-    model: A3LlamaForCausalLM | PeftModel,
+    model: A3LlamaForCausalLM | DecoupledRopeLlamaForCausalLM | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_rows,
     eval_rows,
@@ -273,6 +286,17 @@ def _check_settings(recipe: Recipe) -> None:
             f"content_loss_weight={training.content_loss_weight}: with lora.rows 'slots' the content stream is not "
             "trained; leave it out"
         )
+    if recipe.model.architecture == "decoupled_rope":
+        check_one_stream(
+            recipe.curriculum.stages,
+            content_loss_weight=training.content_loss_weight,
+            distillation_weight=training.distillation_weight,
+        )
+        if recipe.data.documents == "isolated":
+            raise ValueError(
+                "documents='isolated': Decoupled RoPE keeps no documents of one row apart, for each token has one successor; "
+                "it takes 'joined'"
+            )
     for name, path in (("train_file", recipe.data.train_file), ("validation_file", recipe.data.validation_file)):
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{name}={path!r}: there is no such file (relative paths start at {Path.cwd()})")

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from .auxiliary import Pairs, content_loss, distillation_loss, next_token_pairs
+from .configuration_decoupled_rope_llama import SINGLETONS_ONLY, DecoupledRopeLlamaConfig
 from .curriculum import (
     AdaptiveCallback,
     AdaptiveSchedule,
@@ -35,6 +36,7 @@ from .curriculum import (
 )
 from .masks import KeptViews, group_views, singleton_views
 from .orders import GroupOrder
+from .stages import Stage
 from .throughput import Meter, peak_flops, peak_memory_mib, training_flops
 
 # The orders of the evaluation, each as the stage that draws it.
@@ -73,12 +75,14 @@ def model_inputs(
     implementation: str,
     document_ids: torch.Tensor | None = None,
     kept: KeptViews | None = None,
+    one_stream: bool = False,
 ) -> dict[str, Any]:
     """The arguments of `A3LlamaForCausalLM.forward`, `labels` (−100 where nothing is scored) among them, that score
     `input_ids` (B, S) under an order. In generation order singletons need plain causal masks alone, which any attention
     kernel takes; not so where a row holds several documents (`document_ids`, (B, S)), which are kept apart. Where the
     order leaves open tokens out of the loss, there are slots for the scored ones alone (and to fill up shorter rows).
-    `kept` carries masks from one batch to the next, where groups allow it.
+    `kept` carries masks from one batch to the next, where groups allow it. With `one_stream` they are those of
+    `DecoupledRopeLlamaForCausalLM.forward`, which has a mask of its own.
     """
     layout = order.lay_out(input_ids, document_ids=document_ids)
     if order.context_mask is not None:
@@ -95,11 +99,12 @@ def model_inputs(
             "use_cache": False,
         }
     if group_size == 1 and document_ids is None:
+        length, device = input_ids.shape[1] - 1, input_ids.device
         return {
             "input_ids": layout.input_ids[:, :-1],
             "position_ids": layout.position_ids[:, :-1],
             "target_position_ids": layout.position_ids[:, 1:],
-            "attention_mask": singleton_views(implementation, input_ids.shape[1] - 1, input_ids.device),
+            "attention_mask": None if one_stream else singleton_views(implementation, length, device),
             "labels": layout.labels[:, 1:].contiguous(),  # transformers' loss takes a view of them
             "use_cache": False,
         }
@@ -117,6 +122,25 @@ def model_inputs(
             "use_cache": False,
         }
     return {**layout._asdict(), "use_cache": False}
+
+
+def check_one_stream(
+    stages: Sequence[Stage], *, content_loss_weight: float = 0.0, distillation_weight: float = 0.0
+) -> None:
+    """Whether a model of one stream, Decoupled RoPE, can be trained so.
+
+    Raises:
+        ValueError: a stage with groups of several tokens, or a loss between two streams.
+    """
+    for number, stage in enumerate(stages, start=1):
+        if stage.group_sizes[-1] > 1:
+            raise ValueError(
+                f"stage {number} ({stage.name!r}) has group_size={stage.group_size!r}; it takes 1. {SINGLETONS_ONLY}"
+            )
+    weights = {"content_loss_weight": content_loss_weight, "distillation_weight": distillation_weight}
+    for name, weight in weights.items():
+        if weight:
+            raise ValueError(f"{name}={weight}: it is a loss of two streams, and Decoupled RoPE has one; it takes 0")
 
 
 class NonFiniteLossError(ValueError):
@@ -140,6 +164,7 @@ class A3Trainer(Trainer):
     - A loss that is not finite stops training on all ranks before the weights take the step (`NonFiniteLossError`; with
       DeepSpeed, which steps by itself, right after it).
     - `evaluate` is that of four fixed orders, see there.
+    - A `DecoupledRopeLlamaForCausalLM` is trained and evaluated under orders of single tokens.
 
     Args:
         curriculum: the stages; resolved in whole steps when the trainer is made (`.schedule`; None without a training
@@ -155,8 +180,8 @@ class A3Trainer(Trainer):
             stream, which computes what the LLaMA does, forecasts. The content stream gets no gradient from it.
 
     Raises:
-        ValueError: a curriculum that doesn't fit the run, an attention implementation that can't express its groups, or
-            an argument of `Trainer` that does not go with orders (label smoothing, other losses or metrics, several
+        ValueError: a curriculum that doesn't fit the run or the model, an attention implementation that can't express its
+            groups, or an argument of `Trainer` that does not go with orders (label smoothing, other losses or metrics, several
             devices in one process, Liger's kernels).
     """
 
@@ -194,7 +219,7 @@ class A3Trainer(Trainer):
             processing_class=processing_class,
             callbacks=list(callbacks),
             optimizers=optimizers,
-            compute_metrics=losses_by_order,
+            compute_metrics=self._losses_by_order,
         )
         if self.args.label_smoothing_factor != 0:
             raise ValueError(
@@ -218,6 +243,10 @@ class A3Trainer(Trainer):
         self._row_length = 0
         self.content_loss_weight = content_loss_weight
         self.distillation_weight = distillation_weight
+        self.one_stream = self.model.config.model_type == DecoupledRopeLlamaConfig.model_type
+        self.evaluation_orders = {
+            name: stage for name, stage in EVALUATION_ORDERS.items() if stage.group_size == 1 or not self.one_stream
+        }
         # Since the last log, summed over tokens: content loss, distillation loss; and the number of tokens.
         self._auxiliary_sums = torch.zeros(3, device=self.args.device)
         self._micro_batch = 0
@@ -252,6 +281,10 @@ class A3Trainer(Trainer):
     def _check_implementation(self) -> None:
         # Now, and not when the stage with groups begins, hours later.
         stages = self.schedule.stages if self.schedule is not None else ()
+        if self.one_stream:
+            weights = {"content_loss_weight": self.content_loss_weight, "distillation_weight": self.distillation_weight}
+            check_one_stream(stages, **weights)
+            return
         needs_groups = any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages)
         if self.eval_dataset is not None or needs_groups:
             group = torch.zeros(1, 1, dtype=torch.long)
@@ -369,6 +402,7 @@ class A3Trainer(Trainer):
             implementation=self.model.config._attn_implementation,
             document_ids=inputs.get("document_ids"),
             kept=self._kept_views,
+            one_stream=self.one_stream,
         )
         if self.chunked_loss:
             arguments["chunked_loss"] = True
@@ -404,6 +438,7 @@ class A3Trainer(Trainer):
         """Nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
         `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. The
         random ones are the same at every evaluation of every run. Training goes on after it as if there had been none.
+        With Decoupled RoPE the two orders of single tokens alone.
         """
         was_training = self.model.training
         self._meter.pause()
@@ -424,8 +459,8 @@ class A3Trainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Each row's loss, summed over its scored tokens, under each of the `EVALUATION_ORDERS` (B, 4), and their
-        number (B,); `predict` returns the same.
+        """Each row's loss, summed over its scored tokens, under each of the `evaluation_orders` (B, orders), and
+        their number (B,); `predict` returns the same.
         """
         inputs = self._prepare_inputs(inputs)
         given = given_tokens(inputs)
@@ -437,7 +472,9 @@ class A3Trainer(Trainer):
         )
         self._evaluation_batch += 1
         losses = []
-        for index, stage in enumerate(EVALUATION_ORDERS.values()):
+        for index, (name, stage) in enumerate(EVALUATION_ORDERS.items()):
+            if name not in self.evaluation_orders:
+                continue
             generators = [
                 row_generator(EVALUATION_SEED, index, first_row + row) for row in range(len(inputs["input_ids"]))
             ]
@@ -448,6 +485,7 @@ class A3Trainer(Trainer):
                 group_size=stage.group_size,
                 implementation=self.model.config._attn_implementation,
                 document_ids=inputs.get("document_ids"),
+                one_stream=self.one_stream,
             )
             with torch.no_grad(), self.compute_loss_context_manager():
                 if self.chunked_loss:
@@ -458,6 +496,9 @@ class A3Trainer(Trainer):
                     token_losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
             losses.append(token_losses.sum(dim=1))
         return None, torch.stack(losses, dim=1), (inputs["labels"] != -100).sum(dim=1)
+
+    def _losses_by_order(self, prediction: EvalPrediction) -> dict[str, float]:
+        return losses_by_order(prediction, self.evaluation_orders)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The logs of training carry the group size; the stage's name is a word, which not every logger takes.
@@ -482,7 +523,8 @@ class A3Trainer(Trainer):
         dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((self.args.bf16, self.args.fp16))
         peak = self.peak_flops or peak_flops(self.args.device, dtype or self.model.dtype)
         if peak is not None:
-            costs["mfu"] = rate * training_flops(self.model.config, length=self._row_length) / peak
+            flops = training_flops(self.model.config, length=self._row_length, slots=not self.one_stream)
+            costs["mfu"] = rate * flops / peak
         return costs
 
     def _auxiliary_logs(self) -> dict[str, float]:
@@ -541,9 +583,9 @@ def _check_documents(document_ids: torch.Tensor, real: torch.Tensor, scored: tor
         )
 
 
-def losses_by_order(prediction: EvalPrediction) -> dict[str, float]:
-    """Nats per token under each of the `EVALUATION_ORDERS` from the losses of rows (N, 4) and their scored tokens (N,),
-    and `loss`, the mean of the four.
+def losses_by_order(prediction: EvalPrediction, orders: Collection[str]) -> dict[str, float]:
+    """Nats per token under each of the `orders` from the losses of rows (N, orders) and their scored tokens (N,), and
+    `loss`, the mean over the orders.
 
     Raises:
         ValueError: no token is scored.
@@ -552,7 +594,7 @@ def losses_by_order(prediction: EvalPrediction) -> dict[str, float]:
     if tokens == 0:
         raise ValueError("the evaluation set has no token to score: every label is -100")
     losses = prediction.predictions.astype(np.float64).sum(axis=0) / tokens
-    by_order = {f"loss_{name}": float(loss) for name, loss in zip(EVALUATION_ORDERS, losses, strict=True)}
+    by_order = {f"loss_{name}": float(loss) for name, loss in zip(orders, losses, strict=True)}
     return {**by_order, "loss": float(losses.mean())}
 
 

@@ -309,3 +309,13 @@ IDS, BLANKS, MASK = problem()
 def test_bad_input_names_the_argument(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.generate_any_order(IDS, **arguments)
+
+
+@pytest.mark.parametrize("strategy", ["groupwise", "dynamic", "speculative"])
+def test_padding_is_not_seen_where_all_rows_have_as_much_of_it(model, strategy):
+    ids = torch.randint(3, 61, (2, 6), generator=torch.Generator().manual_seed(0))
+    alone = model.generate_any_order(ids, max_new_tokens=8, strategy=strategy)
+    padded, mask = (torch.nn.functional.pad(one, (3, 0)) for one in (ids, torch.ones_like(ids)))
+    beside = model.generate_any_order(padded, max_new_tokens=8, attention_mask=mask, strategy=strategy)
+    assert torch.equal(alone.sequences, beside.sequences[:, 3:])
+    assert (alone.log_probs - beside.log_probs[:, 3:]).abs().max() < 1e-4

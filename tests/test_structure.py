@@ -18,18 +18,20 @@ PACKAGE = ROOT / "a3_hf"
 # Each file may import from those that stand before it, in its own line excepted.
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "cpu"}
-    | {"chunked_loss", "plateaus", "throughput", "checkpoints"},
+    | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
+    | {"configuration_masked_diffusion_llama", "corruption"},
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
-    {"canvas", "observers"},
+    {"canvas", "observers", "diffusion_likelihood"},
     {"processors"},
     {"strategies"},
     {"generation"},
-    {"infilling"},
-    {"modeling_a3_llama"},
+    {"infilling", "decoupled_generation"},
+    {"modeling_a3_llama", "unmasking"},
+    {"modeling_decoupled_rope_llama", "modeling_masked_diffusion_llama"},
     {"arguments", "trainer", "pipeline"},
-    {"data", "adapters", "record", "plot"},
+    {"data", "adapters", "record", "plot", "diffusion_trainer"},
     {"streaming", "plan", "commands"},
     {"train"},
     {"evaluation"},
@@ -47,6 +49,14 @@ EVALUATION_LAYERS = [
 ]
 PURE = {"orders", "masks", "decoding"}
 FLAT = {
+    "configuration_decoupled_rope_llama",
+    "configuration_masked_diffusion_llama",
+    "corruption",
+    "decoupled_generation",
+    "diffusion_likelihood",
+    "modeling_decoupled_rope_llama",
+    "modeling_masked_diffusion_llama",
+    "unmasking",
     "chunked_loss",
     "configuration_a3_llama",
     "modeling_a3_llama",
