@@ -7,6 +7,8 @@ whose result is there already is left out, so that the command goes on where it 
 """
 
 import argparse
+import json
+import tempfile
 from pathlib import Path
 
 import lm_eval
@@ -41,6 +43,15 @@ RUNS = [
 ]
 
 
+def without_places(text: str) -> str:
+    """A result of lm-eval without the folders of this machine, and of its environment what a report shows."""
+    result = json.loads(text.replace(f"{task_folder().parents[1]}/", ""))
+    shown = ("PyTorch version", "Python version", "Model name", "GPU ")
+    lines = result["pretty_env_info"].splitlines()
+    result["pretty_env_info"] = "\n".join(line for line in lines if line.startswith(shown))
+    return json.dumps(result, indent=1, ensure_ascii=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base")
@@ -60,6 +71,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {"base": arguments.base, "adapted": arguments.adapted}
+    arguments.output.mkdir(parents=True, exist_ok=True)
     metadata = {"data_dir": arguments.data_dir}
     manager = TaskManager(include_defaults=False, include_path=str(task_folder()), metadata=metadata)
     for model, which, settings, tasks in RUNS:
@@ -67,8 +79,8 @@ def main() -> None:
         name = "_".join([model, which, *(str(value) for value in settings.values())])
         for part, limit in (("choices", arguments.limit), ("texts", arguments.limit_texts)):
             wanted = [task for task in tasks if (task in writes) == (part == "texts")]
-            folder = arguments.output / f"{name}_{part}"
-            if not wanted or folder.exists():
+            path = arguments.output / f"{name}_{part}.json"
+            if not wanted or path.exists():
                 continue
             print(f"{name}: {', '.join(wanted)}", flush=True)
             given = {"pretrained": models[which], **settings}
@@ -80,10 +92,13 @@ def main() -> None:
             )
             # what the command line would have written of them
             results["config"].update(model=model, model_args=given, device=device, limit=limit)
-            tracker = EvaluationTracker(output_path=str(folder))
             told = ",".join(f"{key}={value}" for key, value in given.items())
-            tracker.general_config_tracker.log_experiment_args(model, told, "", "", False)
-            tracker.save_results_aggregated(results=results, samples=None)
+            with tempfile.TemporaryDirectory() as folder:
+                tracker = EvaluationTracker(output_path=folder)
+                tracker.general_config_tracker.log_experiment_args(model, told, "", "", False)
+                tracker.save_results_aggregated(results=results, samples=None)
+                (written,) = Path(folder).rglob("results_*.json")
+                path.write_text(without_places(written.read_text()) + "\n")
 
 
 if __name__ == "__main__":
