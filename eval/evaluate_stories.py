@@ -91,7 +91,9 @@ def main() -> None:
                 lm, tasks=wanted, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
             )
             # what the command line would have written of them
-            results["config"].update(model=model, model_args=given, device=device, limit=limit)
+            results["config"].update(
+                model=model, model_args=given, device=device, limit=limit, batch_size=arguments.batch_size
+            )
             told = ",".join(f"{key}={value}" for key, value in given.items())
             with tempfile.TemporaryDirectory() as folder:
                 tracker = EvaluationTracker(output_path=folder)
