@@ -29,7 +29,9 @@ Separator = Annotated[
     str | None,
     typer.Option("--separator", help="What stands between documents, e.g. <|endoftext|>; none: one document per file."),
 ]
-Documents = Annotated[int | None, typer.Option("--documents", help="So many of them from the start; -200: the last 200.")]
+Documents = Annotated[
+    int | None, typer.Option("--documents", help="So many of them from the start; -200: the last 200.")
+]
 Scaling = Annotated[
     str | None,
     typer.Option(
