@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 from transformers.utils import find_adapter_config_file
 
+from .architectures import ARCHITECTURES, architecture_of, read_model_config
 from .arguments import LoraArguments
-from .configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
+from .configuration_a3_llama import A3LlamaConfig
 from .modeling_a3_llama import A3LlamaForCausalLM
-from .modeling_decoupled_rope_llama import DecoupledRopeLlamaForCausalLM
 
 ADAPTER = "default"  # peft's name of the one adapter
 # In adapter_config.json, where peft writes LORA: peft alone would adapt all rows, and so it must not load such a file.
@@ -142,10 +142,11 @@ def check_start(path: str, lora: LoraArguments | None, config: LlamaConfig) -> N
         ValueError: a target that matches nothing; adapters of another kind than `lora`; no `lora` and adapters that can't be
             merged; adapters of any kind where `config` is not A3's.
     """
-    if config.model_type == DecoupledRopeLlamaConfig.model_type:
+    if config.model_type != A3LlamaConfig.model_type:
         if lora is not None or read_config(path) is not None:
             raise ValueError(
-                "lora: adapters are for architecture 'a3'; architecture 'decoupled_rope' trains all weights of a whole model"
+                f"lora: adapters are for architecture 'a3'; a model of type {config.model_type!r} is trained with all its "
+                "weights"
             )
         return
     if lora is not None:
@@ -219,11 +220,12 @@ def load_model(
     *,
     base: str | None = None,
     trainable: bool = False,
-    architecture: Literal["a3", "decoupled_rope"] | None = None,
+    architecture: str | None = None,
     **settings: Any,
-) -> A3LlamaForCausalLM | DecoupledRopeLlamaForCausalLM | PeftModel:
-    """The model at `path`, a folder or a hub id: an A3 or LLaMA checkpoint, or an adapter, put into its base; or a checkpoint
-    of Decoupled RoPE. An adapted model has all methods of `A3LlamaForCausalLM`.
+) -> PreTrainedModel | PeftModel:
+    """The model at `path`, a folder or a hub id: a LLaMA checkpoint or one of an architecture of
+    `a3_hf.architectures.ARCHITECTURES`, or an adapter of A3, put into its base. An adapted model has all methods of
+    `A3LlamaForCausalLM`.
 
     Args:
         base: the adapter's base, where it is no longer where it was.
@@ -238,7 +240,9 @@ def load_model(
     """
     config = read_config(path)
     if config is None:
-        return _model_class(path, architecture).from_pretrained(path, **settings)
+        architecture = architecture or architecture_of(path)
+        read_model_config(path, architecture)
+        return ARCHITECTURES[architecture].model.from_pretrained(path, **settings)
     if architecture not in (None, "a3"):
         raise ValueError(f"{path} holds an adapter, which belongs to architecture 'a3', not {architecture!r}")
     base = base or config.base_model_name_or_path
@@ -247,14 +251,6 @@ def load_model(
     except OSError as error:
         raise ValueError(f"{path}: its base {base!r} can't be loaded (relative to {Path.cwd()}): {error}") from error
     return put_on(model, path, trainable=trainable)
-
-
-def _model_class(path: str, architecture: str | None) -> type[A3LlamaForCausalLM] | type[DecoupledRopeLlamaForCausalLM]:
-    if architecture is None:
-        is_decoupled = LlamaConfig.get_config_dict(path)[0].get("model_type") == DecoupledRopeLlamaConfig.model_type
-    else:
-        is_decoupled = architecture == "decoupled_rope"
-    return DecoupledRopeLlamaForCausalLM if is_decoupled else A3LlamaForCausalLM
 
 
 def put_on(model: A3LlamaForCausalLM, path: str, *, trainable: bool = False) -> PeftModel:
@@ -279,9 +275,9 @@ def load_to_train(
     *,
     seed: int,
     finished: Path | None = None,
-    architecture: Literal["a3", "decoupled_rope"] = "a3",
+    architecture: str = "a3",
     **settings: Any,
-) -> A3LlamaForCausalLM | DecoupledRopeLlamaForCausalLM | PeftModel:
+) -> PreTrainedModel | PeftModel:
     """The model that a run with `lora` trains, starting from `path` (see `check_start`).
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .architectures import ARCHITECTURES
 from .curriculum import Curriculum
 
 
@@ -24,8 +25,12 @@ class ModelArguments:
     """
 
     model_name_or_path: str = field(metadata={"help": "LLaMA or A3 checkpoint: a folder or a hub id."})
-    architecture: Literal["a3", "decoupled_rope"] = field(
-        default="a3", metadata={"help": "a3: two streams; decoupled_rope: one stream, one token at a time, no lora."}
+    architecture: Literal["a3", "decoupled_rope", "masked_diffusion", "llama"] = field(
+        default="a3",
+        metadata={
+            "help": "a3: two streams; decoupled_rope: one stream, one token at a time; masked_diffusion: no order at all; "
+            "llama: next tokens, the control. lora is for a3, and the last two have no curriculum."
+        },
     )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Where the tokenizer is, if not with the model."}
@@ -233,6 +238,15 @@ class A3TrainingArguments(TrainingArguments):
         default=0.0,
         metadata={"help": "Weight of teaching slots the content stream's forecasts in left-to-right rows; 0: none."},
     )
+    masking: Literal["rate", "count"] = field(
+        default="rate", metadata={"help": "masked_diffusion: mask each token with a drawn chance, or a drawn number."}
+    )
+    low_discrepancy: bool = field(
+        default=False, metadata={"help": "masked_diffusion: spread the shares of a step's rows evenly over (0, 1]."}
+    )
+    anneal_steps: int = field(
+        default=0, metadata={"help": "masked_diffusion: from causal to bidirectional attention in so many steps."}
+    )
 
     def __post_init__(self):
         if self.remove_unused_columns:
@@ -256,12 +270,12 @@ ARGUMENT_CLASSES = (ModelArguments, DataArguments, A3TrainingArguments)
 
 @dataclass(frozen=True)
 class Recipe:
-    """One complete run."""
+    """One complete run. The architectures `masked_diffusion` and `llama` have no curriculum."""
 
     model: ModelArguments
     data: DataArguments
     training: A3TrainingArguments
-    curriculum: Curriculum
+    curriculum: Curriculum | None
     lora: LoraArguments | None = None
 
 
@@ -308,11 +322,17 @@ def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
         name = unused[0].split("=")[0]
         raise ValueError(f"unknown setting {name!r}{_nearest(name.lstrip('-').replace('-', '_'), known)}")
     model, data, training, rest = parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)
+    architecture = ARCHITECTURES[model.architecture]
+    if rest.curriculum is not None and not architecture.has_curriculum:
+        raise ValueError(
+            f"architecture={model.architecture!r} is trained without orders: curriculum has no effect; leave it out (on the "
+            "command line: --curriculum null)"
+        )
     return Recipe(
         model=model,
         data=data,
         training=training,
-        curriculum=_curriculum(rest.curriculum, path),
+        curriculum=_curriculum(rest.curriculum, path) if architecture.has_curriculum else None,
         lora=_lora(rest.lora),
     )
 

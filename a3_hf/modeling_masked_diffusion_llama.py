@@ -87,10 +87,11 @@ class MaskedDiffusionLlamaForCausalLM(
                 self.resize_token_embeddings(self.config.vocab_size + 1, mean_resizing=False)
         check_mask_token(tokenizer, mask_token_id, vocab_size=self.config.vocab_size)
         if mask_token_id != self.config.mask_token_id:
-            embeddings = self.get_input_embeddings().weight
             words = [token_id for token_id in vocabulary if token_id != mask_token_id]
+            # The head's row too, though the mask token is never written: it would hold whatever was drawn for it.
             with torch.no_grad():
-                embeddings[mask_token_id] = embeddings[words].float().mean(dim=0).to(embeddings.dtype)
+                for embeddings in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
+                    embeddings[mask_token_id] = embeddings[words].float().mean(dim=0).to(embeddings.dtype)
             self.config.mask_token_id = mask_token_id
         return mask_token_id
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .trainer import EVALUATION_ORDERS
-
 
 def plot_losses(
     log_history: Sequence[Mapping[str, float]],
@@ -14,8 +12,8 @@ def plot_losses(
     ends: Sequence[int],
     tokens_per_step: int,
 ) -> bool:
-    """Draws a PNG: nats per token under each evaluation order, and the training loss, over tokens trained on, with a line
-    where a stage ends.
+    """Draws a PNG: nats per token under each evaluation order (without a curriculum, the one loss there is) and the training
+    loss, over tokens trained on, with a line where a stage ends.
 
     Args:
         log_history: what the run logged, as in `TrainerState`.
@@ -29,7 +27,7 @@ def plot_losses(
     from matplotlib.figure import Figure  # only where it is asked for: an extra
 
     training = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
-    measured = [entry for entry in log_history if f"eval_loss_{next(iter(EVALUATION_ORDERS))}" in entry]
+    measured = [entry for entry in log_history if "eval_loss" in entry]
     if not training and not measured:
         return False
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -37,10 +35,10 @@ def plot_losses(
     if training:
         steps, losses = zip(*training, strict=True)
         axes.plot([step * tokens_per_step for step in steps], losses, color="lightgrey", label="training")
-    for name in EVALUATION_ORDERS:
-        if any(f"eval_loss_{name}" in entry for entry in measured):
-            tokens = [entry["step"] * tokens_per_step for entry in measured]
-            axes.plot(tokens, [entry[f"eval_loss_{name}"] for entry in measured], marker="o", markersize=3, label=name)
+    for name in loss_names(measured[0]) if measured else ():
+        tokens = [entry["step"] * tokens_per_step for entry in measured]
+        label = name.removeprefix("eval_loss_").removeprefix("eval_")
+        axes.plot(tokens, [entry[name] for entry in measured], marker="o", markersize=3, label=label)
     start = 0
     for name, end in zip(stages, ends, strict=True):
         axes.axvline(end * tokens_per_step, color="grey", linestyle=":")
@@ -53,3 +51,8 @@ def plot_losses(
     axes.legend()
     figure.savefig(path, dpi=120)
     return True
+
+
+def loss_names(entry: Mapping[str, float]) -> list[str]:
+    """The losses of an evaluation, as logged: those of each order, `eval_loss_…`, or without orders `eval_loss`."""
+    return [name for name in entry if name.startswith("eval_loss_")] or ["eval_loss"]

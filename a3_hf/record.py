@@ -60,6 +60,8 @@ FREE = {
     "torch_compile",
     "use_cpu",
 }
+# Settings that older runs did not have, with what they did.
+ADDED = {"architecture": "a3", "masking": "rate", "low_discrepancy": False, "anneal_steps": 0}
 
 
 def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
         **asdict(recipe.model),
         **asdict(recipe.data),
         **{name: value for name, value in training.to_dict().items() if not name.startswith("_")},
-        "curriculum": asdict(recipe.curriculum),
+        "curriculum": None if recipe.curriculum is None else asdict(recipe.curriculum),
         "lora": None if recipe.lora is None else asdict(recipe.lora),
         "rows_per_step": training.rows_per_step,
         "tokenizer": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
@@ -90,7 +92,8 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
     if not path.is_file():
         return []
     before, now = json.loads(path.read_text(encoding="utf-8")), describe(recipe, tokenizer)
-    before.setdefault("architecture", "a3")  # the only one when older runs were started
+    for name, value in ADDED.items():
+        before.setdefault(name, value)
     changes = {
         name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -7,25 +7,22 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_bitsandbytes_available, is_matplotlib_available
 
 from .adapters import base_of, check_same, check_start, four_bits, load_to_train, load_tokenizer
+from .architectures import read_model_config
 from .arguments import A3TrainingArguments, Recipe
 from .checkpoints import last_whole_checkpoint, set_aside
-from .configuration_a3_llama import A3LlamaConfig
-from .configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
 from .curriculum import RECORD, AdaptiveSchedule, Schedule
 from .data import RowCollator, load_rows
-from .modeling_a3_llama import A3LlamaForCausalLM
-from .modeling_decoupled_rope_llama import DecoupledRopeLlamaForCausalLM
+from .diffusion_trainer import DiffusionTrainer
 from .plan import print_plan
-from .plot import plot_losses
+from .plot import loss_names, plot_losses
 from .record import check_resume, write_record
 from .streaming import StreamTrainer, check_readers, open_mixture
 from .trainer import (
-    EVALUATION_ORDERS,
     A3Trainer,
     InterruptCallback,
     MetricsFileCallback,
@@ -36,7 +33,6 @@ METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "losses.png"
 STATE_FILE = "trainer_state.json"
 INTERRUPTED = 130
-CONFIGS = {"a3": A3LlamaConfig, "decoupled_rope": DecoupledRopeLlamaConfig}
 
 
 def run(recipe: Recipe, *, resume: bool = True) -> int:
@@ -71,7 +67,7 @@ def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
         tflops: TFLOP/s that a GPU is taken to reach.
 
     Raises:
-        ValueError: settings, files or a curriculum that can't be used, or an architecture of one stream, for which there are
+        ValueError: settings, files or a curriculum that can't be used, or another architecture than A3, for which there are
             no formulas.
     """
     if recipe.model.architecture != "a3":
@@ -108,7 +104,7 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     if resume and _is_finished(training, output_dir):
         if is_main:
             print(f"The run in {output_dir} is finished: nothing to do. A new run takes another output_dir.")
-            print(_next_command(output_dir))
+            print(_next_command(output_dir, recipe.model.architecture))
         return 0
     checkpoint = _find_checkpoint(training, output_dir, resume=resume)
 
@@ -140,8 +136,8 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     trainer = _make_trainer(recipe, model, tokenizer, train_rows, eval_rows, is_resumed=checkpoint is not None)
     interrupt = InterruptCallback()
     trainer.add_callback(interrupt)
-    trainer.add_callback(MetricsFileCallback(output_dir / METRICS_FILE, trainer.schedule))
-    max_steps = trainer.schedule.ends[-1]
+    schedule = None if recipe.curriculum is None else trainer.schedule
+    trainer.add_callback(MetricsFileCallback(output_dir / METRICS_FILE, schedule))
 
     if is_main and checkpoint is None:
         write_record(recipe, tokenizer)
@@ -149,18 +145,20 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     # 3. Training.
     if steps_are_done:
         trainer.state = state
-        if isinstance(trainer.schedule, AdaptiveSchedule):
-            trainer.schedule.restore(state.stateful_callbacks.get(RECORD), step=state.global_step)
+        if isinstance(schedule, AdaptiveSchedule):
+            schedule.restore(state.stateful_callbacks.get(RECORD), step=state.global_step)
     else:
         if is_main and checkpoint is not None:
-            print(f"Resuming from {checkpoint} (step {state.global_step} of {max_steps}).")
+            print(f"Resuming from {checkpoint} (step {state.global_step} of {state.max_steps}).")
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             interrupt.restore_handler()
     if interrupt.stopped_at is not None:
         if is_main:
-            print(f"Stopped after step {interrupt.stopped_at} of {max_steps}; its checkpoint is in {output_dir}.")
+            print(
+                f"Stopped after step {interrupt.stopped_at} of {trainer.state.max_steps}; its checkpoint is in {output_dir}."
+            )
             print("The same command goes on from there.")
         return INTERRUPTED
 
@@ -168,7 +166,7 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     trainer.save_model(str(output_dir))
     trainer.save_state()
     if is_main:
-        table = losses_table(trainer.state, trainer.schedule)
+        table = losses_table(trainer.state, schedule)
         if table is not None:
             Console().print(table)
         if not is_matplotlib_available():
@@ -176,41 +174,44 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         elif plot_losses(
             trainer.state.log_history,
             output_dir / PLOT_FILE,
-            stages=[stage.name for stage in trainer.schedule.stages],
-            ends=trainer.schedule.ends,
+            stages=[] if schedule is None else [stage.name for stage in schedule.stages],
+            ends=[] if schedule is None else schedule.ends,
             tokens_per_step=training.rows_per_step * recipe.data.block_size,
         ):
             print(f"The losses over the tokens are drawn in {output_dir / PLOT_FILE}.")
-        print(f"The model is in {output_dir}. To use it:")
-        print(_next_command(output_dir))
+        print(f"The model is in {output_dir}.{' To use it:' if recipe.model.architecture != 'llama' else ''}")
+        print(_next_command(output_dir, recipe.model.architecture))
     return 0
 
 
-def losses_table(state: TrainerState, schedule: Schedule | AdaptiveSchedule) -> Table | None:
-    """The losses of each evaluation order before training and after each stage, in nats per token; None where none was
-    measured.
+def losses_table(state: TrainerState, schedule: Schedule | AdaptiveSchedule | None) -> Table | None:
+    """The losses of each evaluation order (without a curriculum, the one loss there is) before training and after each
+    stage, in nats per token; None where none was measured.
     """
-    measured = {entry["step"]: entry for entry in state.log_history if "eval_loss_left_to_right" in entry}
-    orders = [name for name in EVALUATION_ORDERS if any(f"eval_loss_{name}" in entry for entry in measured.values())]
+    measured = {entry["step"]: entry for entry in state.log_history if "eval_loss" in entry}
+    names = list(dict.fromkeys(name for entry in measured.values() for name in loss_names(entry)))
     table = Table(title="loss per order, nats per token")
     table.add_column("after")
     table.add_column("step", justify="right")
-    for name in orders:
-        table.add_column(name, justify="right")
-    rows = [("(start)", 0), *((stage.name, end) for stage, end in zip(schedule.stages, schedule.ends, strict=True))]
+    for name in names:
+        table.add_column(name.removeprefix("eval_loss_").removeprefix("eval_"), justify="right")
+    rows = [("(start)", 0)]
+    if schedule is None:
+        rows.append(("(end)", state.max_steps))
+    else:
+        rows += [(stage.name, end) for stage, end in zip(schedule.stages, schedule.ends, strict=True)]
     for label, step in rows:
         if step in measured:
-            losses = (f"{measured[step][f'eval_loss_{name}']:.4f}" for name in orders)
-            table.add_row(label, str(step), *losses)
+            table.add_row(label, str(step), *(f"{measured[step][name]:.4f}" for name in names))
     return table if table.row_count else None
 
 
 def _load_tokenizer_and_config(
     recipe: Recipe,
-) -> tuple[PreTrainedTokenizerBase, A3LlamaConfig | DecoupledRopeLlamaConfig]:
+) -> tuple[PreTrainedTokenizerBase, LlamaConfig]:
     path = recipe.model.model_name_or_path
     tokenizer = load_tokenizer(recipe.model.tokenizer_name_or_path or path)
-    config = CONFIGS[recipe.model.architecture].from_pretrained(base_of(path))
+    config = read_model_config(base_of(path), recipe.model.architecture)
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ValueError(
@@ -221,7 +222,7 @@ def _load_tokenizer_and_config(
     return tokenizer, config
 
 
-def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A3LlamaConfig | DecoupledRopeLlamaConfig):
+def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: LlamaConfig):
     """The rows to train on and to evaluate on (None: there are none)."""
     training = recipe.training
     load = load_rows if recipe.data.sources is None else open_mixture
@@ -239,26 +240,41 @@ def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A3Lla
 
 def _make_trainer(
     recipe: Recipe,
-    model: A3LlamaForCausalLM | DecoupledRopeLlamaForCausalLM | PeftModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_rows,
     eval_rows,
     *,
     is_resumed: bool,
-) -> A3Trainer:
+) -> Trainer:
     training = recipe.training
     # The losses "before" are those of step 0; a resumed run has them in its state.
     training.eval_on_start = training.eval_strategy != IntervalStrategy.NO and not is_resumed
     pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    shared = {
+        "data_collator": RowCollator(pad_token_id=pad_token_id),
+        "train_dataset": train_rows,
+        "eval_dataset": eval_rows,
+        "processing_class": tokenizer,
+    }
+    if recipe.model.architecture == "llama":
+        return Trainer(model, training, **shared)
+    if recipe.model.architecture == "masked_diffusion":
+        model.set_mask_token(tokenizer)
+        return DiffusionTrainer(
+            model,
+            training,
+            masking=training.masking,
+            low_discrepancy=training.low_discrepancy,
+            anneal_steps=training.anneal_steps,
+            **shared,
+        )
     trainer = A3Trainer if recipe.data.sources is None else StreamTrainer
     return trainer(
         model,
         training,
         curriculum=recipe.curriculum,
-        data_collator=RowCollator(pad_token_id=pad_token_id),
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
+        **shared,
         tokens_per_row=recipe.data.block_size,
         loss=training.loss,
         peak_flops=training.peak_flops,
@@ -286,23 +302,47 @@ def _check_settings(recipe: Recipe) -> None:
             f"content_loss_weight={training.content_loss_weight}: with lora.rows 'slots' the content stream is not "
             "trained; leave it out"
         )
-    if recipe.model.architecture == "decoupled_rope":
-        check_one_stream(
-            recipe.curriculum.stages,
-            content_loss_weight=training.content_loss_weight,
-            distillation_weight=training.distillation_weight,
-        )
-        if recipe.data.documents == "isolated":
-            raise ValueError(
-                "documents='isolated': Decoupled RoPE keeps no documents of one row apart, for each token has one successor; "
-                "it takes 'joined'"
-            )
+    _check_architecture(recipe)
     for name, path in (("train_file", recipe.data.train_file), ("validation_file", recipe.data.validation_file)):
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{name}={path!r}: there is no such file (relative paths start at {Path.cwd()})")
-    if training.max_steps > 0:
+    if training.max_steps > 0 and recipe.curriculum is not None:
         recipe.curriculum.resolve(
             max_steps=training.max_steps, tokens_per_step=training.rows_per_step * recipe.data.block_size
+        )
+
+
+def _check_architecture(recipe: Recipe) -> None:
+    """Refuses settings that would have no effect on a model of the recipe's architecture, or that it can't follow."""
+    training, architecture = recipe.training, recipe.model.architecture
+    weights = {
+        "content_loss_weight": training.content_loss_weight,
+        "distillation_weight": training.distillation_weight,
+    }
+    if architecture == "decoupled_rope":
+        check_one_stream(recipe.curriculum.stages, **weights)
+    own = {
+        "a3": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},
+        "decoupled_rope": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},
+        "masked_diffusion": {
+            "masking": training.masking,
+            "low_discrepancy": training.low_discrepancy,
+            "anneal_steps": training.anneal_steps,
+        },
+        "llama": {},
+    }
+    for name in dict.fromkeys(name for settings in own.values() for name in settings):
+        value = getattr(training, name)
+        if name not in own[architecture] and value != A3TrainingArguments.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}={value!r} has no effect with architecture {architecture!r}; leave it out")
+    if architecture in ("decoupled_rope", "llama") and recipe.data.documents == "isolated":
+        raise ValueError(
+            f"documents='isolated': architecture {architecture!r} keeps no documents of one row apart; it takes 'joined'"
+        )
+    if recipe.curriculum is None and recipe.data.sources is not None:
+        raise ValueError(
+            f"sources: architecture {architecture!r} is trained on train_file or dataset_name; mixtures are for those with a "
+            "curriculum"
         )
 
 
@@ -328,5 +368,7 @@ def _find_checkpoint(training: A3TrainingArguments, output_dir: Path, *, resume:
     return checkpoint
 
 
-def _next_command(output_dir: Path) -> str:
+def _next_command(output_dir: Path, architecture: str) -> str:
+    if architecture == "llama":
+        return "It is a LLaMA, as transformers' generate takes it."
     return f'  a3 infill {output_dir} "Once upon a time <blank:8> happy."'

@@ -611,11 +611,11 @@ class BeforeTheStepCallback(TrainerCallback):
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Writes what is logged to a file, one JSON object a line, with the step and the stage's name; lines of steps that
-    a resumed run is about to repeat are dropped first.
+    """Writes what is logged to a file, one JSON object a line, with the step and, where there is a schedule, the stage's
+    name; lines of steps that a resumed run is about to repeat are dropped first.
     """
 
-    def __init__(self, path: str | os.PathLike, schedule: Schedule):
+    def __init__(self, path: str | os.PathLike, schedule: Schedule | AdaptiveSchedule | None):
         self.path = Path(path)
         self.schedule = schedule
 
@@ -638,9 +638,11 @@ class MetricsFileCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        stage = self.schedule.at(max(state.global_step - 1, 0)).name
+        stage = {}
+        if self.schedule is not None:
+            stage = {"stage": self.schedule.at(max(state.global_step - 1, 0)).name}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, "stage": stage, **logs}) + "\n")
+            file.write(json.dumps({"step": state.global_step, **stage, **logs}) + "\n")
 
 
 def _step_of(line: str) -> float:
