@@ -32,6 +32,12 @@ class ModelArguments:
             "llama: next tokens, the control. lora is for a3, and the last two have no curriculum."
         },
     )
+    slot_start: Literal["query_embed", "left_token"] | None = field(
+        default=None,
+        metadata={
+            "help": "a3: what a slot starts as; left_token: as the token on its left where it sees it. None: as stored."
+        },
+    )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Where the tokenizer is, if not with the model."}
     )
@@ -298,12 +304,22 @@ def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
             another type than the field's, where `"3"` is not a number and `3.0` not an integer; a value that a field
             or the curriculum refuses; no model or no curriculum.
     """
-    values = _read_yaml(path)
+    return build_recipe(read_settings(path), overrides, origin=path)
+
+
+def known_settings() -> set[str]:
+    """The keys of a recipe."""
+    return {f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init} | {"curriculum", "lora"}
+
+
+def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str | PathLike) -> Recipe:
+    """As `parse_recipe`, from the mapping that the YAML file `origin`, named in messages, holds or would hold."""
+    values, path = dict(settings), origin
     hints = {name: hint for cls in ARGUMENT_CLASSES for name, hint in get_type_hints(cls).items()}
-    known = {f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init} | {"curriculum", "lora"}
+    known = known_settings()
     for key in values:
         if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
     curriculum, lora = values.pop("curriculum", None), values.pop("lora", None)
     values = {key: _checked(key, value, hints[key], path) for key, value in values.items()}
     overrides = _override_sources(values, overrides)
@@ -320,7 +336,7 @@ def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
     _, unused = parser.parse_known_args(list(overrides))
     if unused:
         name = unused[0].split("=")[0]
-        raise ValueError(f"unknown setting {name!r}{_nearest(name.lstrip('-').replace('-', '_'), known)}")
+        raise ValueError(f"unknown setting {name!r}{nearest(name.lstrip('-').replace('-', '_'), known)}")
     model, data, training, rest = parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)
     architecture = ARCHITECTURES[model.architecture]
     if rest.curriculum is not None and not architecture.has_curriculum:
@@ -375,7 +391,12 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: str | PathLike) -> dict[str, Any]:
+def read_settings(path: str | PathLike) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ValueError: no such file; not YAML; a key twice; not a mapping.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -407,7 +428,7 @@ def _curriculum(config: Any, path: str | PathLike) -> Curriculum:
     known = ("unit", "stages")
     for key in config:
         if key not in known:
-            raise ValueError(f"curriculum: unknown key {key!r}{_nearest(str(key), known)}")
+            raise ValueError(f"curriculum: unknown key {key!r}{nearest(str(key), known)}")
     if "stages" not in config:
         raise ValueError(f"curriculum: lacks stages; it {expected}")
     return Curriculum.from_config(config["stages"], unit=config.get("unit", "fraction"))
@@ -424,7 +445,7 @@ def _sources(config: Any) -> dict[str, SourceArguments]:
         if isinstance(source, Mapping):
             for key in source:
                 if key not in hints:
-                    raise ValueError(f"sources: {name}: unknown key {key!r}{_nearest(str(key), hints)}")
+                    raise ValueError(f"sources: {name}: unknown key {key!r}{nearest(str(key), hints)}")
             checked = {key: _checked(key, value, hints[key], f"sources: {name}") for key, value in source.items()}
             try:
                 source = SourceArguments(**checked)
@@ -455,7 +476,7 @@ def _override_sources(values: dict[str, Any], overrides: Sequence[str]) -> list[
             known = f"its sources are {', '.join(sources)}" if sources else "it has none"
             raise ValueError(f"unknown setting {setting!r}: the recipe has no such source; {known}")
         if key not in hints:
-            raise ValueError(f"unknown setting {setting!r}{_nearest(key, hints)}")
+            raise ValueError(f"unknown setting {setting!r}{nearest(key, hints)}")
         if not equals and not given:
             raise ValueError(f"{setting}: expected one argument")
         text = value if equals else given.pop(0)
@@ -475,11 +496,12 @@ def _lora(config: Any) -> LoraArguments | None:
         raise ValueError(f"lora: takes a mapping of {', '.join(hints)}, got {_shown(config)}")
     for key in config:
         if key not in hints:
-            raise ValueError(f"lora: unknown key {key!r}{_nearest(str(key), hints)}")
+            raise ValueError(f"lora: unknown key {key!r}{nearest(str(key), hints)}")
     return LoraArguments(**{key: _checked(key, value, hints[key], "lora") for key, value in config.items()})
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
+    """What a message adds where a name is unknown: the nearest known one, if there is one."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -216,6 +216,9 @@ class Encoder:
         """
         num_new, num_slots, device = content.shape[1], slots.shape[1], content.device
         num_cached = self.encoded.shape[1]
+        left = {}
+        if self.model.config.slot_start == "left_token":
+            left["target_input_ids"] = self._left_tokens(content, slots, slot_groups)
         new_groups = torch.arange(num_new, device=device) if singletons else content.new_zeros(num_new)
         self.groups = torch.cat([self.groups, self.next_group + new_groups])
         first_group = self.next_group
@@ -264,7 +267,23 @@ class Encoder:
             attention_mask=views,
             past_key_values=self.cache,
             use_cache=self.cache is not None,
+            **left,
         ).logits
+
+    def _left_tokens(
+        self, content: torch.Tensor, slots: torch.Tensor, slot_groups: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, Q) the token in the column left of each slot's where the slot sees it, and −1 elsewhere."""
+        num_new, last = content.shape[1], torch.iinfo(content.dtype).max
+        # The first of the new columns that must be seen for a column to be: none for those of earlier passes.
+        needed = torch.full_like(self.canvas.sequences, last)
+        needed.scatter_(1, content, torch.arange(num_new, device=content.device).expand_as(content))
+        needed.scatter_(1, self.encoded, -1)
+        needed[:, self.canvas.bin] = last
+        left = (slots - 1).clamp_min(0)
+        limit = num_new if slot_groups is None else slot_groups
+        is_visible = (needed.gather(1, left) < limit) & (slots > 0)
+        return self.canvas.sequences.gather(1, left).masked_fill(~is_visible, -1)
 
     def forget(self, fallen: torch.Tensor, surplus: int) -> None:
         """Takes back columns of the last pass's content: `fallen` (B, C), True where a draft didn't stand; the last

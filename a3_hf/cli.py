@@ -280,6 +280,31 @@ def report(
     or_exit(tell)
 
 
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="Of a file in recipes/experiments, or a path.", show_default=False)],
+    size: Annotated[str, typer.Option(help="Which of the experiment's sizes: smoke, cpu, gpu.")] = "cpu",
+    jobs: Annotated[int, typer.Option(help="Runs at a time, on a CPU.")] = 1,
+    runs: Annotated[Path, typer.Option(help="Where its runs train.")] = Path("runs/experiments"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the result goes.", show_default="eval/results/NAME, or NAME-SIZE if it is not cpu"),
+    ] = None,
+) -> None:
+    """Train and measure a grid of runs, and write its result, table and plots; goes on where it was stopped."""
+
+    def go() -> int:
+        from .experiments.grid import read_experiment
+        from .experiments.runner import MEASURES, run
+
+        plan = read_experiment(name, size=size, runs=runs, known_measures=list(MEASURES))
+        folder = plan.name if size == "cpu" else f"{plan.name}-{size}"
+        command = f"a3 experiment {plan.name} --size {size} --jobs {jobs}"
+        return run(plan, output or Path("eval/results") / folder, jobs=jobs, command=command)
+
+    raise typer.Exit(or_exit(go))
+
+
 def _range(name: str, text: str) -> tuple[int, int]:
     try:
         least, most = (int(bound) for bound in text.split(".."))

@@ -3,6 +3,7 @@
 from transformers import LlamaConfig
 
 LOADABLE_MODEL_TYPES = ("llama", "a3_llama")
+SLOT_STARTS = ("query_embed", "left_token")
 
 
 class A3LlamaConfig(LlamaConfig):
@@ -10,10 +11,21 @@ class A3LlamaConfig(LlamaConfig):
 
     - `model_type` is `"a3_llama"`, and a `config.json` of model type `"llama"` is read as one of ours, so that a plain
       LLaMA checkpoint loads as it is;
-    - any other model type raises a `ValueError` that names those two.
+    - any other model type raises a `ValueError` that names those two;
+    - `slot_start`, what a query slot starts as: `"query_embed"`, one learnt vector for all (the paper's), or `"left_token"`
+      (not in the paper): the embedding of the token to the left of the asked one wherever the slot may see it, and
+      `query_embed` elsewhere, all slots being rotated by the position of that token. From left to right a slot is then what
+      LLaMA's own last row is, and its logits are LLaMA's before any training.
     """
 
     model_type = "a3_llama"
+
+    slot_start: str = "query_embed"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.slot_start not in SLOT_STARTS:
+            raise ValueError(f"slot_start={self.slot_start!r}; it takes {' or '.join(map(repr, SLOT_STARTS))}")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -56,6 +56,40 @@ def load_rows(
             end with.
     """
     boundary_id = check_tokens(arguments, tokenizer, context_length=context_length)
+    train, evaluation = load_documents(arguments)
+    if arguments.shuffle_documents:
+        train = train.shuffle(seed=seed)
+
+    parts = [(train, arguments.max_train_rows)]
+    if evaluation is not None:
+        parts.append((evaluation, arguments.max_eval_rows))
+    rows = [
+        Dataset.from_generator(
+            _packed_rows,
+            features=ISOLATED_ROW_FEATURES if arguments.documents == "isolated" else ROW_FEATURES,
+            cache_dir=arguments.cache_dir,
+            gen_kwargs={
+                "documents": documents,
+                "tokenizer": tokenizer,
+                "boundary_id": boundary_id,
+                "block_size": arguments.block_size,
+                "isolated": arguments.documents == "isolated",
+                "max_rows": max_rows,
+                "code": Path(__file__).read_text(encoding="utf-8"),
+            },
+        )
+        for documents, max_rows in parts
+    ]
+    return rows[0], rows[1] if len(rows) == 2 else None
+
+
+def load_documents(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
+    """The documents to train on and to evaluate on (None: no validation asked for), in one column of text each, as
+    `load_rows` packs them but for their order.
+
+    Raises:
+        ValueError: as `load_rows`, where it is about files and text.
+    """
     files = {"train_file": arguments.train_file, "validation_file": arguments.validation_file}
     files = {name: Path(file) for name, file in files.items() if file is not None}
     for name, file in files.items():
@@ -91,33 +125,13 @@ def load_rows(
             )
         evaluation = train.select(range(num_train, len(train)))
         train = train.select(range(num_train))
-    if arguments.shuffle_documents:
-        train = train.shuffle(seed=seed)
-
-    parts = [(train, f"{source}, to train on", arguments.max_train_rows)]
+    parts = [(train, f"{source}, to train on")]
     if evaluation is not None:
-        parts.append((evaluation, f"{evaluation_source}, to evaluate on", arguments.max_eval_rows))
-    for documents, part_source, _ in parts:
+        parts.append((evaluation, f"{evaluation_source}, to evaluate on"))
+    for documents, part_source in parts:
         if not any(text.strip() for batch in documents.iter(1000) for text in _texts(batch)):
             raise ValueError(f"{part_source}: no document holds text")
-    rows = [
-        Dataset.from_generator(
-            _packed_rows,
-            features=ISOLATED_ROW_FEATURES if arguments.documents == "isolated" else ROW_FEATURES,
-            cache_dir=arguments.cache_dir,
-            gen_kwargs={
-                "documents": documents,
-                "tokenizer": tokenizer,
-                "boundary_id": boundary_id,
-                "block_size": arguments.block_size,
-                "isolated": arguments.documents == "isolated",
-                "max_rows": max_rows,
-                "code": Path(__file__).read_text(encoding="utf-8"),
-            },
-        )
-        for documents, _, max_rows in parts
-    ]
-    return rows[0], rows[1] if len(rows) == 2 else None
+    return train, evaluation
 
 
 def check_tokens(

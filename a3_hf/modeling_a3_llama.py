@@ -23,6 +23,7 @@ from .generation import A3GenerationMixin
 from .infilling import A3InfillingMixin
 from .likelihood import A3LikelihoodMixin
 from .masks import View, Views, group_views, repeat_rows, sees_something, slots_view
+from .orders import left_tokens
 from .scoring import A3ScoringMixin
 
 
@@ -243,6 +244,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         document_ids: torch.LongTensor | None = None,
         target_document_ids: torch.LongTensor | None = None,
         content_hidden_state: bool = True,
+        target_input_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> A3ModelOutput:
         """One pass over content tokens and query slots (paper §1, both streams with one set of weights).
@@ -263,6 +265,9 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             document_ids: (B, C) integers, with `group_ids` and without a cache: documents of one row don't see each other.
                 Their positions may go on from one to the next, for RoPE knows distances only.
             target_document_ids: (B, Q) documents of the slots; needed beside `target_position_ids`.
+            target_input_ids: (B, Q) with `slot_start="left_token"`: the token to the left of each slot's where the slot may
+                see it, and −1 elsewhere (`a3_hf.orders.left_tokens`). None: found in the content of this pass; needed with a
+                cache or prepared `Views`.
             content_hidden_state: False leaves the content rows of the last layer at keys and values, which is all that slots
                 need of them, and the output's `content_hidden_state` at None. Without slots, and with
                 `output_attentions`, which shows these rows, they are computed all the same.
@@ -291,8 +296,14 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 attention_mask, group_ids, target_position_ids, document_ids, target_document_ids, num_cached
             )
 
+        if self.config.slot_start == "left_token" or target_input_ids is not None:
+            _check_left_tokens(
+                self.config, input_ids, attention_mask, group_ids, target_position_ids, target_input_ids, num_cached
+            )
+
         # 1. Positions of the content.
         has_groups = group_ids is not None
+        rows_before = None  # in the causal contract: the content rows whose next tokens the slots ask for
         if position_ids is None and has_groups and isinstance(attention_mask, torch.Tensor):
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, num_cached:]
         elif position_ids is None:
@@ -333,14 +344,36 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 rows = rows[-slots_to_keep:] if isinstance(slots_to_keep, int) else rows[slots_to_keep]
                 views = repeat_rows(implementation, content_mask, rows, content_length, num_keys)
                 target_position_ids = position_ids[:, rows] + 1
+                rows_before = rows
             else:
                 views = (View(content_mask, is_causal=content_length > 1),)
 
-        # 3. One pass: content rows first, then slots, which all start from `query_embed`.
+        # 3. What slots start as: all as `query_embed`, or as the token to their left where they may see it.
         hidden_states = inputs_embeds
         num_slots = target_position_ids.shape[1]
         if num_slots:
             slots = self.query_embed.weight.to(inputs_embeds.dtype).expand(inputs_embeds.shape[0], num_slots, -1)
+            if self.config.slot_start == "left_token":
+                if rows_before is not None:
+                    slots = inputs_embeds[:, rows_before]
+                else:
+                    if target_input_ids is None:
+                        target_input_ids = left_tokens(
+                            input_ids,
+                            position_ids,
+                            group_ids,
+                            target_position_ids,
+                            target_group_ids,
+                            key_mask=attention_mask,
+                            document_ids=document_ids,
+                            target_document_ids=target_document_ids,
+                        )
+                    left_embeds = self.embed_tokens(target_input_ids.clamp_min(0))
+                    slots = torch.where((target_input_ids >= 0)[..., None], left_embeds, slots)
+                target_position_ids = target_position_ids - 1
+
+        # 4. One pass: content rows first, then slots.
+        if num_slots:
             hidden_states = torch.cat([inputs_embeds, slots], dim=1)
             rows = max(position_ids.shape[0], target_position_ids.shape[0])
             position_ids = torch.cat([position_ids.expand(rows, -1), target_position_ids.expand(rows, -1)], dim=1)
@@ -539,6 +572,32 @@ def _check_arguments(
 def _check_integer(name: str, ids: torch.Tensor) -> None:
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"{name} has dtype {ids.dtype}; it takes integers (lower = earlier)")
+
+
+def _check_left_tokens(
+    config, input_ids, attention_mask, group_ids, target_position_ids, target_input_ids, num_cached
+) -> None:
+    if config.slot_start != "left_token":
+        raise ValueError(f"target_input_ids has no effect with slot_start={config.slot_start!r}; leave it out")
+    if target_input_ids is not None:
+        if target_position_ids is None or target_input_ids.shape[1] != target_position_ids.shape[1]:
+            shape = None if target_position_ids is None else tuple(target_position_ids.shape)
+            raise ValueError(
+                f"target_input_ids has shape {tuple(target_input_ids.shape)} and target_position_ids {shape}; they take "
+                "the same"
+            )
+        return
+    if (target_position_ids is None and group_ids is None) or (
+        target_position_ids is not None and not target_position_ids.shape[1]
+    ):
+        return  # LLaMA's causal contract, or no slots
+    for name, is_there in (
+        ("a cache", num_cached > 0),
+        ("prepared views", isinstance(attention_mask, tuple)),
+        ("inputs_embeds", input_ids is None),
+    ):
+        if is_there:
+            raise ValueError(f"slot_start='left_token' with {name} needs target_input_ids: which token is on the left?")
 
 
 def _check_documents(

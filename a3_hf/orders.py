@@ -210,6 +210,45 @@ class GroupOrder:
         return Layout(*stored, self.attention_mask.gather(1, index), labels.gather(1, index), documents)
 
 
+def left_tokens(
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    group_ids: torch.Tensor,
+    target_position_ids: torch.Tensor,
+    target_group_ids: torch.Tensor,
+    *,
+    key_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    target_document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(B, Q) for each slot the token to the left of the one it asks for, and −1 where there is none that it may see: of an
+    earlier group, and of its own document.
+
+    Args:
+        input_ids: (B, C) content, in any layout, with `position_ids` (B or 1, C) and `group_ids` (B, C).
+        target_position_ids: (B, Q) positions that are asked for, with `target_group_ids` (B, Q).
+        key_mask: (B, C), 0 at padding.
+        document_ids: (B, C) and `target_document_ids` (B, Q), where documents of a row are kept apart.
+    """
+    batch_size = input_ids.shape[0]
+    position_ids = position_ids.expand_as(input_ids)
+    left = (target_position_ids - 1).expand(batch_size, -1)
+    width = int(torch.maximum(position_ids.max(), left.max())) + 2
+    bin_place = width - 1
+    places = position_ids if key_mask is None else position_ids.masked_fill(~key_mask.to(torch.bool), bin_place)
+    left = torch.where(left < 0, bin_place, left)
+
+    def at_left(values: torch.Tensor, missing: int) -> torch.Tensor:
+        table = values.new_full((batch_size, width), missing).scatter(1, places, values)
+        table[:, bin_place] = missing
+        return table.gather(1, left)
+
+    is_visible = at_left(group_ids, torch.iinfo(group_ids.dtype).max) < target_group_ids
+    if document_ids is not None:
+        is_visible = is_visible & (at_left(document_ids, -1) == target_document_ids)
+    return at_left(input_ids, -1).masked_fill(~is_visible, -1)
+
+
 ORDERS = ("left_to_right", "right_to_left", "random", "spans")
 RANDOM_ORDERS = ("random", "spans")
 

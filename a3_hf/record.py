@@ -61,7 +61,7 @@ FREE = {
     "use_cpu",
 }
 # Settings that older runs did not have, with what they did.
-ADDED = {"architecture": "a3", "masking": "rate", "low_discrepancy": False, "anneal_steps": 0}
+ADDED = {"architecture": "a3", "slot_start": None, "masking": "rate", "low_discrepancy": False, "anneal_steps": 0}
 
 
 def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

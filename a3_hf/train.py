@@ -132,6 +132,7 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         dtype=dtype,
         attn_implementation=recipe.model.attn_implementation,
         **({"quantization_config": four_bits(dtype)} if recipe.model.load_in_4bit else {}),
+        **({} if recipe.model.slot_start is None else {"slot_start": recipe.model.slot_start}),
     )
     trainer = _make_trainer(recipe, model, tokenizer, train_rows, eval_rows, is_resumed=checkpoint is not None)
     interrupt = InterruptCallback()
@@ -335,6 +336,10 @@ def _check_architecture(recipe: Recipe) -> None:
         value = getattr(training, name)
         if name not in own[architecture] and value != A3TrainingArguments.__dataclass_fields__[name].default:
             raise ValueError(f"{name}={value!r} has no effect with architecture {architecture!r}; leave it out")
+    if architecture != "a3" and recipe.model.slot_start is not None:
+        raise ValueError(
+            f"slot_start={recipe.model.slot_start!r} has no effect with architecture {architecture!r}; leave it out"
+        )
     if architecture in ("decoupled_rope", "llama") and recipe.data.documents == "isolated":
         raise ValueError(
             f"documents='isolated': architecture {architecture!r} keeps no documents of one row apart; it takes 'joined'"

@@ -35,7 +35,7 @@ from .curriculum import (
     draw_order,
 )
 from .masks import KeptViews, group_views, singleton_views
-from .orders import GroupOrder
+from .orders import GroupOrder, left_tokens
 from .stages import Stage
 from .throughput import Meter, peak_flops, peak_memory_mib, training_flops
 
@@ -76,15 +76,28 @@ def model_inputs(
     document_ids: torch.Tensor | None = None,
     kept: KeptViews | None = None,
     one_stream: bool = False,
+    slot_start: str = "query_embed",
 ) -> dict[str, Any]:
     """The arguments of `A3LlamaForCausalLM.forward`, `labels` (−100 where nothing is scored) among them, that score
     `input_ids` (B, S) under an order. In generation order singletons need plain causal masks alone, which any attention
     kernel takes; not so where a row holds several documents (`document_ids`, (B, S)), which are kept apart. Where the
     order leaves open tokens out of the loss, there are slots for the scored ones alone (and to fill up shorter rows).
     `kept` carries masks from one batch to the next, where groups allow it. With `one_stream` they are those of
-    `DecoupledRopeLlamaForCausalLM.forward`, which has a mask of its own.
+    `DecoupledRopeLlamaForCausalLM.forward`, which has a mask of its own. `slot_start` is the model's.
     """
     layout = order.lay_out(input_ids, document_ids=document_ids)
+    left = None
+    if slot_start == "left_token":
+        left = left_tokens(
+            layout.input_ids,
+            layout.position_ids,
+            layout.group_ids,
+            layout.position_ids,
+            layout.group_ids,
+            key_mask=layout.attention_mask,
+            document_ids=layout.document_ids,
+            target_document_ids=layout.document_ids,
+        )
     if order.context_mask is not None:
         scored = layout.labels != -100
         width = max(int(scored.sum(dim=1).max()), 1)
@@ -95,6 +108,7 @@ def model_inputs(
             "target_position_ids": layout.position_ids.gather(1, slots),
             "target_group_ids": layout.group_ids.gather(1, slots),
             "target_document_ids": documents,
+            **({} if left is None else {"target_input_ids": left.gather(1, slots)}),
             "labels": layout.labels.gather(1, slots),
             "use_cache": False,
         }
@@ -105,6 +119,7 @@ def model_inputs(
             "position_ids": layout.position_ids[:, :-1],
             "target_position_ids": layout.position_ids[:, 1:],
             "attention_mask": None if one_stream else singleton_views(implementation, length, device),
+            **({} if left is None else {"target_input_ids": left[:, 1:]}),
             "labels": layout.labels[:, 1:].contiguous(),  # transformers' loss takes a view of them
             "use_cache": False,
         }
@@ -118,6 +133,7 @@ def model_inputs(
             "position_ids": layout.position_ids,
             "target_position_ids": layout.position_ids,
             "attention_mask": views,
+            **({} if left is None else {"target_input_ids": left}),
             "labels": layout.labels,
             "use_cache": False,
         }
@@ -244,6 +260,7 @@ class A3Trainer(Trainer):
         self.content_loss_weight = content_loss_weight
         self.distillation_weight = distillation_weight
         self.one_stream = self.model.config.model_type == DecoupledRopeLlamaConfig.model_type
+        self.slot_start = "query_embed" if self.one_stream else self.model.config.slot_start
         self.evaluation_orders = {
             name: stage for name, stage in EVALUATION_ORDERS.items() if stage.group_size == 1 or not self.one_stream
         }
@@ -403,6 +420,7 @@ class A3Trainer(Trainer):
             document_ids=inputs.get("document_ids"),
             kept=self._kept_views,
             one_stream=self.one_stream,
+            slot_start=self.slot_start,
         )
         if self.chunked_loss:
             arguments["chunked_loss"] = True
@@ -486,6 +504,7 @@ class A3Trainer(Trainer):
                 implementation=self.model.config._attn_implementation,
                 document_ids=inputs.get("document_ids"),
                 one_stream=self.one_stream,
+                slot_start=self.slot_start,
             )
             with torch.no_grad(), self.compute_loss_context_manager():
                 if self.chunked_loss:
