@@ -20,7 +20,7 @@ from a3_hf.data import load_rows
 from a3_hf.streaming import check_readers, open_mixture
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "experiments")
 LOCAL = ROOT / "recipes/stories260k/config_cpu.yaml"
 HUB_RECIPES = [path for path in RECIPES if path.parent != LOCAL.parent and path.name == "config_full.yaml"]
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

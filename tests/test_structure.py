@@ -36,18 +36,28 @@ LAYERS = [
     {"streaming", "plan", "commands"},
     {"train"},
     {"evaluation"},
+    {"experiments"},
     {"cli"},
     {"__init__", "__main__"},
 ]
-# The same within `evaluation`, whose files may also import from those of the layers before it.
-EVALUATION_LAYERS = [
-    {"requests", "results", "runs", "speed", "running_code", "running_text", "published", "__init__"},
-    {"batched", "sources", "drawing"},
-    {"harness", "tasks"},
-    {"causal", "perplexity", "judged", "needle", "calibration"},
-    {"measure", "report"},
-    {"command"},
-]
+# The same within each folder, whose files may also import from those of the layers before it.
+FOLDERS = {
+    "evaluation": [
+        {"requests", "results", "runs", "speed", "running_code", "running_text", "published", "__init__"},
+        {"batched", "sources", "drawing"},
+        {"harness", "tasks"},
+        {"causal", "perplexity", "judged", "needle", "calibration"},
+        {"measure", "report"},
+        {"command"},
+    ],
+    "experiments": [
+        {"trained", "starts", "tables", "__init__"},
+        {"subjects", "drawing"},
+        {"losses", "infilling", "samples", "presenting"},
+        {"attention", "decoding", "grid"},
+        {"runner"},
+    ],
+}
 PURE = {"orders", "masks", "decoding"}
 FLAT = {
     "configuration_decoupled_rope_llama",
@@ -89,7 +99,7 @@ def imports(name: str) -> tuple[set[str], set[str]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 1:
             inside.add(node.module.split(".")[0])
         elif isinstance(node, ast.ImportFrom) and node.level == 2:
-            inside.add(f"..{node.module}")
+            inside |= {f"..{alias.name}" for alias in node.names} if node.module is None else {f"..{node.module}"}
         elif isinstance(node, ast.ImportFrom):
             outside.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
@@ -98,23 +108,27 @@ def imports(name: str) -> tuple[set[str], set[str]]:
 
 
 def test_every_file_has_a_layer():
-    files = {path.stem for path in PACKAGE.glob("*.py")} | {"evaluation"}
+    files = {path.stem for path in PACKAGE.glob("*.py")} | set(FOLDERS)
     assert sorted(files) == sorted(set().union(*LAYERS))
-    files = {path.stem for path in (PACKAGE / "evaluation").glob("*.py")}
-    assert sorted(files) == sorted(set().union(*EVALUATION_LAYERS))
+    for folder, layers in FOLDERS.items():
+        files = {path.stem for path in (PACKAGE / folder).glob("*.py")}
+        assert sorted(files) == sorted(set().union(*layers))
 
 
-@pytest.mark.parametrize("name", sorted(set().union(*EVALUATION_LAYERS)))
-def test_imports_of_the_evaluation_run_one_way(name):
-    inside, outside = imports(f"evaluation/{name}")
-    depth = next(index for index, layer in enumerate(EVALUATION_LAYERS) if name in layer)
-    below = set().union(*LAYERS[: LAYERS.index({"evaluation"})])
-    allowed = set().union(*EVALUATION_LAYERS[:depth]) | {f"..{other}" for other in below}
-    assert inside <= allowed, f"evaluation/{name} imports {inside - allowed}, which stand beside or above it"
+@pytest.mark.parametrize(
+    ("folder", "name"), [(folder, name) for folder, layers in FOLDERS.items() for name in sorted(set().union(*layers))]
+)
+def test_imports_inside_a_folder_run_one_way(folder, name):
+    inside, outside = imports(f"{folder}/{name}")
+    depth = next(index for index, layer in enumerate(FOLDERS[folder]) if name in layer)
+    below = set().union(*LAYERS[: LAYERS.index({folder})])
+    inside = {f"..{other.removeprefix('..').split('.')[0]}" if other.startswith("..") else other for other in inside}
+    allowed = set().union(*FOLDERS[folder][:depth]) | {f"..{other}" for other in below}
+    assert inside <= allowed, f"{folder}/{name} imports {inside - allowed}, which stand beside or above it"
     assert "a3_hf" not in outside
 
 
-@pytest.mark.parametrize("name", sorted(set().union(*LAYERS) - {"evaluation"}))
+@pytest.mark.parametrize("name", sorted(set().union(*LAYERS) - set(FOLDERS)))
 def test_imports_run_one_way(name):
     inside, outside = imports(name)
     depth = next(index for index, layer in enumerate(LAYERS) if name in layer)

@@ -44,7 +44,7 @@ def draw_quality(
     lines = sum(handle.get_label().count("\n") + 1 for handle in handles)
     figure = Figure(figsize=(8, 4.8 + 0.19 * lines), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    _make_log(axes, "x", speeds)
+    make_log(axes, "x", speeds)
     axes.margins(y=0.15)
     for device in devices:
         own = [i for i, (timing, _) in enumerate(points) if (timing.device, timing.batch) == device]
@@ -62,7 +62,7 @@ def draw_quality(
     axes.set_ylabel(unit(column) + better)
     figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=9)
     figure.draw_without_rendering()
-    _put_labels(axes, list(zip(speeds, values, strict=True)), [str(numbers[timing.run]) for timing, _ in points])
+    put_labels(axes, list(zip(speeds, values, strict=True)), [str(numbers[timing.run]) for timing, _ in points])
     figure.savefig(path)
 
 
@@ -74,7 +74,7 @@ def _entry(label: str, **style: Any):
     return Line2D([], [], linestyle="none", label=label, **style)
 
 
-def _make_log(axes, name: str, values: Sequence[float]) -> None:
+def make_log(axes, name: str, values: Sequence[float]) -> None:
     """A logarithmic axis, "x" or "y", around values, wide enough to have a tick at 1, 2 or 5 of some power."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -99,7 +99,7 @@ def unbeaten(speeds: Sequence[float], qualities: Sequence[float]) -> list[int]:
     return kept[::-1]
 
 
-def _put_labels(axes, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+def put_labels(axes, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
     """Writes each text beside its point, at the nearest place that no point and no other text has taken."""
     scale = axes.figure.dpi / 72
     taken = [tuple(axes.transData.transform(point)) for point in points]
@@ -190,7 +190,7 @@ def draw_judge(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(step) for step in steps])
     axes.xaxis.set_minor_locator(NullLocator())
-    _make_log(axes, "y", [row["judge_perplexity"] for row in rows])
+    make_log(axes, "y", [row["judge_perplexity"] for row in rows])
     axes.set_xlabel("steps")
     axes.set_ylabel("perplexity under the judge")
     axes.legend()

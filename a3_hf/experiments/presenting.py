@@ -1,0 +1,77 @@
+"""Telling an experiment's result as its `report` says: the table, who wins, and the plots."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import is_matplotlib_available
+
+from ..arguments import nearest
+from .drawing import draw_attention, draw_bars, draw_curves, draw_frontier, draw_scatter
+from .tables import write_report
+
+REPORT_FILE = "report.md"
+KEYS = ("columns", "better", "compare", "plots")
+KINDS: dict[str, Callable[..., None]] = {
+    "attention": draw_attention,
+    "bars": draw_bars,
+    "curves": draw_curves,
+    "frontier": draw_frontier,
+    "scatter": draw_scatter,
+}
+
+
+def check_report(report: Mapping[str, Any]) -> None:
+    """Checks what an experiment's `report` asks for, as far as it can be without a result: `columns` of the table; `better`,
+    columns that are compared with "lower" or "higher"; `compare`, pairs of arms; `plots`, mappings with a `title`, the `kind`
+    of plot and its arguments.
+
+    Raises:
+        ValueError: an unknown key, kind or argument of a plot; a plot without title; two of one title.
+    """
+    for key in report:
+        if key not in KEYS:
+            raise ValueError(f"report: unknown key {key!r}{nearest(str(key), KEYS)}; it takes {', '.join(KEYS)}")
+    for column, better in report.get("better", {}).items():
+        if better not in ("lower", "higher"):
+            raise ValueError(f"report: better.{column}={better!r}; it takes 'lower' or 'higher'")
+    titles = set()
+    for plot in report.get("plots", []):
+        kind, title = plot.get("kind"), plot.get("title")
+        if kind not in KINDS:
+            raise ValueError(f"report: a plot of kind {kind!r}; it takes {', '.join(KINDS)}")
+        if not title or title in titles:
+            raise ValueError(f"report: a plot with title={title!r}; it takes a title of its own")
+        titles.add(title)
+        parameters = inspect.signature(KINDS[kind]).parameters
+        known = [name for name in parameters if name not in ("result", "path")]
+        for name in plot.keys() - {"kind", "title"}:
+            if name not in known:
+                raise ValueError(f"report: the plot {title!r} has an unknown {name!r}; {kind} takes {', '.join(known)}")
+        for name in known:
+            if name not in plot and parameters[name].default is inspect.Parameter.empty:
+                raise ValueError(f"report: the plot {title!r} lacks {name!r}, which {kind} takes")
+
+
+def present(result: Mapping[str, Any], report: Mapping[str, Any], output: Path) -> Path:
+    """Writes the plots (without matplotlib, none) and the page into the folder `output`; returns the page."""
+    drawn = []
+    if is_matplotlib_available():
+        for plot in report.get("plots", []):
+            arguments = {key: value for key, value in plot.items() if key not in ("kind", "title")}
+            name = plot["title"].lower().replace(" ", "_").replace(",", "") + ".png"
+            KINDS[plot["kind"]](result, path=output / name, **arguments)
+            drawn.append((plot["title"], name))
+    elif report.get("plots"):
+        print("matplotlib is not installed, so no plots: pip install 'a3-hf[plot]'")
+    page = output / REPORT_FILE
+    write_report(
+        result,
+        page,
+        drawn,
+        columns=report.get("columns"),
+        better=report.get("better"),
+        compare=[tuple(pair) for pair in report.get("compare", [])],
+    )
+    return page

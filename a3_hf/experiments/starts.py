@@ -1,0 +1,133 @@
+"""Starts for training from scratch: a random LLaMA and a tokenizer of characters, in a folder that recipes can name."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SETTINGS_FILE = "start.json"
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# What the tokenizer decides.
+NOT_IN_CONFIG = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def character_tokenizer(text: str, *, min_count: int = 1) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each character of `text`, white space included, behind `<pad>`, `<s>` (BOS), `</s>` (EOS)
+    and `<unk>`. It adds nothing of its own, and texts of these characters come back from it as they were.
+
+    Args:
+        min_count: characters that `text` holds fewer times become `<unk>`, as do those that it does not hold.
+
+    Raises:
+        ValueError: no character is left, or the text spells a special token, which could not be told from the token.
+    """
+    if not isinstance(min_count, int) or isinstance(min_count, bool) or min_count < 1:
+        raise ValueError(f"min_count={min_count!r}; it takes a whole number of at least 1")
+    for token in SPECIAL_TOKENS.values():
+        if token in text:
+            raise ValueError(f"text holds {token!r}, a special token of the tokenizer; it takes text without {token!r}")
+    characters = sorted(character for character, count in Counter(text).items() if count >= min_count)
+    if not characters:
+        raise ValueError(
+            f"text has {len(text)} characters, none of them {min_count} times (min_count); it takes more text"
+        )
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS.values(), *characters])}
+    # Pairs are never merged where there are no merges: what is left of BPE is its alphabet.
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIAL_TOKENS["unk_token"], fuse_unk=False)
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
+
+
+def make_start(
+    folder: Path,
+    *,
+    text: str,
+    tokenizer: Literal["characters"],
+    config: Mapping[str, Any],
+    seed: int,
+    min_count: int = 1,
+) -> None:
+    """Writes a LLaMA with random weights and its tokenizer into `folder`, from which all four architectures start.
+
+    The folder appears at once, complete, or not at all. Where it is there already, of the same settings, nothing is done;
+    several processes may call this at the same time. There is no mask token: `set_mask_token` of masked diffusion adds a row
+    for its own, by which that model is larger than the others.
+
+    Args:
+        text: what the tokenizer is made from, the training documents one after another. Characters that it lacks become
+            `<unk>`.
+        tokenizer: `"characters"`, see `character_tokenizer`; the size of the vocabulary and the special tokens are its own.
+        config: fields of `LlamaConfig`, e.g. `{"hidden_size": 64, "num_hidden_layers": 4, …}`.
+        seed: of the weights.
+        min_count: as in `character_tokenizer`.
+
+    Raises:
+        ValueError: another tokenizer; a field that `LlamaConfig` does not have, or that the tokenizer decides; text that no
+            tokenizer can be made from; a folder that is there and was made from other settings, or by someone else.
+    """
+    if tokenizer != "characters":
+        raise ValueError(f"tokenizer={tokenizer!r} is not known; it takes 'characters'")
+    known = set(LlamaConfig().to_dict()) - set(NOT_IN_CONFIG)
+    for name in config:
+        if name in NOT_IN_CONFIG:
+            raise ValueError(f"config.{name}={config[name]!r}: the tokenizer decides it; leave it out")
+        if name not in known:
+            raise ValueError(
+                f"config.{name}={config[name]!r} is no field of LlamaConfig, which has {', '.join(sorted(known))}"
+            )
+    settings = {
+        "text": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        "tokenizer": tokenizer,
+        "config": dict(config),
+        "seed": seed,
+        "min_count": min_count,
+    }
+    folder = Path(folder)
+    if folder.exists():
+        return _check_same(folder, settings)
+
+    characters = character_tokenizer(text, min_count=min_count)
+    tokens = {f"{name}_token_id": getattr(characters, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(**config, **tokens, vocab_size=len(characters)))
+        model.save_pretrained(unfinished)
+        characters.save_pretrained(unfinished)
+        (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        unfinished.chmod(0o755)  # a folder for one user's eyes until now
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            _check_same(folder, settings)  # another process was faster
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    try:
+        found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"folder={str(folder)!r} is there, and no start that this made (it has no {SETTINGS_FILE}); give another, or "
+            f"remove {folder}"
+        ) from None
+    for name, value in settings.items():
+        # As JSON has it, where a tuple is a list.
+        if found.get(name) != json.loads(json.dumps(value)):
+            what = "another text" if name == "text" else f"{name}={found.get(name)!r}, not {value!r}"
+            raise ValueError(f"folder={str(folder)!r} was made from {what}; remove {folder} to make it anew")
