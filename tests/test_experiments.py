@@ -40,7 +40,7 @@ def plan(source, tmp_path):
         "disable_tqdm": True,
         "curriculum": {"unit": "fraction", "stages": [{"name": "permute", "group_size": 2}]},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return {
         "question": "Which is better?",
         "recipe": str(tmp_path / "recipe.yaml"),
@@ -54,7 +54,7 @@ def plan(source, tmp_path):
 
 def written(plan, tmp_path, size="cpu"):
     path = tmp_path / "plan.yaml"
-    path.write_text(yaml.safe_dump(plan))
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
     return read_experiment(str(path), size=size, runs=tmp_path / "runs", known_measures=list(MEASURES))
 
 

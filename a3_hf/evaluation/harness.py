@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
+from transformers import PreTrainedModel
 
 from ..adapters import base_of, load_tokenizer, put_on, read_config
+from ..architectures import ARCHITECTURES, architecture_of
 from ..generation_config import OWN_OPTIONS, A3GenerationConfig
-from ..modeling_a3_llama import A3LlamaForCausalLM
 from ..orders import ORDERS, RANDOM_ORDERS, GroupOrder, seed_of
 from ..templates import Template, decode_after
 from .batched import BatchedLM, Scored, Written
@@ -22,10 +23,11 @@ SHARED = ("order", "group_size", "span_length")
 
 @register_model("a3")
 class A3LM(BatchedLM):
-    """An A3 model, or a LLaMA as one, for lm-eval: `--model a3 --model_args pretrained=…,order=random,num_orders=8`.
+    """An A3 model, or a LLaMA as one, for lm-eval: `--model a3 --model_args pretrained=…,order=random,num_orders=8`; and the
+    controls, Decoupled RoPE and masked diffusion, by what the checkpoint says.
 
     `loglikelihood` takes one forward pass a request, whatever the order; given text, on one side or both, is encoded first,
-    as singletons in text order.
+    as singletons in text order. With masked diffusion it takes one for every group, or `num_samples` for the bound.
 
     Args:
         pretrained: a folder or a hub id, of a model or of an adapter; or a model, beside `tokenizer`.
@@ -36,7 +38,10 @@ class A3LM(BatchedLM):
             log-likelihoods: itself a proper likelihood; not specified in the paper).
         seed: of random orders and sampling. A request's orders come from it, what is given, and the number of tokens to be
             scored alone.
-        decoding: a strategy of `A3GenerationConfig`.
+        decoding: a strategy of `A3GenerationConfig`; None: `"groupwise"`, and with masked diffusion `"dynamic"`, which is all
+            that it takes, as Decoupled RoPE takes `"groupwise"` alone, one token a group.
+        num_samples: masked diffusion's Monte Carlo bound from so many masks, in place of the likelihood under `order`; what is
+            scored is then said to be greedy nowhere.
         block_length: a continuation is written in blocks of so many tokens, and ends after the block that holds a stop
             sequence. Left to right the result does not depend on it; `dynamic` and `refine` choose within a block.
         **kwargs: options of the strategy by their own names (`criterion`, `threshold`, `draft_tokens`, …), and the
@@ -44,24 +49,35 @@ class A3LM(BatchedLM):
 
     Raises:
         ValueError: an unknown order or strategy (says which there are), an option of another strategy, several orders where
-            nothing is drawn.
+            nothing is drawn; groups or a strategy that the architecture doesn't take, or samples of another than masked
+            diffusion.
     """
-
-    AUTO_MODEL_CLASS = A3LlamaForCausalLM
 
     def __init__(
         self,
-        pretrained: str | A3LlamaForCausalLM,
+        pretrained: str | PreTrainedModel,
         *,
         order: str = "left_to_right",
         group_size: int = 1,
         span_length: int | None = None,
         num_orders: int = 1,
         seed: int = 0,
-        decoding: str = "groupwise",
+        decoding: str | None = None,
+        num_samples: int | None = None,
         block_length: int = 32,
         **kwargs: Any,
     ):
+        architecture = _architecture(pretrained)
+        is_diffusion = architecture == "masked_diffusion"
+        if decoding is None:
+            decoding = "dynamic" if is_diffusion else "groupwise"
+        _check_architecture(architecture, decoding=decoding, group_size=group_size, num_samples=num_samples)
+        if num_samples is not None and num_orders > 1:
+            raise ValueError(
+                f"num_orders={num_orders} and num_samples={num_samples}: the bound is over all orders; set one"
+            )
+        self.AUTO_MODEL_CLASS = ARCHITECTURES[architecture].model
+        self._num_samples, self._pass_per_group = num_samples, is_diffusion
         own = {name: kwargs.pop(name) for name in OWN_OPTIONS if name in kwargs and name not in SHARED}
         if order not in ORDERS:
             raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
@@ -104,6 +120,7 @@ class A3LM(BatchedLM):
             **{key: value for key, value in likelihood.items() if value is not None},
             "decoding": {key: value for key, value in self._decoding.items() if value is not None},
             "block_length": self._block_length,
+            **({} if self._num_samples is None else {"num_samples": self._num_samples}),
         }
 
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
@@ -118,14 +135,23 @@ class A3LM(BatchedLM):
             seen = (row.context, row.suffix, len(row.continuation))
             generators.append(torch.Generator().manual_seed(seed_of(self._seed, *seen, number % copies)))
         order = GroupOrder.infilling(scored, attention_mask=real, generator=generators, **self._orders)
-        inputs = (tensor.to(self.device) for tensor in (ids, order.group_ids, real))
+        inputs = tuple(tensor.to(self.device) for tensor in (ids, order.group_ids, real))
         with torch.autocast(
             self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
         ):
+            if self._num_samples is not None:
+                given = (real & (scored == 0)).to(self.device)
+                bounds = self.model.log_likelihood_bound(
+                    inputs[0], inputs[2], given, num_samples=self._num_samples, seed=self._seed
+                )
+                return [(value, False, self._num_samples) for value in bounds.double().tolist()]
             log_probs, greedy = self.model.log_likelihood_and_greedy(*inputs, scored_mask=scored.bool().to(self.device))
         totals = log_probs.double().sum(dim=1).view(-1, copies).logsumexp(dim=1) - math.log(copies)
         is_greedy = (greedy.sum(dim=1).cpu() == scored.sum(dim=1)).view(-1, copies).all(dim=1)
-        return [(value, flag, copies) for value, flag in zip(totals.tolist(), is_greedy.tolist(), strict=True)]
+        size = self._orders["group_size"]
+        passes = [-(-len(row.continuation) // size) if self._pass_per_group else 1 for row in batch]
+        answers = zip(totals.tolist(), is_greedy.tolist(), passes, strict=True)
+        return [(value, flag, number * copies) for value, flag, number in answers]
 
     def continue_batch(
         self, contexts: Sequence[list[int]], *, max_tokens: int, until: list[str], **sampling
@@ -183,6 +209,28 @@ class A3LM(BatchedLM):
             texts.append(decode_after(self.tokenizer, before, tokens[is_written].tolist()))
         lengths = [length for (length,) in output.lengths]
         return [Written(text, length, done.num_forward_passes) for text, length in zip(texts, lengths, strict=True)]
+
+
+def _architecture(pretrained: str | PreTrainedModel) -> str:
+    if isinstance(pretrained, str):
+        return architecture_of(base_of(pretrained))
+    types = {architecture.config.model_type: name for name, architecture in ARCHITECTURES.items()}
+    return types[pretrained.config.model_type]
+
+
+def _check_architecture(architecture: str, *, decoding: str, group_size: int, num_samples: int | None) -> None:
+    if architecture == "decoupled_rope" and (group_size > 1 or decoding != "groupwise"):
+        raise ValueError(
+            f"group_size={group_size}, decoding={decoding!r}: Decoupled RoPE takes group_size=1 and decoding='groupwise'"
+        )
+    if architecture == "masked_diffusion" and decoding != "dynamic":
+        raise ValueError(f"decoding={decoding!r}: masked diffusion takes decoding='dynamic'")
+    if num_samples is not None and architecture != "masked_diffusion":
+        raise ValueError(
+            f"num_samples={num_samples}: with architecture {architecture!r} likelihoods are exact; leave it out"
+        )
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}; it takes at least 1")
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ..adapters import base_of
+from ..architectures import architecture_of, read_model_config
 from ..commands import ModelPath, load, or_exit
-from ..configuration_a3_llama import A3LlamaConfig
 from .results import write_result
 
 app = typer.Typer(
@@ -489,7 +489,7 @@ def _load(path: str, scaling: dict[str, Any] | None):
 
     if scaling is None:
         return load(path)
-    config = A3LlamaConfig.from_pretrained(base_of(path))
+    config = read_model_config(base_of(path), architecture_of(base_of(path)))
     scale_rope(config, scaling)
     return load(path, config=config)
 

@@ -20,7 +20,7 @@ def measure_losses(
     trained: Trained,
     *,
     num_documents: int = 64,
-    num_ordered_documents: int = 4,
+    num_ordered_documents: int | None = None,
     max_length: int = 256,
     group_size: int = 4,
     orders: int = 1,
@@ -39,7 +39,7 @@ def measure_losses(
 
     Args:
         num_documents: how many documents, from the start.
-        num_ordered_documents: how many of them are the few.
+        num_ordered_documents: how many of them are the few; None: four, or all where there are fewer.
         group_size: of the scattered groups, at least 2.
         orders: random orders of each document; a loss is the mean over them.
         num_samples: masks of each document in the bound of masked diffusion.
@@ -65,6 +65,8 @@ def measure_losses(
         ValueError: numbers that are not whole or below 1 (`group_size`: 2), a `max_length` above the model's context, fewer
             documents than asked for, a document without a token, a tokenizer without BOS.
     """
+    if num_ordered_documents is None:
+        num_ordered_documents = min(4, num_documents)
     check_counts(num_documents=num_documents, num_ordered_documents=num_ordered_documents, orders=orders)
     check_counts(num_samples=num_samples, batch_size=batch_size, group_size=group_size)
     check_max_length(max_length, trained)
