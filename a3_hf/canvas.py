@@ -279,7 +279,6 @@ class Encoder:
         needed = torch.full_like(self.canvas.sequences, last)
         needed.scatter_(1, content, torch.arange(num_new, device=content.device).expand_as(content))
         needed.scatter_(1, self.encoded, -1)
-        needed[:, self.canvas.bin] = last
         left = (slots - 1).clamp_min(0)
         limit = num_new if slot_groups is None else slot_groups
         is_visible = (needed.gather(1, left) < limit) & (slots > 0)

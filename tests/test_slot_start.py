@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -46,9 +47,12 @@ def test_the_token_on_the_left_is_found_in_any_layout(with_documents):
     groups = torch.randint(0, 4, (2, 9), generator=source)
     real = torch.ones(2, 9, dtype=torch.bool)
     real[1, 6:] = False
+    places[1] += 1
     places[1, 6:] = 0  # what padding has for a position is nobody's left
+    groups[1, 6:] = 0
     targets = torch.randint(0, 9, (2, 12), generator=source)
     target_groups = torch.randint(0, 5, (2, 12), generator=source)
+    targets[1, 0], target_groups[1, 0] = 1, 4
     documents = torch.randint(1, 3, (2, 9), generator=source) if with_documents else None
     target_documents = torch.randint(1, 3, (2, 12), generator=source) if with_documents else None
     expected = by_hand(ids, places, groups, targets, target_groups, real, documents, target_documents)
@@ -123,9 +127,11 @@ def test_the_chain_rule_sums_to_one():
     [
         {"strategy": "groupwise", "group_size": 2},
         {"strategy": "groupwise", "order": "random", "group_size": 3},
+        {"strategy": "groupwise", "group_size": 2, "cache_implementation": "static"},
         {"strategy": "dynamic", "tokens_per_step": 2},
         {"strategy": "dynamic", "tokens_per_step": 2, "window": 3},
         {"strategy": "speculative", "draft_tokens": 3},
+        {"strategy": "speculative", "draft_tokens": 3, "order": "random", "do_sample": True},
         {"strategy": "speculative", "draft_tokens": 3, "draft": "ngram", "do_sample": True},
         {"strategy": "refine"},
     ],
@@ -140,7 +146,8 @@ def test_decoding_cached_is_decoding_uncached_and_its_log_probs_are_the_likeliho
     blank[:, 4:8] = True
     blank[2, 9:] = True
     output = model.generate_any_order(ids, blank, attention_mask=mask, seed=5, **settings)
-    if settings["strategy"] not in ("dynamic", "refine"):  # without a cache these encode what is known as one group
+    # Without a cache the other strategies encode what is known as one group, which is another factorisation.
+    if settings["strategy"] in ("groupwise", "speculative") and "cache_implementation" not in settings:
         uncached = model.generate_any_order(ids, blank, attention_mask=mask, seed=5, use_cache=False, **settings)
         assert torch.equal(output.sequences, uncached.sequences)
         assert (output.log_probs - uncached.log_probs).abs().max() < 1e-4
@@ -150,12 +157,23 @@ def test_decoding_cached_is_decoding_uncached_and_its_log_probs_are_the_likeliho
     assert not torch.allclose(plain.log_probs, output.log_probs, atol=1e-3)
 
 
+def test_the_cache_of_a_prompt_can_be_gone_on_with():
+    model, ids = left_model(), ids_of(2, 7)
+    settings = {"max_new_tokens": 5, "strategy": "groupwise", "group_size": 2, "seed": 1}
+    first = model.generate_any_order(ids, **settings)
+    again = model.generate_any_order(ids, past_key_values=first.past_key_values, **settings)
+    assert torch.equal(first.sequences, again.sequences)
+    assert (first.log_probs - again.log_probs).abs().max() < 1e-5
+
+
 def kinds_of_orders(mask):
     yield GroupOrder.left_to_right(mask), 1
     yield GroupOrder.scattered(mask, group_size=1, generator=generator(1)), 1
     yield GroupOrder.scattered(mask, group_size=3, generator=generator(2)), 3
     infilling = [RowKind(weight=1.0, group_sizes=range(2, 3), shapes=(("infilling", 1.0),))]
     yield draw_rows(infilling, mask, generator=generator(4)), 2
+    partial = [RowKind(1.0, range(2, 3), (("scattered", 1.0),), predict_last=Fraction(1, 2))]
+    yield draw_rows(partial, mask, generator=generator(5)), 2
 
 
 @pytest.mark.parametrize("ragged", [False, True])
