@@ -157,6 +157,18 @@ def test_decoding_cached_is_decoding_uncached_and_its_log_probs_are_the_likeliho
     assert not torch.allclose(plain.log_probs, output.log_probs, atol=1e-3)
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_draft_is_checked_without_sight_of_the_drafts_behind_it(do_sample):
+    model, ids = left_model(), ids_of(3, 14)
+    blank = torch.zeros_like(ids, dtype=torch.bool)
+    blank[:, 3:12] = True
+    for seed in range(3):
+        settings = {"strategy": "speculative", "draft_tokens": 4, "order": "random", "do_sample": do_sample}
+        output = model.generate_any_order(ids, blank, seed=seed, **settings)
+        log_probs = model.log_likelihood(output.sequences, output.group_ids)
+        assert (log_probs[blank] - output.log_probs[blank]).abs().max() < 1e-4
+
+
 def test_the_cache_of_a_prompt_can_be_gone_on_with():
     model, ids = left_model(), ids_of(2, 7)
     settings = {"max_new_tokens": 5, "strategy": "groupwise", "group_size": 2, "seed": 1}
