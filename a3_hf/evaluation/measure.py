@@ -80,19 +80,22 @@ def ppl(
         _check_file("output", output, ".json")
         texts = read_documents(text, separator=separator, documents=documents)
         a3, tokenizer = _load(model, scaling)
+        settings = {
+            "orders": names,
+            "group_sizes": sizes,
+            "num_orders": num_orders,
+            "span_length": span_length,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
         rows = perplexity_rows(
             a3,
             tokenizer,
             texts,
-            orders=names,
-            group_sizes=sizes,
-            num_orders=num_orders,
-            span_length=span_length,
             max_lengths=lengths,
             base=None if base is None else _load_base(base, scaling),
-            seed=seed,
-            batch_size=batch_size,
             track=_track(),
+            **settings,
         )
         columns = {
             "length": "max_length",
@@ -113,16 +116,11 @@ def ppl(
             "model": model,
             "text": str(text),
             "base": base,
-            "orders": names,
-            "group_sizes": sizes,
-            "num_orders": num_orders,
-            "span_length": span_length,
             "max_length": lengths,
             "rope_scaling": scaling,
             "separator": separator,
             "documents": documents,
-            "seed": seed,
-            "batch_size": batch_size,
+            **settings,
         }
         _write(output, "ppl", config, rows, a3)
 
@@ -164,22 +162,17 @@ def judge(
         texts = read_documents(text, separator=separator, documents=documents)
         a3, tokenizer = load(model)
         judging, judge_tokenizer = _load_judge(judge)
-        rows = judge_rows(
-            a3,
-            tokenizer,
-            judging,
-            judge_tokenizer,
-            texts,
-            steps=numbers,
-            criteria=names,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            count=count,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            track=_track(),
-        )
+        settings = {
+            "steps": numbers,
+            "criteria": names,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "count": count,
+            "temperature": temperature,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        rows = judge_rows(a3, tokenizer, judging, judge_tokenizer, texts, track=_track(), **settings)
         columns = {
             "strategy": "strategy",
             "criterion": "criterion",
@@ -196,16 +189,9 @@ def judge(
             "model": model,
             "text": str(text),
             "judge": judge,
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "steps": numbers,
-            "criteria": names,
-            "count": count,
-            "temperature": temperature,
             "separator": separator,
             "documents": documents,
-            "seed": seed,
-            "batch_size": batch_size,
+            **settings,
         }
         _write(output, "judge", config, rows, a3)
 
@@ -244,18 +230,15 @@ def needle(
         _check_file("output", output, ".json")
         hay = None if haystack is None else _read("haystack", haystack)
         a3, tokenizer = _load(model, scaling)
-        rows = needle_rows(
-            a3,
-            tokenizer,
-            lengths=sizes,
-            depths=shares,
-            haystack=hay,
-            answers=words,
-            count=count,
-            seed=seed,
-            batch_size=batch_size,
-            track=_track(),
-        )
+        settings = {
+            "lengths": sizes,
+            "depths": shares,
+            "answers": words,
+            "count": count,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        rows = needle_rows(a3, tokenizer, haystack=hay, track=_track(), **settings)
         cells = [
             {
                 "length": size,
@@ -273,13 +256,8 @@ def needle(
         config = {
             "model": model,
             "haystack": None if haystack is None else str(haystack),
-            "lengths": sizes,
-            "depths": shares,
-            "answers": words,
-            "count": count,
             "rope_scaling": scaling,
-            "seed": seed,
-            "batch_size": batch_size,
+            **settings,
         }
         _write(output, "needle", config, rows, a3)
 
@@ -350,20 +328,16 @@ def calibration(
             _check_matplotlib()
         texts = read_documents(text, separator=separator, documents=documents)
         a3, tokenizer = load(model)
-        rows = calibration_rows(
-            a3,
-            tokenizer,
-            texts,
-            share=share,
-            shape=shape,
-            blank_length=blank_length,
-            max_length=max_length,
-            bins=bins,
-            settings=settings,
-            seed=seed,
-            batch_size=batch_size,
-            track=_track(),
-        )
+        blanks = {
+            "share": share,
+            "shape": shape,
+            "blank_length": blank_length,
+            "max_length": max_length,
+            "bins": bins,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        rows = calibration_rows(a3, tokenizer, texts, settings=settings, track=_track(), **blanks)
         shown = [
             {**row, "confidence": WHOLE if row["bin"] == WHOLE else f"{row['above']:.2f} to {row['up_to']:.2f}"}
             for row in rows
@@ -382,16 +356,10 @@ def calibration(
         config = {
             "model": model,
             "text": str(text),
-            "share": share,
-            "shape": shape,
-            "blank_length": blank_length,
-            "max_length": max_length,
-            "bins": bins,
             **settings,
             "separator": separator,
             "documents": documents,
-            "seed": seed,
-            "batch_size": batch_size,
+            **blanks,
         }
         _write(output, "calibration", config, rows, a3)
 
