@@ -27,7 +27,7 @@ def plot_losses(
     from matplotlib.figure import Figure  # only where it is asked for: an extra
 
     training = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
-    measured = [entry for entry in log_history if "eval_loss" in entry]
+    measured = [entry for entry in log_history if loss_names(entry)]
     if not training and not measured:
         return False
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -54,5 +54,7 @@ def plot_losses(
 
 
 def loss_names(entry: Mapping[str, float]) -> list[str]:
-    """The losses of an evaluation, as logged: those of each order, `eval_loss_…`, or without orders `eval_loss`."""
-    return [name for name in entry if name.startswith("eval_loss_")] or ["eval_loss"]
+    """The losses of an evaluation, as logged: those of each order, `eval_loss_…`, or without orders `eval_loss`; none in
+    what is no evaluation.
+    """
+    return [name for name in entry if name.startswith("eval_loss_")] or [name for name in entry if name == "eval_loss"]

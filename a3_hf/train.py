@@ -189,7 +189,7 @@ def losses_table(state: TrainerState, schedule: Schedule | AdaptiveSchedule | No
     """The losses of each evaluation order (without a curriculum, the one loss there is) before training and after each
     stage, in nats per token; None where none was measured.
     """
-    measured = {entry["step"]: entry for entry in state.log_history if "eval_loss" in entry}
+    measured = {entry["step"]: entry for entry in state.log_history if loss_names(entry)}
     names = list(dict.fromkeys(name for entry in measured.values() for name in loss_names(entry)))
     table = Table(title="loss per order, nats per token")
     table.add_column("after")

@@ -37,6 +37,18 @@ def test_every_order_is_drawn_over_tokens_with_the_stages(tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(not is_matplotlib_available(), reason="needs matplotlib")
+def test_without_a_curriculum_there_is_one_loss_and_no_stage(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    logged = [{"step": step, "eval_loss": 7.0 - step} for step in (0, 2)]
+    assert plot_losses(logged, tmp_path / "losses.png", stages=[], ends=[], tokens_per_step=10)
+    (line,) = drawn[0].axes[0].lines
+    assert (line.get_label(), list(line.get_xdata()), list(line.get_ydata())) == ("loss", [0, 20], [7.0, 5.0])
+
+
+@pytest.mark.skipif(not is_matplotlib_available(), reason="needs matplotlib")
 def test_nothing_logged_is_nothing_drawn(tmp_path):
     assert not plot_losses([{"step": 3, "train_loss": 4.0}], tmp_path / "losses.png", **STAGES)
     assert not list(tmp_path.iterdir())

@@ -127,7 +127,7 @@ def run_cell(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str,
     curve = [
         {"tokens": entry["step"] * tokens_per_step, **_losses(entry, trained.architecture)}
         for entry in trained.log_history
-        if "eval_loss" in entry
+        if loss_names(entry)
     ]
     result = {
         "arm": cell.arm,
