@@ -43,7 +43,7 @@ test-gpu: setup
 
 # The lower end of the supported transformers range, on the parts that lean on its internals.
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -m 'not gpu and not slow' tests/test_modeling.py tests/test_generation.py tests/test_trainer.py
+	.venv-oldest/bin/python -m pytest -m 'not gpu and not slow' tests/test_modeling.py tests/test_generation.py tests/test_slot_start.py tests/test_trainer.py
 
 quality: setup
 	$(BIN)/ruff check .
