@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from a3_hf import A3LlamaForCausalLM
 from a3_hf import train as train_module
 from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, Recipe
 from a3_hf.checkpoints import last_whole_checkpoint
@@ -261,7 +262,7 @@ def test_no_resume_keeps_its_hands_off_an_earlier_run(source, unbroken):
 
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module.A3LlamaForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(A3LlamaForCausalLM, "from_pretrained", None)
     good = recipe(source, tmp_path / "out")
 
     bad = recipe(source, tmp_path / "out")
