@@ -7,6 +7,7 @@ import pytest
 from a3_hf.experiments.tables import (
     MISSING,
     group_cells,
+    list_table,
     scalar_columns,
     summary_table,
     verdict_table,
@@ -239,3 +240,33 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no 'bars.png'"):
         write_report(shown, tmp_path / "toy.md", [("Losses", "bars.png")])
     assert not (tmp_path / "toy.md").exists()
+
+
+def test_a_list_is_a_table_of_its_own():
+    def entries(*qualities):
+        return {"way": [{"name": name, "quality": one} for name, one in zip("ab", qualities, strict=True)]}
+
+    told = result(
+        cell("a3", 1, entries(1.0, 4.0)),
+        cell("a3", 2, entries(2.0, 4.0)),
+        cell("ar", 1, {}),
+        cell("b", 1, entries(9.0, 8.0)),
+    )
+    lines = parsed(list_table(told, "way", ["name", "quality"]))
+    assert [list(line.values()) for line in lines] == [
+        ["a3", "a", f"1.500 ± {math.sqrt(0.5):.3f}"],
+        ["a3", "b", "4.000 ± 0.000"],
+        ["b", "a", "9.000"],
+        ["b", "b", "8.000"],
+    ]
+    with pytest.raises(ValueError, match="'speed'; its entries have name, quality"):
+        list_table(told, "way", ["speed"])
+    with pytest.raises(ValueError, match="of='ways' is a list of entries in no cell"):
+        list_table(told, "ways", ["name"])
+
+
+def test_a_page_has_the_tables_of_lists(tmp_path):
+    told = result(cell("a3", 1, {"loss": 1.0, "way": [{"name": "first", "quality": 2.0}]}))
+    write_report(told, tmp_path / "report.md", lists={"way": ["name", "quality"]})
+    text = (tmp_path / "report.md").read_text()
+    assert "## way" in text and "| a3 | first | 2.000 |" in text

@@ -12,7 +12,7 @@ from .drawing import draw_attention, draw_bars, draw_curves, draw_frontier, draw
 from .tables import write_report
 
 REPORT_FILE = "report.md"
-KEYS = ("columns", "better", "compare", "plots")
+KEYS = ("columns", "lists", "better", "compare", "plots")
 KINDS: dict[str, Callable[..., None]] = {
     "attention": draw_attention,
     "bars": draw_bars,
@@ -23,9 +23,9 @@ KINDS: dict[str, Callable[..., None]] = {
 
 
 def check_report(report: Mapping[str, Any]) -> None:
-    """Checks what an experiment's `report` asks for, as far as it can be without a result: `columns` of the table; `better`,
-    columns that are compared with "lower" or "higher"; `compare`, pairs of arms; `plots`, mappings with a `title`, the `kind`
-    of plot and its arguments.
+    """Checks what an experiment's `report` asks for, as far as it can be without a result: `columns` of the table; `lists`,
+    measures that are lists, with the columns of their tables; `better`, columns that are compared, with "lower" or "higher";
+    `compare`, pairs of arms; `plots`, mappings with a `title`, the `kind` of plot and its arguments.
 
     Raises:
         ValueError: an unknown key, kind or argument of a plot; a plot without title; two of one title.
@@ -71,6 +71,7 @@ def present(result: Mapping[str, Any], report: Mapping[str, Any], output: Path) 
         page,
         drawn,
         columns=report.get("columns"),
+        lists=report.get("lists"),
         better=report.get("better"),
         compare=[tuple(pair) for pair in report.get("compare", [])],
     )

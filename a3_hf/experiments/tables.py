@@ -117,6 +117,47 @@ def summary_table(
     return markdown_table(["arm", *axes, "seeds", *columns], lines)
 
 
+def list_table(result: Mapping[str, Any], of: str, columns: Sequence[str]) -> str:
+    """A measure that is a list of dicts as a Markdown table, with a line for each entry of each arm and axes other than the
+    seed: text as it stands, numbers as means over seeds.
+
+    Args:
+        of: the measure; its lists are of one length for all seeds.
+        columns: keys of the dicts.
+
+    Raises:
+        ValueError: a measure that is a list nowhere, or a key that no entry has.
+    """
+    groups = {
+        variant: [cell["measures"][of] for cell in cells if isinstance(cell["measures"].get(of), list)]
+        for variant, cells in group_cells(result).items()
+    }
+    groups = {variant: lists for variant, lists in groups.items() if lists}
+    entries = [entry for lists in groups.values() for entries in lists for entry in entries]
+    if not entries:
+        raise ValueError(f"of={of!r} is a list of entries in no cell of the result")
+    for column in columns:
+        if not any(column in entry for entry in entries):
+            raise ValueError(f"{of} has no {column!r}; its entries have {', '.join(entries[0])}")
+    numbers = {
+        column: decimals_for([{0: entry[column]} for entry in entries if is_number(entry.get(column))])
+        for column in columns
+    }
+    axes = list(dict.fromkeys(name for variant in groups for name, _ in variant.axes))
+    lines = []
+    for variant, lists in groups.items():
+        for same in zip(*lists, strict=True):
+            line = [variant.arm, *(dict(variant.axes).get(name, MISSING) for name in axes)]
+            for column in columns:
+                values = [entry[column] for entry in same if column in entry]
+                if all(map(is_number, values)):
+                    line.append(mean_and_spread(values, numbers[column]))
+                else:
+                    line.append(str(values[0]))
+            lines.append(line)
+    return markdown_table(["arm", *axes, *columns], lines)
+
+
 def verdicts(
     result: Mapping[str, Any], *, columns: Mapping[str, Literal["lower", "higher"]], of: str, against: str
 ) -> list[dict[str, Any]]:
@@ -221,6 +262,7 @@ def write_report(
     plots: Sequence[tuple[str, str]] = (),
     *,
     columns: Sequence[str] | None = None,
+    lists: Mapping[str, Sequence[str]] | None = None,
     better: Mapping[str, Literal["lower", "higher"]] | None = None,
     compare: Sequence[tuple[str, str]] = (),
 ) -> None:
@@ -230,6 +272,7 @@ def write_report(
         path: of the page.
         plots: titles and names of PNG files that lie in the page's folder already.
         columns: of the table, as in `summary_table`.
+        lists: measures that are lists, each with the columns of a table of its own, as in `list_table`.
         better: columns that are compared, and whether "lower" or "higher" is better.
         compare: pairs of arms, each (of, against), as in `verdicts`.
 
@@ -252,6 +295,8 @@ def write_report(
         summary_table(result, columns=columns),
         "Means over seeds ± sample standard deviations.",
     ]
+    for of, keys in (lists or {}).items():
+        parts += [f"## {of}", list_table(result, of, keys)]
     for number, (of, against) in enumerate(compare):
         rows = verdicts(result, columns=better, of=of, against=against)
         parts += [f"## {of} against {against}", *([RULE] if number == 0 else [])]
