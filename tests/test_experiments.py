@@ -114,6 +114,10 @@ def test_a_grid_whose_recipe_changed_is_not_gone_on_with(plan, tmp_path):
     more = {**plan, "axes": {"seed": [1, 2, 3]}}
     check_record(written(more, tmp_path))
     check_record(written(plan, tmp_path))  # cells may be left out again
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    path = tmp_path / "plan.yaml"
+    check_record(read_experiment(str(path), size="cpu", runs=tmp_path / "elsewhere", known_measures=list(MEASURES)))
+    (tmp_path / "elsewhere").rename(tmp_path / "runs")
     plan["arms"]["ar"]["learning_rate"] = 0.5
     with pytest.raises(ValueError, match="ar-seed_1: learning_rate was 0.01 and is 0.5"):
         check_record(written(plan, tmp_path))

@@ -156,7 +156,13 @@ def check_record(experiment: Experiment) -> None:
         ValueError: a cell whose recipe, or a start, that changed; says in what.
     """
     path = experiment.folder / RECORD_FILE
-    now = {"start": experiment.start, "cells": {cell.name: dict(cell.settings) for cell in experiment.cells}}
+    # Where a run lies, and a model made for it, follows from where the grid lies, which may be moved.
+    places = {"output_dir"} if experiment.start is None else {"output_dir", "model_name_or_path"}
+    cells = {
+        cell.name: {key: value for key, value in cell.settings.items() if key not in places}
+        for cell in experiment.cells
+    }
+    now = {"start": experiment.start, "cells": cells}
     now = json.loads(json.dumps(now, default=str))
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"start": now["start"], "cells": {}}
     changes = []
