@@ -297,9 +297,9 @@ def experiment(
         from .experiments.grid import read_experiment
         from .experiments.runner import MEASURES, run
 
-        plan = read_experiment(name, size=size, runs=runs, known_measures=list(MEASURES))
+        plan = read_experiment(name, size=size, runs=runs, known_measures=MEASURES)
         folder = plan.name if size == "cpu" else f"{plan.name}-{size}"
-        command = f"a3 experiment {plan.name} --size {size} --jobs {jobs}"
+        command = f"a3 experiment {name} --size {size} --jobs {jobs}"
         return run(plan, output or Path("eval/results") / folder, jobs=jobs, command=command)
 
     raise typer.Exit(or_exit(go))

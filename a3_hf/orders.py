@@ -225,7 +225,8 @@ def left_tokens(
     earlier group, and of its own document.
 
     Args:
-        input_ids: (B, C) content, in any layout, with `position_ids` (B or 1, C) and `group_ids` (B, C).
+        input_ids: (B, C) content, in any layout, with `position_ids` (B or 1, C), no two of a row alike, and `group_ids`
+            (B, C).
         target_position_ids: (B, Q) positions that are asked for, with `target_group_ids` (B, Q).
         key_mask: (B, C), 0 at padding.
         document_ids: (B, C) and `target_document_ids` (B, Q), where documents of a row are kept apart.

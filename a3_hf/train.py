@@ -220,6 +220,12 @@ def _load_tokenizer_and_config(
             f"{config.vocab_size}: they don't belong together; set tokenizer_name_or_path to the model's own"
         )
     check_start(path, recipe.lora, config)
+    slot_start = recipe.model.slot_start
+    if recipe.lora is not None and slot_start not in (None, config.slot_start):
+        raise ValueError(
+            f"slot_start={slot_start!r} with lora: an adapter does not hold it, and its base {base_of(path)} has "
+            f"{config.slot_start!r}; save the base with it first (A3LlamaForCausalLM.from_pretrained(…, slot_start=…))"
+        )
     return tokenizer, config
 
 

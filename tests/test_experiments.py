@@ -55,7 +55,7 @@ def plan(source, tmp_path):
 def written(plan, tmp_path, size="cpu"):
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
-    return read_experiment(str(path), size=size, runs=tmp_path / "runs", known_measures=list(MEASURES))
+    return read_experiment(str(path), size=size, runs=tmp_path / "runs", known_measures=MEASURES)
 
 
 def test_a_cell_is_an_arm_at_a_point_of_the_axes(plan, tmp_path):
@@ -84,7 +84,11 @@ def test_a_size_changes_it_key_by_key(plan, tmp_path):
         ({"axes": {"seed": []}}, "axis seed takes a list of values"),
         ({"axes": {"seed": [1, 1]}}, "a value twice"),
         ({"axes": {"curriculum": [{"stages": []}]}}, "takes plain values"),
-        ({"axes": {"architecture": ["a3"]}}, "architecture is an axis, and the arm 'ar' sets it"),
+        ({"axes": {"architecture": ["a3"]}}, "architecture is set by the axis architecture, and the arm 'ar' sets it"),
+        ({"axes": {"seed": [1], "go": {"a": {"seed": 2}}}}, "seed is set by the axis go, and the axis seed sets it"),
+        ({"arms": {"a": {"output_dir": "x"}}}, "output_dir is set by the arm 'a'"),
+        ({"arms": {"a b": {}, "a_b": {}}}, "two cells would train in one folder, a_b-seed_1"),
+        ({"measures": {"losses": {"num_docs": 3}}}, "losses has an unknown setting 'num_docs'"),
         ({"arms": {"a3": {"learning_rat": 1}}}, "cell a3-seed_1: .*learning_rat.*did you mean 'learning_rate'"),
         ({"measures": {"loss": {}}}, "unknown measure 'loss'; did you mean 'losses'"),
         ({"question": None}, "lacks question"),
@@ -105,7 +109,7 @@ def test_an_unknown_experiment_or_size_lists_those_there_are(plan, tmp_path, mon
         written(plan, tmp_path, size="gpu")
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="there are .*equal_tokens"):
-        read_experiment("equal_token", size="cpu", runs=tmp_path, known_measures=list(MEASURES))
+        read_experiment("equal_token", size="cpu", runs=tmp_path, known_measures=MEASURES)
 
 
 def test_a_grid_whose_recipe_changed_is_not_gone_on_with(plan, tmp_path):
@@ -116,7 +120,7 @@ def test_a_grid_whose_recipe_changed_is_not_gone_on_with(plan, tmp_path):
     check_record(written(plan, tmp_path))  # cells may be left out again
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     path = tmp_path / "plan.yaml"
-    check_record(read_experiment(str(path), size="cpu", runs=tmp_path / "elsewhere", known_measures=list(MEASURES)))
+    check_record(read_experiment(str(path), size="cpu", runs=tmp_path / "elsewhere", known_measures=MEASURES))
     (tmp_path / "elsewhere").rename(tmp_path / "runs")
     plan["arms"]["ar"]["learning_rate"] = 0.5
     with pytest.raises(ValueError, match="ar-seed_1: learning_rate was 0.01 and is 0.5"):
@@ -210,7 +214,7 @@ def test_there_are_experiments():
 @pytest.mark.parametrize("size", ["smoke", "cpu", "gpu"])
 def test_every_size_of_every_experiment_can_be_read(path, size, stories, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    experiment = read_experiment(path.stem, size=size, runs=tmp_path, known_measures=list(MEASURES))
+    experiment = read_experiment(path.stem, size=size, runs=tmp_path, known_measures=MEASURES)
     assert experiment.cells
     for cell in experiment.cells:
         runner_module.train._check_settings(cell.recipe)

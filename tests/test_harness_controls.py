@@ -93,10 +93,20 @@ def test_texts_are_the_models_own(controls, name):
         ("decoupled_rope", {"decoding": "dynamic"}, "decoding='groupwise'"),
         ("decoupled_rope", {"num_samples": 8}, "likelihoods are exact; leave it out"),
         ("masked_diffusion", {"decoding": "groupwise"}, "takes decoding='dynamic'"),
+        ("masked_diffusion", {"num_samples": 2, "order": "random"}, "leave the others out"),
         ("masked_diffusion", {"num_samples": 0}, "num_samples=0; it takes at least 1"),
-        ("masked_diffusion", {"num_samples": 2, "order": "random", "num_orders": 2}, "the bound is over all orders"),
+        (
+            "masked_diffusion",
+            {"num_samples": 2, "order": "random", "num_orders": 2},
+            "is over all orders of single tokens",
+        ),
     ],
 )
 def test_what_an_architecture_does_not_take_is_refused(controls, name, settings, message):
     with pytest.raises(ValueError, match=message):
         A3LM(controls[name], device="cpu", **settings)
+
+
+def test_a_llama_that_is_loaded_already_is_no_a3_model(source):
+    with pytest.raises(ValueError, match="pretrained is a model of type 'llama'.*a3_ar"):
+        A3LM(load_model(str(source), architecture="llama"), tokenizer=AutoTokenizer.from_pretrained(source))

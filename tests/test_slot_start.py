@@ -251,3 +251,23 @@ def test_what_cannot_be_found_is_asked_for():
     with pytest.raises(ValueError, match="slot_start='right_token'; it takes 'query_embed' or 'left_token'"):
         A3LlamaConfig(slot_start="right_token")
     assert tiny_config().slot_start == "query_embed"
+
+
+def test_adapters_do_not_hold_it_so_that_their_base_must(source, tmp_path):
+    from a3_hf import train
+    from a3_hf.arguments import parse_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model_name_or_path: {source}\ntrain_file: {source / 'train.txt'}\nblock_size: 8\nmax_steps: 2\nuse_cpu: true\n"
+        f"output_dir: {tmp_path / 'out'}\nlora: {{r: 2}}\nslot_start: left_token\ncurriculum: {{stages: [{{name: ar}}]}}\n"
+    )
+    with pytest.raises(ValueError, match="slot_start='left_token' with lora: an adapter does not hold it"):
+        train.run(parse_recipe(path))
+    base = A3LlamaForCausalLM.from_pretrained(source, slot_start="left_token")
+    base.save_pretrained(tmp_path / "base")
+    arguments = ["--model_name_or_path", str(tmp_path / "base"), "--tokenizer_name_or_path", str(source)]
+    assert train.run(parse_recipe(path, arguments)) == 0
+    from a3_hf.adapters import load_model
+
+    assert load_model(str(tmp_path / "out")).config.slot_start == "left_token"

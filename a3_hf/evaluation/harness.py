@@ -72,9 +72,10 @@ class A3LM(BatchedLM):
         if decoding is None:
             decoding = "dynamic" if is_diffusion else "groupwise"
         _check_architecture(architecture, decoding=decoding, group_size=group_size, num_samples=num_samples)
-        if num_samples is not None and num_orders > 1:
+        if num_samples is not None and (num_orders, order, group_size) != (1, "left_to_right", 1):
             raise ValueError(
-                f"num_orders={num_orders} and num_samples={num_samples}: the bound is over all orders; set one"
+                f"num_samples={num_samples} with order={order!r}, group_size={group_size}, num_orders={num_orders}: the bound "
+                "is over all orders of single tokens; leave the others out"
             )
         self.AUTO_MODEL_CLASS = ARCHITECTURES[architecture].model
         self._num_samples, self._pass_per_group = num_samples, is_diffusion
@@ -148,8 +149,10 @@ class A3LM(BatchedLM):
             log_probs, greedy = self.model.log_likelihood_and_greedy(*inputs, scored_mask=scored.bool().to(self.device))
         totals = log_probs.double().sum(dim=1).view(-1, copies).logsumexp(dim=1) - math.log(copies)
         is_greedy = (greedy.sum(dim=1).cpu() == scored.sum(dim=1)).view(-1, copies).all(dim=1)
-        size = self._orders["group_size"]
-        passes = [-(-len(row.continuation) // size) if self._pass_per_group else 1 for row in batch]
+        passes = [1] * len(batch)
+        if self._pass_per_group:
+            groups = order.group_ids.masked_fill(scored == 0, -1)
+            passes = [len(row.unique()) - int((row == -1).any()) for row in groups[::copies]]
         answers = zip(totals.tolist(), is_greedy.tolist(), passes, strict=True)
         return [(value, flag, number * copies) for value, flag, number in answers]
 
@@ -214,8 +217,14 @@ class A3LM(BatchedLM):
 def _architecture(pretrained: str | PreTrainedModel) -> str:
     if isinstance(pretrained, str):
         return architecture_of(base_of(pretrained))
-    types = {architecture.config.model_type: name for name, architecture in ARCHITECTURES.items()}
-    return types[pretrained.config.model_type]
+    types = {architecture.config.model_type: name for name, architecture in ARCHITECTURES.items() if name != "llama"}
+    model_type = pretrained.config.model_type
+    if model_type not in types:
+        raise ValueError(
+            f"pretrained is a model of type {model_type!r}; it takes {', '.join(types)} (a LLaMA as it is: a3_ar, or as an A3 "
+            "model, by its path)"
+        )
+    return types[model_type]
 
 
 def _check_architecture(architecture: str, *, decoding: str, group_size: int, num_samples: int | None) -> None:

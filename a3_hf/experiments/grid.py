@@ -1,9 +1,10 @@
 """Grids: an experiment's YAML becomes cells, each a complete recipe with a place for its run."""
 
+import inspect
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ class Experiment:
     folder: Path
 
 
-def read_experiment(name: str, *, size: str, runs: Path, known_measures: Sequence[str]) -> Experiment:
+def read_experiment(
+    name: str, *, size: str, runs: Path, known_measures: Mapping[str, Callable[..., Any]]
+) -> Experiment:
     """Reads an experiment: a YAML mapping of
 
     - `question`: what is asked, in a sentence;
@@ -78,7 +81,7 @@ def read_experiment(name: str, *, size: str, runs: Path, known_measures: Sequenc
         name: of a file in `recipes/experiments`, or a path.
         size: one of `sizes`.
         runs: the folder in which cells train, each in a folder of its own.
-        known_measures: the measurements that there are.
+        known_measures: the measurements that there are, with the functions that take their settings.
 
     Raises:
         ValueError: no such experiment or size; an unknown key, axis or measurement; an axis without values, or one whose
@@ -105,6 +108,10 @@ def read_experiment(name: str, *, size: str, runs: Path, known_measures: Sequenc
             raise ValueError(
                 f"{path}: unknown measure {measure!r}{nearest(measure, known_measures)}; there are {known}"
             )
+        takes = list(inspect.signature(known_measures[measure]).parameters)[1:]
+        for setting in measures[measure]:
+            if setting not in takes:
+                raise ValueError(f"{path}: {measure} has an unknown setting {setting!r}{nearest(str(setting), takes)}")
     report = _mapping(path, "report", plan.get("report") or {})
     try:
         check_report(report)
@@ -118,15 +125,13 @@ def read_experiment(name: str, *, size: str, runs: Path, known_measures: Sequenc
     cells = []
     for arm, own in _mapping(path, "arms", plan["arms"]).items():
         own = _mapping(path, f"arms.{arm}", own or {})
-        for axis in axes:
-            if axis in own:
-                raise ValueError(f"{path}: {axis} is an axis, and the arm {arm!r} sets it as well")
+        _check_set_once(path, arm, own, axes)
         for values in itertools.product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
             settings = {**base, **shared, **own}
             for axis, value in point.items():
                 settings |= axes[axis][value] if isinstance(axes[axis], Mapping) else {axis: value}
-            cell = Cell(arm, point, settings, recipe=None)
+            cell = Cell(str(arm), point, settings, recipe=None)
             settings["output_dir"] = str(folder / cell.name)
             if plan.get("start"):
                 settings["model_name_or_path"] = str(folder / f"start-{settings.get('seed', 42)}")
@@ -135,7 +140,11 @@ def read_experiment(name: str, *, size: str, runs: Path, known_measures: Sequenc
                 recipe = build_recipe(settings, origin=path)
             except ValueError as error:
                 raise ValueError(f"{path}: cell {cell.name}: {error}") from error
-            cells.append(Cell(arm, point, settings, recipe))
+            if recipe.data.sources is not None:
+                raise ValueError(f"{path}: cell {cell.name}: sources: measurements take train_file or dataset_name")
+            if any(other.name == cell.name for other in cells):
+                raise ValueError(f"{path}: two cells would train in one folder, {cell.name}; rename an arm")
+            cells.append(Cell(str(arm), point, settings, recipe))
     return Experiment(
         name=path.stem,
         size=size,
@@ -184,6 +193,21 @@ def check_record(experiment: Experiment) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"start": now["start"], "cells": {**before["cells"], **now["cells"]}}, indent=2, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _check_set_once(path: Path, arm: str, own: Mapping[str, Any], axes: Mapping[str, Any]) -> None:
+    """Refuses a setting that an axis would silently replace, in an arm or in another axis."""
+    seen = {name: f"the arm {arm!r}" for name in own}
+    for axis, values in axes.items():
+        names = {name for one in values.values() for name in one} if isinstance(values, Mapping) else {axis}
+        for name in sorted(names):
+            if name in seen:
+                raise ValueError(f"{path}: {name} is set by the axis {axis}, and {seen[name]} sets it as well")
+        seen |= {name: f"the axis {axis}" for name in names}
+    if "output_dir" in seen:
+        raise ValueError(
+            f"{path}: output_dir is set by {seen['output_dir']}; each cell has its own folder: leave it out"
+        )
 
 
 def _axes(path: Path, axes: Any) -> dict[str, list | Mapping[Any, Mapping[str, Any]]]:

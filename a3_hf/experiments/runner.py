@@ -122,6 +122,7 @@ def run_cell(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str,
             values[name] = known["values"][name]
         else:
             values[name] = MEASURES[name](trained, **own)
+            _write(path, {"measures": {done: settings[done] for done in values}, "values": values})
     tokens_per_step = cell.recipe.training.rows_per_step * cell.recipe.data.block_size
     steps = max(entry["step"] for entry in trained.log_history)
     curve = [
@@ -140,12 +141,15 @@ def run_cell(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str,
     }
     if curve and "nll_any_order" in curve[-1]:
         result["measures"]["nll_any_order"] = curve[-1]["nll_any_order"]
+    _write(path, {"measures": settings, "values": values, "result": result})
+    return result
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     # Aside and then in place: a file is never half-written.
     temporary = path.with_suffix(".partial")
-    text = json.dumps({"measures": settings, "values": values, "result": result}, indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-    return result
 
 
 def _losses(entry: Mapping[str, float], architecture: str) -> dict[str, float]:
