@@ -152,12 +152,15 @@ def test_it_is_trained_measured_told_and_not_done_twice(plan, tmp_path, monkeypa
     assert json.loads((tmp_path / "again" / "result.json").read_text())["cells"] == result["cells"]
     plan["measures"]["losses"]["num_documents"] = 2
     measured = []
-    monkeypatch.setitem(
-        runner_module.MEASURES, "losses", lambda *_, **settings: measured.append(settings) or {"x": 1.0}
-    )
+
+    def counted(trained, *, num_documents, max_length, group_size):
+        measured.append(num_documents)
+        return {"x": 1.0}
+
+    monkeypatch.setitem(runner_module.MEASURES, "losses", counted)
     plan["report"] = {}
     run(written(plan, tmp_path), tmp_path / "again", command="")
-    assert len(measured) == 4 and measured[0]["num_documents"] == 2
+    assert measured == [2] * 4
 
 
 def test_several_at_a_time_give_what_one_at_a_time_gives(plan, tmp_path):
