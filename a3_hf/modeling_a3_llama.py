@@ -348,32 +348,30 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             else:
                 views = (View(content_mask, is_causal=content_length > 1),)
 
-        # 3. What slots start as: all as `query_embed`, or as the token to their left where they may see it.
+        # 3. One pass: content rows first, then slots, which start as `query_embed`, or as the token on their left.
         hidden_states = inputs_embeds
         num_slots = target_position_ids.shape[1]
         if num_slots:
             slots = self.query_embed.weight.to(inputs_embeds.dtype).expand(inputs_embeds.shape[0], num_slots, -1)
-            if self.config.slot_start == "left_token":
-                if rows_before is not None:
-                    slots = inputs_embeds[:, rows_before]
-                else:
-                    if target_input_ids is None:
-                        target_input_ids = left_tokens(
-                            input_ids,
-                            position_ids,
-                            group_ids,
-                            target_position_ids,
-                            target_group_ids,
-                            key_mask=attention_mask,
-                            document_ids=document_ids,
-                            target_document_ids=target_document_ids,
-                        )
-                    left_embeds = self.embed_tokens(target_input_ids.clamp_min(0))
-                    slots = torch.where((target_input_ids >= 0)[..., None], left_embeds, slots)
+            from_left = self.config.slot_start == "left_token"
+            if from_left and rows_before is not None:
+                slots = inputs_embeds[:, rows_before]
+            elif from_left:
+                if target_input_ids is None:
+                    target_input_ids = left_tokens(
+                        input_ids,
+                        position_ids,
+                        group_ids,
+                        target_position_ids,
+                        target_group_ids,
+                        key_mask=attention_mask,
+                        document_ids=document_ids,
+                        target_document_ids=target_document_ids,
+                    )
+                left_embeds = self.embed_tokens(target_input_ids.clamp_min(0))
+                slots = torch.where((target_input_ids >= 0)[..., None], left_embeds, slots)
+            if from_left:
                 target_position_ids = target_position_ids - 1
-
-        # 4. One pass: content rows first, then slots.
-        if num_slots:
             hidden_states = torch.cat([inputs_embeds, slots], dim=1)
             rows = max(position_ids.shape[0], target_position_ids.shape[0])
             position_ids = torch.cat([position_ids.expand(rows, -1), target_position_ids.expand(rows, -1)], dim=1)
@@ -580,7 +578,7 @@ def _check_left_tokens(
     if config.slot_start != "left_token":
         raise ValueError(f"target_input_ids has no effect with slot_start={config.slot_start!r}; leave it out")
     if target_input_ids is not None:
-        if target_position_ids is None or target_input_ids.shape[1] != target_position_ids.shape[1]:
+        if target_position_ids is None or target_input_ids.shape != target_position_ids.shape:
             shape = None if target_position_ids is None else tuple(target_position_ids.shape)
             raise ValueError(
                 f"target_input_ids has shape {tuple(target_input_ids.shape)} and target_position_ids {shape}; they take "

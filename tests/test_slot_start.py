@@ -244,6 +244,9 @@ def test_what_cannot_be_found_is_asked_for():
         model(
             ids, group_ids=groups, target_position_ids=groups, target_group_ids=groups, target_input_ids=groups[:, 1:]
         )
+    with pytest.raises(ValueError, match=r"target_input_ids has shape \(2, 6\)"):
+        twice = groups.expand(2, -1)
+        model(ids, group_ids=groups, target_position_ids=groups, target_group_ids=groups, target_input_ids=twice)
     with pytest.raises(ValueError, match="target_input_ids has no effect with slot_start='query_embed'"):
         tiny_model()(
             ids, group_ids=groups, target_position_ids=groups, target_group_ids=groups, target_input_ids=groups
