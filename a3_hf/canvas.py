@@ -36,6 +36,7 @@ class Canvas:
 
     @classmethod
     def prepare(cls, model_config, input_ids, blank_mask, attention_mask, config: A3GenerationConfig) -> "Canvas":
+        """The canvas of rows (B, S), each `num_return_sequences` times side by side, with the continuation behind them."""
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it takes (batch, sequence)")
         masks = {"blank_mask": blank_mask, "attention_mask": attention_mask}
@@ -67,6 +68,9 @@ class Canvas:
                 f"input_ids and its blanks take {longest} positions, {longest - context} more than the model's context "
                 f"(max_position_embeddings={context})"
             )
+        if config.num_return_sequences is not None:
+            copies = config.num_return_sequences
+            input_ids, real, blank = (each.repeat_interleave(copies, dim=0) for each in (input_ids, real, blank))
         sequences = pad(input_ids.masked_fill(blank, 0), (0, 1))
         device = sequences.device
         return cls(
@@ -74,11 +78,14 @@ class Canvas:
             position_ids=pad((real.long().cumsum(dim=1) - 1).clamp_min(0), (0, 1)),
             commit_step=torch.full_like(sequences, -1),
             log_probs=torch.zeros(sequences.shape, dtype=torch.float32, device=device),
-            given_mask=given,
+            given_mask=real & ~blank,
             blank_mask=blank,
             new_from=new_from,
             eos_token_ids=torch.tensor(config.eos_token_ids(), dtype=torch.long, device=device),
             end=torch.full_like(sequences[:, 0], sequences.shape[1] - 2),
+            logits=torch.zeros(*sequences.shape, model_config.vocab_size, device=device)
+            if config.output_logits
+            else None,
             failed_step=torch.tensor(-1, device=device),
         )
 

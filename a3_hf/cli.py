@@ -91,7 +91,7 @@ def adapt(
 
     The same command goes on from the last checkpoint after Ctrl-C or a crash.
     """
-    from .arguments import parse_recipe
+    from .recipes import parse_recipe
     from .train import dry_run as plan
     from .train import run
 

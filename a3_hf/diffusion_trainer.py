@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
+from .base_trainer import EVALUATION_SEED, BaseTrainer, given_tokens, row_generator
 from .corruption import (
     check_mask_token,
     check_text,
@@ -17,38 +18,24 @@ from .corruption import (
     spread_counts,
 )
 from .modeling_masked_diffusion_llama import PATTERNED
-from .throughput import Meter, peak_memory_mib
-from .trainer import (
-    EVALUATION_SEED,
-    BeforeTheStepCallback,
-    NonFiniteLossError,
-    first_row_index,
-    given_tokens,
-    row_generator,
-)
 
 MASKINGS = {"rate": mask_by_rate, "count": mask_by_count}
 # What a step draws beside its rows, told apart by the last of its seeds: (seed, step, 0, one of these). Rows have three.
 SPREAD, VISIBLE = 1, 2
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(BaseTrainer):
     """A `Trainer` of `MaskedDiffusionLlamaForCausalLM` (paper §3, as DiffuLLaMA and Dream train).
 
-    Identical to `Trainer` except:
+    Identical to `BaseTrainer` except:
 
     - Each row's share t to mask is drawn from U(0, 1], each of its tokens is masked with probability t, and the loss is
       Σ 1/t · −log p(token) over masked tokens, divided by the number of scored tokens of the update step, masked or not: in
       expectation an upper bound on the nats per token.
-    - The draws come from (seed, step, the row's index in the global batch), in `compute_loss`: a resumed run, or one on
-      another number of ranks, draws the same.
-    - The collator gives `input_ids`, `attention_mask` and `labels`, each (B, S), labels not shifted: a token whose label is
-      −100 is given, never masked and never scored. The first token of a row (BOS) is given. `document_ids` (B, S), where it
-      gives them, keep the documents of a row apart.
-    - A loss that is not finite stops training on all ranks before the weights take the step (`NonFiniteLossError`).
+    - The first token of a row (BOS) is given. A given token is never masked.
     - `evaluate` measures `eval_loss`, the bound by Monte Carlo, in nats per token over all scored tokens of the set, from
-      draws that are the same at every evaluation of every run.
-    - The logs hold `tokens_per_second` over all ranks, evaluation apart, and `peak_memory_mib`.
+      `eval_samples` masks a row, by `mask_by_count` with numbers spread evenly over each row's; the draws are the same at
+      every evaluation of every run.
 
     Args:
         masking: `"rate"`, as above, or `"count"` (not in the paper: LLaDA's estimator of likelihood): exactly l of a row's L
@@ -61,8 +48,7 @@ class DiffusionTrainer(Trainer):
 
     Raises:
         ValueError: no mask token, or one that is a real word of `processing_class`; an unknown masking; an attention
-            implementation that can't be annealed; an argument of `Trainer` that does not go with this loss (label smoothing,
-            several devices in one process, Liger's kernels, other metrics).
+            implementation that can't be annealed; what `BaseTrainer` refuses.
     """
 
     def __init__(
@@ -95,10 +81,6 @@ class DiffusionTrainer(Trainer):
                 f"anneal_steps={anneal_steps} needs an attention implementation that takes any mask, "
                 f"{' or '.join(PATTERNED)}; got {model.config._attn_implementation!r}"
             )
-        if args is not None and args.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel=True: Liger's kernels know no such model and would be left out in silence"
-            )
         super().__init__(
             model=model,
             args=args,
@@ -106,52 +88,19 @@ class DiffusionTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=list(callbacks),
+            callbacks=callbacks,
             optimizers=optimizers,
             compute_metrics=_nats_per_token,
         )
-        if self.args.label_smoothing_factor != 0:
-            raise ValueError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor}; DiffusionTrainer takes 0: it would smooth "
-                "shifted labels"
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} devices in one process; start one process for each (torchrun or accelerate launch)"
-            )
-        if self.args.batch_eval_metrics or not self.args.eval_do_concat_batches:
-            raise ValueError("DiffusionTrainer takes batch_eval_metrics=False and eval_do_concat_batches=True")
-        # The model divides by `num_items_in_batch`, the labels that are not −100 before any is masked: none is shifted.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = False
         self.masking, self.low_discrepancy = masking, low_discrepancy
         self.anneal_steps, self.eval_samples = anneal_steps, eval_samples
-        self._meter = Meter()
-        self._micro_batch = 0
-        self._evaluation_batch = 0
-        self._step_losses: list[torch.Tensor] = []  # of the micro-batches of the current update step
-        self.add_callback(BeforeTheStepCallback(self.check_finite))
-
-    def get_batch_samples(
-        self, epoch_iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | int]:
-        # Called once for each update step, before its micro-batches.
-        self._meter.start()
-        self._micro_batch = 0
-        self._step_losses = []
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def draw(self, is_open: torch.Tensor, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What is masked of the `is_open` (B, S) tokens of this step's n-th micro-batch on this rank, and the weights (B, 1):
         the same however often they are drawn.
         """
         seed, step = self.args.seed, self.state.global_step
-        first_row = first_row_index(
-            micro_batch,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-            rows_per_batch=self._train_batch_size,
-        )
+        first_row = self.first_training_row(micro_batch)
         level, noise = _draw_rows(is_open, [row_generator(seed, step, first_row + row) for row in range(len(is_open))])
         if self.low_discrepancy:
             rows_per_step = self.get_total_train_batch_size(self.args)
@@ -215,37 +164,6 @@ class DiffusionTrainer(Trainer):
             "visible_mask": visible_mask,
         }
 
-    def check_finite(self) -> None:
-        """Called before each update.
-
-        Raises:
-            NonFiniteLossError: on all ranks alike; names the step.
-        """
-        is_bad = (~torch.stack(self._step_losses).isfinite()).any().long()
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(is_bad, op=torch.distributed.ReduceOp.MAX)
-        if is_bad.item():
-            raise NonFiniteLossError(
-                f"step {self.state.global_step + 1}: the loss is not finite; the weights have not taken the step, and the "
-                f"checkpoints in {self.args.output_dir} are as they were. Lower learning_rate or max_grad_norm"
-            )
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """`eval_loss`: the bound in nats per token, from `eval_samples` masks a row, by `mask_by_count` with numbers spread
-        evenly over each row's. Training goes on after it as if there had been none.
-        """
-        was_training = self.model.training
-        self._meter.pause()
-        # A loader draws a seed for its workers from the global generator, which dropout uses too.
-        with torch.random.fork_rng(devices=[]):
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self.model.train(was_training)
-        return metrics
-
-    def evaluation_loop(self, *args, **kwargs):
-        self._evaluation_batch = 0
-        return super().evaluation_loop(*args, **kwargs)
-
     def prediction_step(
         self,
         model: nn.Module,
@@ -256,13 +174,7 @@ class DiffusionTrainer(Trainer):
         """Each row's bound in nats (B,), and the number of its scored tokens (B,); `predict` returns the same."""
         inputs = self._prepare_inputs(inputs)
         is_open = self._open_tokens(inputs)
-        first_row = first_row_index(
-            self._evaluation_batch,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-            rows_per_batch=self.args.eval_batch_size,
-        )
-        self._evaluation_batch += 1
+        first_row = self.next_evaluation_row()
         draws = [
             _draw_rows(
                 is_open, [row_generator(EVALUATION_SEED, first_row + row, sample) for row in range(len(is_open))]
@@ -277,15 +189,6 @@ class DiffusionTrainer(Trainer):
                 token_losses = model(**self._arguments(inputs, masked, None)).token_losses
             totals += (token_losses.double() * weights).sum(dim=1)
         return None, totals / self.eval_samples, is_open.sum(dim=1)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Identical to Trainer's except: the logs of training say what it costs.
-        if "loss" in logs:
-            logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
-            rate = self._meter.read()
-            if rate is not None:
-                logs["tokens_per_second"] = rate * self.args.world_size
-        super().log(logs, start_time)
 
 
 def _draw_rows(is_open: torch.Tensor, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:

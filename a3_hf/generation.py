@@ -121,14 +121,7 @@ class A3GenerationMixin:
         deadline = math.inf if config.max_time is None else time.perf_counter() + config.max_time
         if past_key_values is not None and (not config.use_cache or config.cache_implementation == "static"):
             raise ValueError("past_key_values needs use_cache=True and no static cache")
-        copies = config.num_return_sequences or 1
-        if copies > 1:
-            masks = (blank_mask, attention_mask)
-            blank_mask, attention_mask = (m if m is None else m.repeat_interleave(copies, dim=0) for m in masks)
-            input_ids = input_ids.repeat_interleave(copies, dim=0)
         canvas = Canvas.prepare(self.config, input_ids, blank_mask, attention_mask, config)
-        if config.output_logits:
-            canvas.logits = torch.zeros(*canvas.sequences.shape, self.config.vocab_size, device=input_ids.device)
         chance = Chance(config, canvas)
         # A draft that is written again is no stream: `refine` shows its streamer the end alone.
         shows_drafts = config.strategy != "refine"
@@ -153,38 +146,78 @@ class A3GenerationMixin:
             return make_decoder(candidate, chance, step, again)
 
         decoder = make_decoder(canvas, chance, 0, observers, past_key_values)
-        observers.start()
         extra_passes = 0
-        try:
-            with fast_on_cpu(self):
-                if config.strategy == "groupwise":
-                    fill_groupwise(decoder, steps)
-                elif config.strategy == "dynamic":
-                    fill_dynamic(decoder)
-                elif config.strategy == "speculative":
-                    fill_speculative(decoder, steps[:, :, 0])
-                else:
-                    extra_passes = fill_refine(decoder, make_again, self.log_likelihood)
-            canvas.settle()
-            decoder.check_finite()
-        except NonFiniteLogitsError as error:
-            canvas.settle()
-            canvas.take_back(error.step)
-            error.output = _output(canvas, config, decoder, steps, extra_passes)
-            raise
-        canvas.cut(self._pad_token_id(config))
-        output = _output(canvas, config, decoder, steps, extra_passes)
-        observers.finish()
+
+        def fill() -> None:
+            nonlocal extra_passes
+            if config.strategy == "groupwise":
+                fill_groupwise(decoder, steps)
+            elif config.strategy == "dynamic":
+                fill_dynamic(decoder)
+            elif config.strategy == "speculative":
+                fill_speculative(decoder, steps[:, :, 0])
+            else:
+                extra_passes = fill_refine(decoder, make_again, self.log_likelihood)
+
+        def output() -> A3GenerateOutput:
+            return make_output(
+                decoder,
+                group_ids=_group_ids(canvas, config, steps),
+                extra_passes=extra_passes,
+                past_key_values=decoder.encoder.prompt_cache(),
+            )
+
+        result = complete(self, decoder, fill, output)
         if not shows_drafts:
             late.start()
             late.finish()
-        return output
+        return result
 
-    def _pad_token_id(self, config: A3GenerationConfig) -> int:
-        for one in (config.pad_token_id, self.config.pad_token_id, *config.eos_token_ids()):
-            if one is not None:
-                return one
-        return 0
+
+def complete(
+    model, decoder: Decoder, fill: Callable[[], None], output: Callable[[], A3GenerateOutput]
+) -> A3GenerateOutput:
+    """Runs `fill` to its end and returns what `output` makes of the canvas then.
+
+    Raises:
+        NonFiniteLogitsError: with the output of what was committed before the logits were NaN.
+    """
+    canvas = decoder.canvas
+    decoder.observers.start()
+    try:
+        with fast_on_cpu(model):
+            fill()
+        canvas.settle()
+        decoder.check_finite()
+    except NonFiniteLogitsError as error:
+        canvas.settle()
+        canvas.take_back(error.step)
+        error.output = output()
+        raise
+    canvas.cut(decoder.config.filler(model.config))
+    result = output()
+    decoder.observers.finish()
+    return result
+
+
+def make_output(
+    decoder: Decoder, *, group_ids: torch.Tensor, extra_passes: int = 0, past_key_values: Cache | None = None
+) -> A3GenerateOutput:
+    """What is on the decoder's canvas, with the order `group_ids` (B, S) of its log-probabilities."""
+    canvas, history = decoder.canvas, decoder.observers.history
+    passes = decoder.encoder.passes + extra_passes
+    written = canvas.commit_step[:, :-1] >= 0
+    return A3GenerateOutput(
+        sequences=canvas.sequences[:, :-1],
+        commit_step=canvas.commit_step[:, :-1],
+        log_probs=canvas.log_probs[:, :-1],
+        group_ids=group_ids,
+        num_forward_passes=passes,
+        tokens_per_forward=int(written.sum()) / written.shape[0] / max(passes, 1),
+        past_key_values=past_key_values,
+        logits=None if canvas.logits is None else canvas.logits[:, :-1],
+        history=None if history is None else tuple(text.clone() for text in history),
+    )
 
 
 def _make_encoder(model, canvas: Canvas, config: A3GenerationConfig, steps, prompt_cache) -> Encoder:
@@ -210,23 +243,6 @@ def _make_encoder(model, canvas: Canvas, config: A3GenerationConfig, steps, prom
         static_width=static_width,
         prompt_cache=prompt_cache,
         compile_config=compile_config,
-    )
-
-
-def _output(canvas: Canvas, config: A3GenerationConfig, decoder: Decoder, steps, extra_passes: int) -> A3GenerateOutput:
-    passes = decoder.encoder.passes + extra_passes
-    written = canvas.commit_step[:, :-1] >= 0
-    history = decoder.observers.history
-    return A3GenerateOutput(
-        sequences=canvas.sequences[:, :-1],
-        commit_step=canvas.commit_step[:, :-1],
-        log_probs=canvas.log_probs[:, :-1],
-        group_ids=_group_ids(canvas, config, steps),
-        num_forward_passes=passes,
-        tokens_per_forward=int(written.sum()) / written.shape[0] / max(passes, 1),
-        past_key_values=decoder.encoder.prompt_cache(),
-        logits=None if canvas.logits is None else canvas.logits[:, :-1],
-        history=None if history is None else tuple(text.clone() for text in history),
     )
 
 

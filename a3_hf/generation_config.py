@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from .decoding import CRITERIA, DRAFTS
 from .orders import ORDERS
@@ -209,6 +209,11 @@ class A3GenerationConfig(GenerationConfig):
         """The end-of-text tokens, as a tuple."""
         ids = self.eos_token_id
         return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+
+    def filler(self, model_config: PreTrainedConfig) -> int:
+        """The token that stands behind the end of a continuation."""
+        candidates = (self.pad_token_id, model_config.pad_token_id, *self.eos_token_ids(), 0)
+        return next(token_id for token_id in candidates if token_id is not None)
 
 
 def resolve_config(

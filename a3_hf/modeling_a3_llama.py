@@ -22,6 +22,7 @@ from .configuration_a3_llama import A3LlamaConfig
 from .generation import A3GenerationMixin
 from .infilling import A3InfillingMixin
 from .likelihood import A3LikelihoodMixin
+from .loading import WholeCheckpointMixin
 from .masks import View, Views, group_views, repeat_rows, sees_something, slots_view
 from .orders import left_tokens
 from .scoring import A3ScoringMixin
@@ -152,35 +153,20 @@ class A3LlamaLastLayer(LlamaDecoderLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class A3LlamaPreTrainedModel(LlamaPreTrainedModel):
+class A3LlamaPreTrainedModel(WholeCheckpointMixin, LlamaPreTrainedModel):
     config_class = A3LlamaConfig
     _no_split_modules = ["LlamaDecoderLayer", "A3LlamaLastLayer"]
-    # Old LLaMA checkpoints carry the rotary buffers, which are computed now.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    own_weights = ("query_embed",)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """Identical to `PreTrainedModel.from_pretrained` except: it loads a plain LLaMA checkpoint as well as an A3 one.
-        From a LLaMA, `query_embed` alone is fresh: the mean token embedding, scaled to the token embeddings' root mean
-        square (the paper doesn't say how it starts).
-
-        Raises:
-            ValueError: the checkpoint is of another model type, or lacks any other weight, or has one that the model
-                does not, or one of another shape.
+        """As `WholeCheckpointMixin.from_pretrained`. From a LLaMA, `query_embed` alone is fresh: the mean token embedding,
+        scaled to the token embeddings' root mean square (the paper doesn't say how it starts).
         """
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        fresh = {key for key in info["missing_keys"] if "query_embed" in key}
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            wrong = sorted(str(key) for key in set(info[kind]) - fresh)
-            if wrong:
-                raise ValueError(
-                    f"pretrained_model_name_or_path={str(pretrained_model_name_or_path)!r}: {len(wrong)} "
-                    f"{kind.replace('_', ' ')} beside query_embed: {', '.join(wrong[:5])}{', …' if wrong[5:] else ''}; "
-                    "A3 takes a complete LLaMA or A3 checkpoint"
-                )
-        if fresh:
+        if info["missing_keys"]:
             model.base_model.start_query_embed()
         return (model, info) if output_loading_info else model
 

@@ -14,6 +14,7 @@ from .configuration_decoupled_rope_llama import SINGLETONS_ONLY, DecoupledRopeLl
 from .decoupled_generation import DecoupledRopeGenerationMixin
 from .infilling import A3InfillingMixin
 from .likelihood import A3LikelihoodMixin
+from .loading import WholeCheckpointMixin
 from .masks import sees_something
 from .modeling_a3_llama import A3CausalLMOutput, A3LlamaModel, apply_rotary
 from .scoring import A3ScoringMixin
@@ -58,32 +59,8 @@ class DecoupledRopeLlamaAttention(LlamaAttention):
         return self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()), attn_weights
 
 
-class DecoupledRopeLlamaPreTrainedModel(LlamaPreTrainedModel):
+class DecoupledRopeLlamaPreTrainedModel(WholeCheckpointMixin, LlamaPreTrainedModel):
     config_class = DecoupledRopeLlamaConfig
-    # Old LLaMA checkpoints carry the rotary buffers, which are computed now.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """Identical to `PreTrainedModel.from_pretrained` except: a plain LLaMA checkpoint loads as well as one of our own
-        (their weights have the same names), and only a complete one does.
-
-        Raises:
-            ValueError: the checkpoint is of another model type (an A3 one included), or lacks a weight, or has one that the
-                model does not, or one of another shape.
-        """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            wrong = sorted(map(str, info[kind]))
-            if wrong:
-                raise ValueError(
-                    f"pretrained_model_name_or_path={str(pretrained_model_name_or_path)!r}: {len(wrong)} "
-                    f"{kind.replace('_', ' ')}: {', '.join(wrong[:5])}{', …' if wrong[5:] else ''}; Decoupled RoPE takes a "
-                    "complete LLaMA checkpoint or one of its own"
-                )
-        return (model, info) if output_loading_info else model
 
 
 class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):

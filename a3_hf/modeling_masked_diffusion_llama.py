@@ -13,6 +13,7 @@ from .corruption import check_mask_token
 from .diffusion_likelihood import DiffusionLikelihoodMixin
 from .infilling import A3InfillingMixin
 from .likelihood import SLOTS_PER_CHUNK
+from .loading import WholeCheckpointMixin
 from .scoring import A3ScoringMixin
 from .unmasking import UnmaskingMixin
 
@@ -30,7 +31,7 @@ class MaskedDiffusionOutput(CausalLMOutput):
 
 
 class MaskedDiffusionLlamaForCausalLM(
-    UnmaskingMixin, A3InfillingMixin, DiffusionLikelihoodMixin, A3ScoringMixin, LlamaForCausalLM
+    WholeCheckpointMixin, UnmaskingMixin, A3InfillingMixin, DiffusionLikelihoodMixin, A3ScoringMixin, LlamaForCausalLM
 ):
     """Identical to `LlamaForCausalLM` except (paper §3, as DiffuLLaMA and Dream adapt a LLaMA):
 
@@ -43,29 +44,6 @@ class MaskedDiffusionLlamaForCausalLM(
     """
 
     config_class = MaskedDiffusionLlamaConfig
-    # Old LLaMA checkpoints carry the rotary buffers, which are computed now.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """Identical to `PreTrainedModel.from_pretrained` except: a plain LLaMA checkpoint loads as well.
-
-        Raises:
-            ValueError: the checkpoint is of another model type, or lacks a weight, or has one that the model does not, or
-                one of another shape.
-        """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            wrong = sorted(map(str, info[kind]))
-            if wrong:
-                raise ValueError(
-                    f"pretrained_model_name_or_path={str(pretrained_model_name_or_path)!r}: {len(wrong)} "
-                    f"{kind.replace('_', ' ')}: {', '.join(wrong[:5])}{', …' if wrong[5:] else ''}; masked diffusion takes "
-                    "a complete LLaMA checkpoint or one of its own"
-                )
-        return (model, info) if output_loading_info else model
 
     def set_mask_token(self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None = None) -> int:
         """Sets `config.mask_token_id` and returns it. A fresh mask token starts as the mean embedding of the tokenizer's

@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapters import attach
 from .arguments import LoraArguments, Recipe
+from .base_trainer import given_tokens, row_generator
 from .chunked_loss import LOGITS_AT_ONCE, LOGITS_AT_ONCE_ELSEWHERE
 from .configuration_a3_llama import A3LlamaConfig
 from .curriculum import AdaptiveSchedule, Schedule, draw_order
 from .modeling_a3_llama import A3LlamaForCausalLM
 from .throughput import training_flops
-from .trainer import given_tokens, row_generator
 
 GIB = 2**30
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters

@@ -120,6 +120,31 @@ class Decoder:
             logits = self.logits_hook(self.step, slots, logits)
         return self.processors.process(logits, slots, self.canvas.known()[:, None] if known is None else known)
 
+    def widths_known(self) -> bool:
+        """Whether `select` takes a fixed number a step, so that nothing has to be read back from the device."""
+        config = self.config
+        return config.threshold is None and config.entropy_budget is None and not self.canvas.eos_token_ids.numel()
+
+    def select(self, scores: torch.Tensor, slots: torch.Tensor, tokens_per_step: int | torch.Tensor) -> torch.Tensor:
+        """(B, Q) bool: the slots to commit by the config's criterion, from processed logits; `tokens_per_step`, of all rows or
+        (B, 1), holds where no threshold nor budget does.
+        """
+        threshold, entropy_budget = self.config.threshold, self.config.entropy_budget
+        criterion = self.config.criterion or ("confidence" if entropy_budget is None else "entropy")
+        deserts = commit_scores(scores, criterion, self.uniform(slots, CRITERION) if criterion == "random" else None)
+        if self.config.criterion_temperature:
+            uniform = self.uniform(slots, CRITERION).clamp_min(1e-12)
+            deserts = deserts / self.config.criterion_temperature - (-uniform.log()).log()
+        return slots_to_commit(
+            deserts,
+            slots != self.canvas.bin,
+            tokens_per_step=tokens_per_step,
+            confidence=None if threshold is None else commit_scores(scores, "confidence").exp(),
+            threshold=threshold,
+            entropy=None if entropy_budget is None else -commit_scores(scores, "entropy"),
+            entropy_budget=entropy_budget,
+        )
+
     def choose(self, scores: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """(B, Q) a token for each slot, from processed logits."""
         if not self.config.do_sample:
@@ -182,11 +207,7 @@ def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
 def fill_dynamic(decoder: Decoder) -> None:
     """Algorithm 2: ask the open blanks (those in the window), commit the best, and ask the rest again."""
     canvas, config = decoder.canvas, decoder.config
-    entropy_budget, threshold = config.entropy_budget, config.threshold
-    criterion = config.criterion or ("confidence" if entropy_budget is None else "entropy")
     tokens_per_step = config.tokens_per_step or 1
-    # with a fixed number a step the widths are known, and nothing is read back from the device
-    widths_known = threshold is None and entropy_budget is None and not canvas.eos_token_ids.numel()
     content, waiting = decoder.encoder.given_columns(), columns_of(canvas.blank_mask, canvas.bin)
     while waiting.shape[1]:
         if decoder.out_of_time():
@@ -194,26 +215,14 @@ def fill_dynamic(decoder: Decoder) -> None:
         slots = waiting[:, : config.window]
         logits = decoder.ask(content, slots)
         scores = decoder.processed(logits, slots)
-        deserts = commit_scores(scores, criterion, decoder.uniform(slots, CRITERION) if criterion == "random" else None)
-        if config.criterion_temperature:
-            uniform = decoder.uniform(slots, CRITERION).clamp_min(1e-12)
-            deserts = deserts / config.criterion_temperature - (-uniform.log()).log()
-        chosen = slots_to_commit(
-            deserts,
-            slots != canvas.bin,
-            tokens_per_step=tokens_per_step,
-            confidence=None if threshold is None else commit_scores(scores, "confidence").exp(),
-            threshold=threshold,
-            entropy=None if entropy_budget is None else -commit_scores(scores, "entropy"),
-            entropy_budget=entropy_budget,
-        )
+        chosen = decoder.select(scores, slots, tokens_per_step)
         tokens = decoder.choose(scores, slots)
         decoder.commit(slots.masked_fill(~chosen, canvas.bin), tokens, logits)
         written = decoder.still_open(slots.masked_fill(~chosen, canvas.bin))
         waiting = decoder.still_open(
             torch.cat([slots.masked_fill(chosen, canvas.bin), waiting[:, slots.shape[1] :]], 1)
         )
-        if widths_known:
+        if decoder.widths_known():
             num_written = min(tokens_per_step, slots.shape[1])
             num_waiting = waiting.shape[1] - num_written
         else:

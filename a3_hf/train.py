@@ -14,6 +14,7 @@ from transformers.utils import is_bitsandbytes_available, is_matplotlib_availabl
 from .adapters import base_of, check_same, check_start, four_bits, load_to_train, load_tokenizer
 from .architectures import read_model_config
 from .arguments import A3TrainingArguments, Recipe
+from .callbacks import InterruptCallback, MetricsFileCallback
 from .checkpoints import last_whole_checkpoint, set_aside
 from .curriculum import RECORD, AdaptiveSchedule, Schedule
 from .data import RowCollator, load_rows
@@ -22,12 +23,7 @@ from .plan import print_plan
 from .plot import loss_names, plot_losses
 from .record import check_resume, write_record
 from .streaming import StreamTrainer, check_readers, open_mixture
-from .trainer import (
-    A3Trainer,
-    InterruptCallback,
-    MetricsFileCallback,
-    check_one_stream,
-)
+from .trainer import A3Trainer, check_one_stream
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "losses.png"

@@ -1,29 +1,16 @@
 """Training: orders drawn on the main process as the curriculum says, evaluation under fixed orders."""
 
-import json
 import math
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import nn
-from transformers import (
-    EvalPrediction,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from .auxiliary import Pairs, content_loss, distillation_loss, next_token_pairs
+from .base_trainer import EVALUATION_SEED, BaseTrainer, given_tokens, row_generator
 from .configuration_decoupled_rope_llama import SINGLETONS_ONLY, DecoupledRopeLlamaConfig
 from .curriculum import (
     AdaptiveCallback,
@@ -37,7 +24,7 @@ from .curriculum import (
 from .masks import KeptViews, group_views, singleton_views
 from .orders import GroupOrder, left_tokens
 from .stages import Stage
-from .throughput import Meter, peak_flops, peak_memory_mib, training_flops
+from .throughput import peak_flops, training_flops
 
 # The orders of the evaluation, each as the stage that draws it.
 EVALUATION_ORDERS = {
@@ -46,25 +33,7 @@ EVALUATION_ORDERS = {
     "scattered_1": StageAtStep("permute", group_size=1, index=0),
     "scattered_4": StageAtStep("permute", group_size=4, index=0),
 }
-# Apart from the run's seed, so that the losses of two runs are taken under the same orders.
-EVALUATION_SEED = 20_250_411
-
 LOSSES = ("plain", "chunked")
-
-
-def row_generator(*seeds: int) -> torch.Generator:
-    """A CPU generator for one row, seeded by the numbers given (the run's seed, the step, the row's index in the global
-    batch), well mixed: neighbouring steps and rows get unrelated streams.
-    """
-    mixed = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed) >> 1)
-
-
-def first_row_index(micro_batch: int, *, world_size: int, rank: int, rows_per_batch: int) -> int:
-    """The index in the global batch of the first row of a rank's n-th micro-batch: a row keeps its index, and so its
-    order, on any number of ranks.
-    """
-    return (micro_batch * world_size + rank) * rows_per_batch
 
 
 def model_inputs(
@@ -159,27 +128,18 @@ def check_one_stream(
             raise ValueError(f"{name}={weight}: it is a loss of two streams, and Decoupled RoPE has one; it takes 0")
 
 
-class NonFiniteLossError(ValueError):
-    """The loss of a step is NaN or infinite; the weights have not taken the step."""
-
-
-class A3Trainer(Trainer):
+class A3Trainer(BaseTrainer):
     """A `Trainer` whose orders follow a curriculum.
 
-    Identical to `Trainer` except:
+    Identical to `BaseTrainer` except:
 
-    - The order of each row is drawn in `compute_loss`, on the main process: the stage is a function of the step, the
-      generator one of (seed, step, the row's index in the global batch). A resumed run, or one on another number of
-      ranks, draws the same orders.
-    - The collator gives `input_ids`, `attention_mask` and `labels`, each (B, S), labels not shifted: a token whose
-      label is −100 is given, and not scored. Each row with a scored token has a given one (BOS).
-    - `document_ids` (B, S), where the collator gives them (1 or more at tokens, 0 at padding), keep the documents of a row
-      apart in both streams. Each document with a scored token has a given one, its own BOS.
-    - The loss is summed over the scored tokens of the update step and divided by their number, so that ragged rows
-      weigh by their tokens.
-    - A loss that is not finite stops training on all ranks before the weights take the step (`NonFiniteLossError`; with
-      DeepSpeed, which steps by itself, right after it).
-    - `evaluate` is that of four fixed orders, see there.
+    - The order of each row is drawn on the main process: the stage is a function of the step, the generator one of (seed,
+      step, the row's index in the global batch).
+    - Each row with a scored token has a given one (BOS), and so has each document of a row (its own BOS).
+    - `evaluate` measures nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
+      `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. The random ones
+      are the same at every evaluation of every run. With Decoupled RoPE the two orders of single tokens alone.
+    - The logs hold the stage's `stage_index` and `group_size`, and `mfu` where it is known.
     - A `DecoupledRopeLlamaForCausalLM` is trained and evaluated under orders of single tokens.
 
     Args:
@@ -197,9 +157,10 @@ class A3Trainer(Trainer):
 
     Raises:
         ValueError: a curriculum that doesn't fit the run or the model, an attention implementation that can't express its
-            groups, or an argument of `Trainer` that does not go with orders (label smoothing, other losses or metrics, several
-            devices in one process, Liger's kernels).
+            groups, or what `BaseTrainer` refuses.
     """
+
+    instead_of_liger = "; loss='chunked' is the loss that holds no logits"
 
     def __init__(
         self,
@@ -221,11 +182,6 @@ class A3Trainer(Trainer):
     ):
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r}; it takes one of {', '.join(LOSSES)}")
-        if args is not None and args.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel=True: Liger's kernels know no model of type a3_llama and would be left out in silence; "
-                "loss='chunked' is the loss that holds no logits"
-            )
         super().__init__(
             model=model,
             args=args,
@@ -233,28 +189,13 @@ class A3Trainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=list(callbacks),
+            callbacks=callbacks,
             optimizers=optimizers,
             compute_metrics=self._losses_by_order,
         )
-        if self.args.label_smoothing_factor != 0:
-            raise ValueError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor}; A3Trainer takes 0: it would smooth "
-                "shifted labels"
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} devices in one process; start one process for each (torchrun or accelerate launch)"
-            )
-        if self.args.batch_eval_metrics or not self.args.eval_do_concat_batches:
-            raise ValueError("A3Trainer takes batch_eval_metrics=False and eval_do_concat_batches=True")
-        # The model divides by `num_items_in_batch`, the labels that are not −100 wherever they stand: none is shifted.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = False
         self.curriculum = curriculum
         self.chunked_loss = loss == "chunked"
         self.peak_flops = peak_flops
-        self._meter = Meter()
         self._kept_views = KeptViews()
         self._row_length = 0
         self.content_loss_weight = content_loss_weight
@@ -266,13 +207,9 @@ class A3Trainer(Trainer):
         }
         # Since the last log, summed over tokens: content loss, distillation loss; and the number of tokens.
         self._auxiliary_sums = torch.zeros(3, device=self.args.device)
-        self._micro_batch = 0
-        self._step_losses: list[torch.Tensor] = []  # of the micro-batches of the current update step
-        self._evaluation_batch = 0
         self.schedule = self._resolve(tokens_per_row) if train_dataset is not None else None
         self._check_implementation()
         self._check_auxiliary()
-        self.add_callback(BeforeTheStepCallback(self.check_finite))
         has_callback = any(isinstance(each, CurriculumCallback) for each in callbacks)
         if isinstance(self.schedule, AdaptiveSchedule):
             if has_callback:
@@ -324,13 +261,6 @@ class A3Trainer(Trainer):
                 "use loss='plain'"
             )
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        # Called once for each update step, before its micro-batches.
-        self._meter.start()
-        self._micro_batch = 0
-        self._step_losses = []
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         # Identical to Trainer's except: where orders leave tokens out of the loss, only the others count.
         if not self.schedule.at(self.state.global_step).scores_everything:
@@ -342,12 +272,7 @@ class A3Trainer(Trainer):
 
     def _draw(self, inputs: dict[str, torch.Tensor], micro_batch: int) -> GroupOrder:
         """The orders of this step's n-th micro-batch on this rank, the same however often they are drawn."""
-        first_row = first_row_index(
-            micro_batch,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-            rows_per_batch=self._train_batch_size,
-        )
+        first_row = self.first_training_row(micro_batch)
         generators = [
             row_generator(self.args.seed, self.state.global_step, first_row + row)
             for row in range(len(inputs["input_ids"]))
@@ -358,42 +283,6 @@ class A3Trainer(Trainer):
             given_mask=given_tokens(inputs),
             generator=generators,
         )
-
-    def check_finite(self) -> None:
-        """Called before each update.
-
-        Raises:
-            NonFiniteLossError: on all ranks alike; names the step and the rows of the global batch.
-        """
-        is_bad = ~torch.stack(self._step_losses).isfinite()
-        if self.args.world_size > 1:
-            anywhere = is_bad.any().long()
-            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
-        else:
-            anywhere = is_bad.any()
-        if not anywhere.item():
-            return
-        rows = []
-        for micro_batch in is_bad.nonzero().flatten().tolist():
-            first = first_row_index(
-                micro_batch,
-                world_size=self.args.world_size,
-                rank=self.args.process_index,
-                rows_per_batch=self._train_batch_size,
-            )
-            rows.append(f"{first} to {first + self._train_batch_size - 1}")
-        raise NonFiniteLossError(
-            f"step {self.state.global_step + 1}: the loss is not finite in rows {', '.join(gather_object(rows))} of its batch "
-            f"(counted from 0); the weights have not taken the step, and the checkpoints in {self.args.output_dir} are as "
-            "they were. Lower learning_rate or max_grad_norm, or look at these rows"
-        )
-
-    def step_loss(self) -> float:
-        """The loss of the step that has just been made, over all ranks and to the last bit the same on each: nats per
-        scored token, without auxiliary losses.
-        """
-        of_ranks = self.accelerator.gather(torch.stack(self._step_losses).sum()[None]).tolist()
-        return math.fsum(of_ranks) / len(of_ranks)
 
     def compute_loss(
         self,
@@ -452,24 +341,6 @@ class A3Trainer(Trainer):
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total / num_items_in_batch * scale
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
-        `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. The
-        random ones are the same at every evaluation of every run. Training goes on after it as if there had been none.
-        With Decoupled RoPE the two orders of single tokens alone.
-        """
-        was_training = self.model.training
-        self._meter.pause()
-        # A loader draws a seed for its workers from the global generator, which dropout uses too.
-        with torch.random.fork_rng(devices=[]):
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self.model.train(was_training)
-        return metrics
-
-    def evaluation_loop(self, *args, **kwargs):
-        self._evaluation_batch = 0
-        return super().evaluation_loop(*args, **kwargs)
-
     def prediction_step(
         self,
         model: nn.Module,
@@ -482,13 +353,7 @@ class A3Trainer(Trainer):
         """
         inputs = self._prepare_inputs(inputs)
         given = given_tokens(inputs)
-        first_row = first_row_index(
-            self._evaluation_batch,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-            rows_per_batch=self.args.eval_batch_size,
-        )
-        self._evaluation_batch += 1
+        first_row = self.next_evaluation_row()
         losses = []
         for index, (name, stage) in enumerate(EVALUATION_ORDERS.items()):
             if name not in self.evaluation_orders:
@@ -525,25 +390,18 @@ class A3Trainer(Trainer):
             stage = self.schedule.at(self.state.global_step - 1)
             logs["stage_index"] = stage.index
             logs["group_size"] = stage.group_size
-            logs.update(self._costs())
             if self.content_loss_weight or self.distillation_weight:
                 logs.update(self._auxiliary_logs())
         super().log(logs, start_time)
 
-    def _costs(self) -> dict[str, float]:
-        """Since the last log, evaluation apart: tokens per second on all ranks (taken as equal), the most memory held by
-        this process, and where the device's peak is known the share of it that is put to use.
-        """
-        costs = {"peak_memory_mib": peak_memory_mib(self.args.device)}
-        rate = self._meter.read()
-        if rate is None:
-            return costs
-        costs["tokens_per_second"] = rate * self.args.world_size
+    def costs(self) -> dict[str, float]:
+        """As in `BaseTrainer`, and where the device's peak is known the share of it that is put to use, `mfu`."""
+        costs = super().costs()
         dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((self.args.bf16, self.args.fp16))
         peak = self.peak_flops or peak_flops(self.args.device, dtype or self.model.dtype)
-        if peak is not None:
+        if peak is not None and "tokens_per_second" in costs:
             flops = training_flops(self.model.config, length=self._row_length, slots=not self.one_stream)
-            costs["mfu"] = rate * flops / peak
+            costs["mfu"] = costs["tokens_per_second"] / self.args.world_size * flops / peak
         return costs
 
     def _auxiliary_logs(self) -> dict[str, float]:
@@ -556,50 +414,6 @@ class A3Trainer(Trainer):
             for (name, weight), total in zip(weights.items(), sums[:2], strict=True)
             if weight and sums[2]
         }
-
-
-def given_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(B, S), True at tokens that are known from the start: real ones whose label is −100.
-
-    Raises:
-        ValueError: labels at padding; a row, or a document in it, that scores a token but gives none; documents that are
-            not numbered from 1.
-    """
-    missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in inputs]
-    if missing:
-        raise ValueError(f"the batch has no {', '.join(missing)}; A3Trainer takes input_ids, attention_mask and labels")
-    real, scored = inputs["attention_mask"].bool(), inputs["labels"] != -100
-    given = real & ~scored
-    at_padding = (scored & ~real).any(dim=1)
-    blind = scored.any(dim=1) & ~given.any(dim=1)
-    if (at_padding | blind).any():
-        row = int((at_padding | blind).nonzero()[0])
-        if at_padding[row]:
-            raise ValueError(f"row {row} of the batch has labels at padding; they take -100 there")
-        raise ValueError(
-            f"row {row} of the batch has no given token, so that the first token it scores would see nothing; put -100 "
-            "into labels at its first (BOS)"
-        )
-    if "document_ids" in inputs:
-        _check_documents(inputs["document_ids"], real, scored, given)
-    return given
-
-
-def _check_documents(document_ids: torch.Tensor, real: torch.Tensor, scored: torch.Tensor, given: torch.Tensor) -> None:
-    if document_ids.shape != real.shape or ((document_ids < 1) & real).any():
-        raise ValueError(
-            f"document_ids has shape {tuple(document_ids.shape)} and {int(document_ids.min())} as its least; it takes "
-            f"{tuple(real.shape)}, with numbers from 1 at real tokens"
-        )
-    number_given = torch.zeros(real.shape[0], int(document_ids.max()) + 1, dtype=torch.long, device=real.device)
-    number_given.scatter_add_(1, document_ids.clamp_min(0).long(), given.long())
-    blind = scored & (number_given.gather(1, document_ids.clamp_min(0).long()) == 0)
-    if blind.any():
-        row, column = blind.nonzero()[0].tolist()
-        raise ValueError(
-            f"document {int(document_ids[row, column])} in row {row} of the batch has no given token, so that the first "
-            "token it scores would see nothing; put -100 into labels at its first (BOS)"
-        )
 
 
 def losses_by_order(prediction: EvalPrediction, orders: Collection[str]) -> dict[str, float]:
@@ -615,112 +429,3 @@ def losses_by_order(prediction: EvalPrediction, orders: Collection[str]) -> dict
     losses = prediction.predictions.astype(np.float64).sum(axis=0) / tokens
     by_order = {f"loss_{name}": float(loss) for name, loss in zip(orders, losses, strict=True)}
     return {**by_order, "loss": float(losses.mean())}
-
-
-class BeforeTheStepCallback(TrainerCallback):
-    """Calls `check` before each update of the weights."""
-
-    def __init__(self, check: Callable[[], None]):
-        self.check = check
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> None:
-        self.check()
-
-
-class MetricsFileCallback(TrainerCallback):
-    """Writes what is logged to a file, one JSON object a line, with the step and, where there is a schedule, the stage's
-    name; lines of steps that a resumed run is about to repeat are dropped first.
-    """
-
-    def __init__(self, path: str | os.PathLike, schedule: Schedule | AdaptiveSchedule | None):
-        self.path = Path(path)
-        self.schedule = schedule
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            return
-        kept = []
-        if state.global_step > 0 and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(f"{line}\n" for line in kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs,
-    ) -> None:
-        if not state.is_world_process_zero:
-            return
-        stage = {}
-        if self.schedule is not None:
-            stage = {"stage": self.schedule.at(max(state.global_step - 1, 0)).name}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **stage, **logs}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # cut off while it was written
-
-
-class InterruptCallback(TrainerCallback):
-    """Ctrl-C saves a checkpoint at the end of the step and stops; a second one stops at once. `stopped_at` is then the
-    step, and None where training ran to its end.
-    """
-
-    def __init__(self):
-        self.stopped_at: int | None = None
-        self._pressed_at: float | None = None
-        self._previous_handler = None
-        self._process = os.getpid()
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.stopped_at = self._pressed_at = None
-        # Python lets the main thread alone set handlers.
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, signum: int, frame) -> None:
-        if os.getpid() != self._process:
-            return  # a data loader's worker, which the terminal interrupts too: the main process will end it
-        if self._pressed_at is not None:
-            # torchrun hands a Ctrl-C on to processes that the terminal has already interrupted: not a second one.
-            is_echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._pressed_at < 1.0
-            if is_echo:
-                return
-            raise KeyboardInterrupt
-        self._pressed_at = time.monotonic()
-        # Not print: the signal may come in the middle of another one.
-        os.write(2, b"\ninterrupted: saving at the end of this step (Ctrl-C again stops at once)\n")
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> TrainerControl:
-        pressed = self._pressed_at is not None
-        if args.world_size > 1:
-            # All ranks stop at the same step, or the others would wait for this one forever.
-            flag = torch.tensor(int(pressed), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            pressed = bool(flag.item())
-        if pressed and state.global_step < state.max_steps:
-            self.stopped_at = state.global_step
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.restore_handler()
-
-    def restore_handler(self) -> None:
-        """Gives Ctrl-C back to whom it belonged before; needed only where training ended by an exception."""
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None

@@ -11,15 +11,13 @@ from transformers import LogitsProcessorList
 
 from .canvas import Canvas, columns_of, pack
 from .corruption import check_mask_token, check_text, required_mask_token
-from .cpu import fast_on_cpu
-from .decoding import commit_scores, slots_to_commit
-from .generation import A3GenerateOutput
+from .generation import A3GenerateOutput, complete, make_output
 from .generation_config import A3GenerationConfig, resolve_config
 from .infilling import A3InfillOutput
 from .observers import Observers
 from .orders import PADDING_GROUP
 from .processors import SlotProcessors
-from .strategies import CRITERION, Chance, Decoder, NonFiniteLogitsError
+from .strategies import Chance, Decoder
 
 COMMIT_RULES = ("tokens_per_step", "threshold", "entropy_budget", "window")
 
@@ -76,11 +74,6 @@ class UnmaskingMixin:
         mask_token_id = required_mask_token(self.config)
         config = _resolve(generation_config, max_new_tokens, steps, overrides)
         deadline = math.inf if config.max_time is None else time.perf_counter() + config.max_time
-        copies = config.num_return_sequences or 1
-        if copies > 1:
-            masks = (blank_mask, attention_mask)
-            blank_mask, attention_mask = (m if m is None else m.repeat_interleave(copies, dim=0) for m in masks)
-            input_ids = input_ids.repeat_interleave(copies, dim=0)
         canvas = Canvas.prepare(self.config, input_ids, blank_mask, attention_mask, config)
         check_text(canvas.sequences[:, :-1], canvas.given_mask, mask_token_id)
         real = canvas.given_mask | canvas.blank_mask
@@ -90,8 +83,6 @@ class UnmaskingMixin:
                 f"row {int(starts_blank.nonzero()[0])} of input_ids starts with a blank, which nothing predicts; begin it "
                 "with a given token (BOS)"
             )
-        if config.output_logits:
-            canvas.logits = torch.zeros(*canvas.sequences.shape, self.config.vocab_size, device=input_ids.device)
         canvas.sequences.masked_fill_(pad(canvas.blank_mask, (0, 1)), mask_token_id)
         observers = Observers(
             canvas, streamer=streamer, commit_hook=commit_hook, output_history=bool(config.output_history)
@@ -106,21 +97,7 @@ class UnmaskingMixin:
             logits_hook=logits_hook,
             deadline=deadline,
         )
-        observers.start()
-        try:
-            with fast_on_cpu(self):
-                fill_masked(decoder, steps)
-            canvas.settle()
-            decoder.check_finite()
-        except NonFiniteLogitsError as error:
-            canvas.settle()
-            canvas.take_back(error.step)
-            error.output = _output(canvas, decoder)
-            raise
-        canvas.cut(self._pad_token_id(config))
-        output = _output(canvas, decoder)
-        observers.finish()
-        return output
+        return complete(self, decoder, lambda: fill_masked(decoder, steps), lambda: _output(decoder))
 
     def fill_templates(self, tokenizer, templates, **settings: Any) -> A3InfillOutput:
         """As `A3InfillingMixin.fill_templates`. A length that is to be chosen costs a row of a pass for every token of every
@@ -131,12 +108,6 @@ class UnmaskingMixin:
         """
         check_mask_token(tokenizer, self.config.mask_token_id, vocab_size=self.config.vocab_size)
         return super().fill_templates(tokenizer, templates, **settings)
-
-    def _pad_token_id(self, config: A3GenerationConfig) -> int:
-        for one in (config.pad_token_id, self.config.pad_token_id, *config.eos_token_ids()):
-            if one is not None:
-                return one
-        return 0
 
 
 class WholeRows:
@@ -164,10 +135,6 @@ class WholeRows:
 def fill_masked(decoder: Decoder, steps: int | None) -> None:
     """Asks the open blanks (those in the window), commits the best, and asks the rest again."""
     canvas, config = decoder.canvas, decoder.config
-    entropy_budget, threshold = config.entropy_budget, config.threshold
-    criterion = config.criterion or ("confidence" if entropy_budget is None else "entropy")
-    # with a fixed number a step the widths are known, and nothing is read back from the device
-    widths_known = threshold is None and entropy_budget is None and not canvas.eos_token_ids.numel()
     num_blanks = canvas.blank_mask.sum(dim=1, keepdim=True)
     all_blanks = num_blanks.flatten().tolist()
     left, waiting = all_blanks, columns_of(canvas.blank_mask, canvas.bin)
@@ -184,25 +151,13 @@ def fill_masked(decoder: Decoder, steps: int | None) -> None:
         slots = waiting[:, : config.window]
         logits = decoder.ask(nothing, slots)
         scores = decoder.processed(logits, slots)
-        deserts = commit_scores(scores, criterion, decoder.uniform(slots, CRITERION) if criterion == "random" else None)
-        if config.criterion_temperature:
-            uniform = decoder.uniform(slots, CRITERION).clamp_min(1e-12)
-            deserts = deserts / config.criterion_temperature - (-uniform.log()).log()
-        chosen = slots_to_commit(
-            deserts,
-            slots != canvas.bin,
-            tokens_per_step=quota(num_blanks),
-            confidence=None if threshold is None else commit_scores(scores, "confidence").exp(),
-            threshold=threshold,
-            entropy=None if entropy_budget is None else -commit_scores(scores, "entropy"),
-            entropy_budget=entropy_budget,
-        )
+        chosen = decoder.select(scores, slots, quota(num_blanks))
         tokens = decoder.choose(scores, slots)
         left = [max(still - quota(blanks), 0) for still, blanks in zip(left, all_blanks, strict=True)]
         decoder.commit(slots.masked_fill(~chosen, canvas.bin), tokens, logits)
         waiting = torch.cat([slots.masked_fill(chosen, canvas.bin), waiting[:, slots.shape[1] :]], dim=1)
         waiting = decoder.still_open(waiting)
-        width = max(left) if widths_known else int((waiting != canvas.bin).sum(dim=1).max())
+        width = max(left) if decoder.widths_known() else int((waiting != canvas.bin).sum(dim=1).max())
         waiting = pack(waiting, waiting != canvas.bin, canvas.bin)[:, :width]
 
 
@@ -227,17 +182,8 @@ def _resolve(generation_config, max_new_tokens, steps, overrides: dict[str, Any]
     return config
 
 
-def _output(canvas: Canvas, decoder: Decoder) -> A3GenerateOutput:
-    passes, steps = decoder.encoder.passes, canvas.commit_step[:, :-1]
-    written = steps >= 0
-    history = decoder.observers.history
-    return A3GenerateOutput(
-        sequences=canvas.sequences[:, :-1],
-        commit_step=steps,
-        log_probs=canvas.log_probs[:, :-1],
-        group_ids=(steps + 1).masked_fill(~(written | canvas.given_mask), PADDING_GROUP),
-        num_forward_passes=passes,
-        tokens_per_forward=int(written.sum()) / written.shape[0] / max(passes, 1),
-        logits=None if canvas.logits is None else canvas.logits[:, :-1],
-        history=None if history is None else tuple(text.clone() for text in history),
-    )
+def _output(decoder: Decoder) -> A3GenerateOutput:
+    canvas = decoder.canvas
+    steps = canvas.commit_step[:, :-1]
+    groups = (steps + 1).masked_fill(~((steps >= 0) | canvas.given_mask), PADDING_GROUP)
+    return make_output(decoder, group_ids=groups)

@@ -17,18 +17,12 @@ from typer.testing import CliRunner
 from a3_hf import A3LlamaForCausalLM
 from a3_hf import train as train_module
 from a3_hf.adapters import SlotLinear, attach, check_same, load_model, load_tokenizer, merge
-from a3_hf.arguments import (
-    A3TrainingArguments,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    Recipe,
-    parse_recipe,
-)
+from a3_hf.arguments import A3TrainingArguments, DataArguments, LoraArguments, ModelArguments, Recipe
+from a3_hf.callbacks import InterruptCallback
 from a3_hf.cli import app
 from a3_hf.cpu import fast_on_cpu
 from a3_hf.curriculum import Curriculum
-from a3_hf.trainer import InterruptCallback
+from a3_hf.recipes import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 SLOT_TARGETS = {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -10,10 +10,10 @@ from transformers import LlamaForCausalLM
 from a3_hf import train as train_module
 from a3_hf.adapters import load_model
 from a3_hf.architectures import ARCHITECTURES, architecture_of
-from a3_hf.arguments import parse_recipe
+from a3_hf.callbacks import InterruptCallback
 from a3_hf.modeling_a3_llama import A3LlamaForCausalLM
 from a3_hf.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
-from a3_hf.trainer import InterruptCallback
+from a3_hf.recipes import parse_recipe
 
 WITHOUT_ORDERS = ("masked_diffusion", "llama")
 

@@ -20,13 +20,16 @@ from a3_hf import (
 )
 from a3_hf import train as train_module
 from a3_hf.adapters import load_model
-from a3_hf.arguments import A3TrainingArguments, DataArguments, LoraArguments, ModelArguments, Recipe, parse_recipe
+from a3_hf.arguments import A3TrainingArguments, DataArguments, LoraArguments, ModelArguments, Recipe
+from a3_hf.base_trainer import EVALUATION_SEED, row_generator
+from a3_hf.callbacks import InterruptCallback
 from a3_hf.curriculum import Curriculum
 from a3_hf.decoding import choose_tokens, uniform_noise
 from a3_hf.masks import singleton_views
 from a3_hf.orders import seed_of
+from a3_hf.recipes import parse_recipe
 from a3_hf.strategies import SAMPLE
-from a3_hf.trainer import EVALUATION_ORDERS, EVALUATION_SEED, InterruptCallback, model_inputs, row_generator
+from a3_hf.trainer import EVALUATION_ORDERS, model_inputs
 from tests.conftest import tiny_config
 from tests.test_modeling import VARIANTS, leaks, llama_twin, random_ids, text_order
 from tests.test_orders import generators, ragged_mask

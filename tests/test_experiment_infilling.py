@@ -8,10 +8,10 @@ from conftest import SHARED
 from test_experiment_losses import ARCHITECTURES, trained
 from torch import nn
 
+from a3_hf.base_trainer import row_generator
 from a3_hf.experiments import infilling
 from a3_hf.experiments.infilling import measure_infilling, measure_infilling_rocstories, split_sentences
 from a3_hf.templates import encode_piece
-from a3_hf.trainer import row_generator
 
 STORIES = (
     "The dog ran home. Tom was happy, and so was his dog. One day, the cat sat on a mat!",

@@ -48,7 +48,10 @@ def plan(source, tmp_path):
         "axes": {"seed": [1, 2]},
         "measures": {"losses": {"num_documents": 1, "max_length": 16, "group_size": 2}},
         "report": {"better": {"nll_left_to_right": "lower"}, "compare": [["a3", "ar"]]},
-        "sizes": {"cpu": {}, "longer": {"settings": {"max_steps": 6}, "axes": {"seed": [7]}, "arms": {"ar": None}}},
+        "sizes": {
+            "cpu": {},
+            "longer": {"settings": {"max_steps": 6}, "axes": {"seed": [7]}, "arms": {"ar": None}, "report": None},
+        },
     }
 
 
@@ -77,6 +80,9 @@ def test_a_size_changes_it_key_by_key(plan, tmp_path):
     assert (cell.arm, cell.recipe.training.seed, cell.recipe.training.max_steps) == ("a3", 7, 6)
 
 
+BARS = {"kind": "bars", "measure": "nll_left_to_right"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -86,10 +92,13 @@ def test_a_size_changes_it_key_by_key(plan, tmp_path):
         ({"axes": {"curriculum": [{"stages": []}]}}, "takes plain values"),
         ({"axes": {"architecture": ["a3"]}}, "architecture is set by the axis architecture, and the arm 'ar' sets it"),
         ({"axes": {"seed": [1], "go": {"a": {"seed": 2}}}}, "seed is set by the axis go, and the axis seed sets it"),
-        ({"arms": {"a": {"output_dir": "x"}}}, "output_dir is set by the arm 'a'"),
-        ({"arms": {"a b": {}, "a_b": {}}}, "two cells would train in one folder, a_b-seed_1"),
+        ({"arms": {"a": {"output_dir": "x"}}, "report": {}}, "output_dir is set by the arm 'a'"),
+        ({"arms": {"a b": {}, "a_b": {}}, "report": {}}, "two cells would train in one folder, a_b-seed_1"),
         ({"measures": {"losses": {"num_docs": 3}}}, "losses has an unknown setting 'num_docs'"),
-        ({"arms": {"a3": {"learning_rat": 1}}}, "cell a3-seed_1: .*learning_rat.*did you mean 'learning_rate'"),
+        (
+            {"arms": {"a3": {"learning_rat": 1}}, "report": {}},
+            "cell a3-seed_1: .*learning_rat.*did you mean 'learning_rate'",
+        ),
         ({"measures": {"loss": {}}}, "unknown measure 'loss'; did you mean 'losses'"),
         ({"question": None}, "lacks question"),
         ({"answers": {}}, "unknown key 'answers'"),
@@ -97,6 +106,13 @@ def test_a_size_changes_it_key_by_key(plan, tmp_path):
         ({"report": {"plots": [{"kind": "pie", "title": "Pie"}]}}, "a plot of kind 'pie'"),
         ({"report": {"plots": [{"kind": "bars", "title": "Bars"}]}}, "lacks 'measure'"),
         ({"report": {"better": {"rouge1": "more"}}}, "'lower' or 'higher'"),
+        ({"report": {"better": {"rouge1": "higher"}}}, "compare=None; who wins takes both"),
+        ({"report": {"better": {"rouge1": "higher"}, "compare": [["a3"]]}}, "compare holds .'a3'.; it takes pairs"),
+        ({"report": {"better": {"rouge1": "higher"}, "compare": [["a3", "arr"]]}}, "arm 'arr'; did you mean 'ar'"),
+        (
+            {"report": {"plots": [{**BARS, "title": "A, b"}, {**BARS, "title": "a b"}]}},
+            "title='a b'; it takes a title of",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused(plan, tmp_path, change, message):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from a3_hf.arguments import DataArguments
+from a3_hf.base_trainer import NonFiniteLossError
 from a3_hf.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
 from a3_hf.corruption import check_mask_token, mask_by_count, mask_by_rate, spread_counts
 from a3_hf.data import RowCollator, load_rows
@@ -21,7 +22,6 @@ from a3_hf.diffusion_trainer import DiffusionTrainer
 from a3_hf.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
 from a3_hf.orders import seed_of
 from a3_hf.strategies import CRITERION, SAMPLE
-from a3_hf.trainer import NonFiniteLossError
 
 MASK = 60
 

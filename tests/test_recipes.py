@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import a3_hf.streaming
 from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
-from a3_hf.arguments import parse_recipe
 from a3_hf.cli import app
 from a3_hf.data import load_rows
+from a3_hf.recipes import parse_recipe
 from a3_hf.streaming import check_readers, open_mixture
 
 ROOT = Path(__file__).parent.parent

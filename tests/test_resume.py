@@ -20,9 +20,9 @@ from transformers import Trainer
 from a3_hf import A3LlamaForCausalLM
 from a3_hf import train as train_module
 from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, Recipe
+from a3_hf.callbacks import InterruptCallback
 from a3_hf.checkpoints import last_whole_checkpoint
 from a3_hf.curriculum import Curriculum
-from a3_hf.trainer import InterruptCallback
 
 MAX_STEPS = 12  # of 4 rows, in two epochs of 7 steps
 STAGES = [

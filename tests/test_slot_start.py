@@ -10,10 +10,11 @@ from conftest import tiny_config, tiny_model
 from transformers import LlamaForCausalLM
 
 from a3_hf import A3LlamaConfig, A3LlamaForCausalLM, GroupOrder
+from a3_hf.base_trainer import row_generator
 from a3_hf.masks import KeptViews, group_views
 from a3_hf.mixtures import RowKind, draw_rows
 from a3_hf.orders import left_tokens
-from a3_hf.trainer import model_inputs, row_generator
+from a3_hf.trainer import model_inputs
 
 
 def left_model(seed: int = 3, **changes) -> A3LlamaForCausalLM:
@@ -258,7 +259,7 @@ def test_what_cannot_be_found_is_asked_for():
 
 def test_adapters_do_not_hold_it_so_that_their_base_must(source, tmp_path):
     from a3_hf import train
-    from a3_hf.arguments import parse_recipe
+    from a3_hf.recipes import parse_recipe
 
     path = tmp_path / "recipe.yaml"
     path.write_text(

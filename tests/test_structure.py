@@ -19,7 +19,7 @@ PACKAGE = ROOT / "a3_hf"
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "cpu"}
     | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
-    | {"configuration_masked_diffusion_llama", "corruption"},
+    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking"},
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
@@ -30,8 +30,10 @@ LAYERS = [
     {"infilling", "decoupled_generation"},
     {"modeling_a3_llama", "unmasking"},
     {"modeling_decoupled_rope_llama", "modeling_masked_diffusion_llama"},
-    {"architectures", "trainer", "pipeline"},
-    {"arguments", "diffusion_trainer"},
+    {"architectures", "base_trainer", "callbacks", "pipeline"},
+    {"trainer", "diffusion_trainer"},
+    {"arguments"},
+    {"recipes"},
     {"data", "adapters", "record", "plot"},
     {"streaming", "plan", "commands"},
     {"train"},
@@ -84,6 +86,7 @@ FLAT = {
     "lengths",
     "scoring",
     "likelihood",
+    "loading",
     "masks",
     "orders",
     "decoding",

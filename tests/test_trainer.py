@@ -10,20 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from a3_hf.base_trainer import EVALUATION_SEED, NonFiniteLossError, first_row_index, given_tokens, row_generator
+from a3_hf.callbacks import InterruptCallback, MetricsFileCallback
 from a3_hf.checkpoints import last_whole_checkpoint, set_aside, what_is_missing
 from a3_hf.curriculum import Curriculum, CurriculumCallback
 from a3_hf.orders import GroupOrder
 from a3_hf.throughput import training_flops
-from a3_hf.trainer import (
-    EVALUATION_SEED,
-    A3Trainer,
-    InterruptCallback,
-    MetricsFileCallback,
-    NonFiniteLossError,
-    first_row_index,
-    given_tokens,
-    row_generator,
-)
+from a3_hf.trainer import A3Trainer
 
 STAGES = [
     {"name": "ar", "until": 1},

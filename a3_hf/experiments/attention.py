@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from ..base_trainer import row_generator
 from ..evaluation.running_text import check_length
 from ..orders import GroupOrder
-from ..trainer import model_inputs, row_generator
+from ..trainer import model_inputs
 from .samples import held_out_rows
 from .subjects import check_counts
 from .trained import Trained

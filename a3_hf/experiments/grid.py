@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import Recipe, build_recipe, known_settings, nearest, read_settings
+from ..arguments import Recipe
+from ..checking import nearest
+from ..recipes import build_recipe, known_settings, read_settings
 from .presenting import check_report
 
 FOLDER = Path("recipes/experiments")
@@ -112,18 +114,18 @@ def read_experiment(
         for setting in measures[measure]:
             if setting not in takes:
                 raise ValueError(f"{path}: {measure} has an unknown setting {setting!r}{nearest(str(setting), takes)}")
-    report = _mapping(path, "report", plan.get("report") or {})
-    try:
-        check_report(report)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
     folder = runs / path.stem / size
     axes = _axes(path, plan.get("axes") or {})
     base = read_settings(plan["recipe"])
     shared = _mapping(path, "settings", plan.get("settings") or {})
+    arms = _mapping(path, "arms", plan["arms"])
+    report = _mapping(path, "report", plan.get("report") or {})
+    try:
+        check_report(report, [str(arm) for arm in arms])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     cells = []
-    for arm, own in _mapping(path, "arms", plan["arms"]).items():
+    for arm, own in arms.items():
         own = _mapping(path, f"arms.{arm}", own or {})
         _check_set_once(path, arm, own, axes)
         for values in itertools.product(*axes.values()):

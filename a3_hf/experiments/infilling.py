@@ -8,10 +8,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..base_trainer import row_generator
 from ..evaluation.sources import rocstories
 from ..orders import GroupOrder
 from ..templates import decode_after, encode_piece, encode_prompt
-from ..trainer import row_generator
 from .subjects import NEXT_TOKEN_ARCHITECTURES, check_counts, check_max_length, next_token_log_probs, padded
 from .trained import Trained
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..base_trainer import row_generator
 from ..orders import GroupOrder
 from ..templates import encode_prompt
-from ..trainer import row_generator
 from .subjects import NEXT_TOKEN_ARCHITECTURES, check_counts, check_max_length, next_token_log_probs, padded
 from .trained import Trained
 

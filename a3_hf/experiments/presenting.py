@@ -1,13 +1,14 @@
 """Telling an experiment's result as its `report` says: the table, who wins, and the plots."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_matplotlib_available
 
-from ..arguments import nearest
+from ..checking import nearest
 from .drawing import draw_attention, draw_bars, draw_curves, draw_frontier, draw_scatter
 from .tables import write_report
 
@@ -22,13 +23,14 @@ KINDS: dict[str, Callable[..., None]] = {
 }
 
 
-def check_report(report: Mapping[str, Any]) -> None:
-    """Checks what an experiment's `report` asks for, as far as it can be without a result: `columns` of the table; `lists`,
-    measures that are lists, with the columns of their tables; `better`, columns that are compared, with "lower" or "higher";
-    `compare`, pairs of arms; `plots`, mappings with a `title`, the `kind` of plot and its arguments.
+def check_report(report: Mapping[str, Any], arms: Collection[str]) -> None:
+    """Checks what an experiment's `report` asks for of its `arms`, as far as it can be without a result: `columns` of the
+    table; `lists`, measures that are lists, with the columns of their tables; `better`, columns that are compared, with
+    "lower" or "higher"; `compare`, pairs of arms; `plots`, mappings with a `title`, the `kind` of plot and its arguments.
 
     Raises:
-        ValueError: an unknown key, kind or argument of a plot; a plot without title; two of one title.
+        ValueError: an unknown key, kind or argument of a plot; a plot without title; two whose titles give one file name;
+            `better` without `compare` or the reverse; a pair that is none, or of arms that there are not.
     """
     for key in report:
         if key not in KEYS:
@@ -36,14 +38,27 @@ def check_report(report: Mapping[str, Any]) -> None:
     for column, better in report.get("better", {}).items():
         if better not in ("lower", "higher"):
             raise ValueError(f"report: better.{column}={better!r}; it takes 'lower' or 'higher'")
-    titles = set()
+    better, compare = report.get("better"), report.get("compare")
+    if bool(better) != bool(compare):
+        raise ValueError(
+            f"report: better={better!r} and compare={compare!r}; who wins takes both, columns and pairs of arms"
+        )
+    for pair in compare or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"report: compare holds {pair!r}; it takes pairs of arms, [of, against]")
+        for arm in pair:
+            if arm not in arms:
+                raise ValueError(
+                    f"report: compare holds the arm {arm!r}{nearest(str(arm), arms)}; there are {', '.join(arms)}"
+                )
+    files = set()
     for plot in report.get("plots", []):
         kind, title = plot.get("kind"), plot.get("title")
         if kind not in KINDS:
             raise ValueError(f"report: a plot of kind {kind!r}; it takes {', '.join(KINDS)}")
-        if not title or title in titles:
+        if not title or _file_name(title) in files:
             raise ValueError(f"report: a plot with title={title!r}; it takes a title of its own")
-        titles.add(title)
+        files.add(_file_name(title))
         parameters = inspect.signature(KINDS[kind]).parameters
         known = [name for name in parameters if name not in ("result", "path")]
         for name in plot.keys() - {"kind", "title"}:
@@ -60,7 +75,7 @@ def present(result: Mapping[str, Any], report: Mapping[str, Any], output: Path) 
     if is_matplotlib_available():
         for plot in report.get("plots", []):
             arguments = {key: value for key, value in plot.items() if key not in ("kind", "title")}
-            name = plot["title"].lower().replace(" ", "_").replace(",", "") + ".png"
+            name = _file_name(plot["title"])
             KINDS[plot["kind"]](result, path=output / name, **arguments)
             drawn.append((plot["title"], name))
     elif report.get("plots"):
@@ -76,3 +91,7 @@ def present(result: Mapping[str, Any], report: Mapping[str, Any], output: Path) 
         compare=[tuple(pair) for pair in report.get("compare", [])],
     )
     return page
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"[^\w-]", "", title.lower().replace(" ", "_")) + ".png"

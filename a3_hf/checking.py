@@ -1,0 +1,72 @@
+"""Whether a setting has its field's type, and what a message says where it has not."""
+
+import difflib
+import types
+from collections.abc import Collection
+from enum import Enum
+from os import PathLike
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What a message adds where a name is unknown: the nearest known one, if there is one."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown_value(value: Any) -> str:
+    """A value as messages show it, with its type."""
+    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def checked_value(key: str, value: Any, hint: Any, path: str | PathLike) -> Any:
+    """`value` as a field of type `hint` holds it: an integer where a number is asked for becomes a float.
+
+    Raises:
+        ValueError: another type; names the key and what has it (`path`).
+    """
+    members = types_of(hint)
+    if not any(_is_a(value, member) for member in members):
+        takes = " or ".join(dict.fromkeys(_described(member) for member in members))
+        raise ValueError(f"{path}: {key} takes {takes}, got {shown_value(value)}")
+    if isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members:
+        return float(value)
+    return value
+
+
+def types_of(hint: Any) -> tuple:
+    """The types that a hint stands for. An enumeration beside text (`SchedulerType | str`) means the texts it lists."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return (hint,)
+    members = get_args(hint)
+    has_enum = any(isinstance(member, type) and issubclass(member, Enum) for member in members)
+    return tuple(member for member in members if not (has_enum and member is str))
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(item, get_args(hint)[0]) for item in value)
+    if origin is not None:
+        return isinstance(value, origin)
+    if issubclass(hint, Enum):
+        return value in [choice.value for choice in hint]
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def _described(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
+    if origin is list:
+        return "a list"
+    if origin is not None:
+        return "a mapping"
+    if issubclass(hint, Enum):
+        return "one of " + ", ".join(repr(choice.value) for choice in hint)
+    plain = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "a mapping"}
+    return plain.get(hint, "null" if hint is type(None) else hint.__name__)

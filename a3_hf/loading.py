@@ -1,0 +1,38 @@
+"""Loading weights: from a plain LLaMA's checkpoint as well, and never from half of one."""
+
+from typing import ClassVar
+
+
+class WholeCheckpointMixin:
+    """`from_pretrained` for a model whose weights are a LLaMA's and perhaps a few more."""
+
+    # Old LLaMA checkpoints carry the rotary buffers, which are computed now.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
+    own_weights: ClassVar[tuple[str, ...]] = ()  # those that a LLaMA has not, which may be missing
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """Identical to `PreTrainedModel.from_pretrained` except: a plain LLaMA checkpoint loads as well as one of the model's
+        own, and only a complete one does.
+
+        Raises:
+            ValueError: the checkpoint is of another model type, or lacks a weight that a LLaMA has, or has one that the model
+                does not, or one of another shape.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            wrong = sorted(str(key) for key in info[kind] if kind != "missing_keys" or not cls._is_own(key))
+            if wrong:
+                beside = f" beside {', '.join(cls.own_weights)}" if cls.own_weights else ""
+                raise ValueError(
+                    f"pretrained_model_name_or_path={str(pretrained_model_name_or_path)!r}: {len(wrong)} "
+                    f"{kind.replace('_', ' ')}{beside}: {', '.join(wrong[:5])}{', …' if wrong[5:] else ''}; it "
+                    f"takes a complete checkpoint of a LLaMA or of the type {cls.config_class.model_type}"
+                )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _is_own(cls, key: str) -> bool:
+        return any(name in key for name in cls.own_weights)
