@@ -7,7 +7,7 @@ from typing import Any, Literal, get_type_hints
 
 from transformers import TrainingArguments
 
-from .checking import checked_value, nearest, shown_value
+from .checking import check_keys, checked_value, shown_value
 from .curriculum import Curriculum
 
 
@@ -86,9 +86,7 @@ def _sources(config: Any) -> dict[str, SourceArguments]:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name):
             raise ValueError(f"sources: a source's name is letters, digits, _ and -, got {shown_value(name)}")
         if isinstance(source, Mapping):
-            for key in source:
-                if key not in hints:
-                    raise ValueError(f"sources: {name}: unknown key {key!r}{nearest(str(key), hints)}")
+            check_keys(f"sources: {name}", source, hints)
             checked = {key: checked_value(key, value, hints[key], f"sources: {name}") for key, value in source.items()}
             try:
                 source = SourceArguments(**checked)

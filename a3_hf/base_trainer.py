@@ -1,6 +1,5 @@
 """What the trainers have in common: draws by step and row, a stop before a bad step, an evaluation that leaves no trace."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .throughput import Meter, peak_memory_mib
 
@@ -56,11 +55,13 @@ class BaseTrainer(Trainer):
       −100 is given, and not scored. `document_ids` (B, S), where it gives them (1 or more at tokens, 0 at padding), keep the
       documents of a row apart.
     - The model divides the loss by the number of scored tokens of the update step, so that ragged rows weigh by their tokens.
-    - A subclass draws in `compute_loss`, from (seed, step, the row's index in the global batch): a resumed run, or one on
-      another number of ranks, draws the same.
+    - Each row with a scored token has a given one (BOS), and so has each document of a row (its own BOS).
+    - A subclass draws in `compute_loss`, which numbers its micro-batches by `count`, from (seed, step, the row's index in the
+      global batch): a resumed run, or one on another number of ranks, draws the same.
     - A loss that is not finite stops training on all ranks before the weights take the step (`NonFiniteLossError`; with
       DeepSpeed, which steps by itself, right after it).
-    - `evaluate` makes the same draws each time, and training goes on after it as if there had been none.
+    - `evaluate` makes the same draws at every evaluation of every run, and training goes on after it as if there had been
+      none.
     - The logs hold `tokens_per_second` over all ranks, evaluation apart, and `peak_memory_mib`.
 
     Raises:
@@ -106,6 +107,24 @@ class BaseTrainer(Trainer):
         self._step_losses = []
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def count(self, inputs: dict[str, torch.Tensor]) -> int:
+        """The number of this micro-batch in its update step, from 0; counts it, and its tokens. Called once for each."""
+        self._meter.add(inputs["attention_mask"].sum().detach())
+        self._micro_batch += 1
+        return self._micro_batch - 1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ):
+        # Identical to Trainer's except: the loss is kept for `check_finite`.
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self._step_losses.append(loss.detach())
+        return (loss, outputs) if return_outputs else loss
+
     def first_training_row(self, micro_batch: int) -> int:
         """The index in the global batch of the first row of this step's n-th micro-batch on this rank."""
         return first_row_index(
@@ -147,13 +166,6 @@ class BaseTrainer(Trainer):
             "learning_rate or max_grad_norm, or look at these rows"
         )
 
-    def step_loss(self) -> float:
-        """The loss of the step that has just been made, over all ranks and to the last bit the same on each: nats per
-        scored token, without auxiliary losses.
-        """
-        of_ranks = self.accelerator.gather(torch.stack(self._step_losses).sum()[None]).tolist()
-        return math.fsum(of_ranks) / len(of_ranks)
-
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The losses of a set in nats per token, as the class says. Training goes on after it as if there had been none."""
         was_training = self.model.training
@@ -183,6 +195,18 @@ class BaseTrainer(Trainer):
         if "loss" in logs:
             logs.update(self.costs())
         super().log(logs, start_time)
+
+
+def scored_tokens(prediction: EvalPrediction) -> int:
+    """How many tokens of the evaluation set are scored, from the number of each row's.
+
+    Raises:
+        ValueError: none.
+    """
+    tokens = int(prediction.label_ids.sum())
+    if tokens == 0:
+        raise ValueError("the evaluation set has no token to score: every label is -100")
+    return tokens
 
 
 def given_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

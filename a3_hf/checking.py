@@ -14,6 +14,17 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def check_keys(where: str | PathLike, config: Collection[str], known: Collection[str]) -> None:
+    """Whether a mapping has known keys alone.
+
+    Raises:
+        ValueError: an unknown one; says `where`, and the nearest known one.
+    """
+    for key in config:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+
+
 def shown_value(value: Any) -> str:
     """A value as messages show it, with its type."""
     return "nothing" if value is None else f"{value!r} ({type(value).__name__})"

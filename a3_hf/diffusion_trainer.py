@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
-from .base_trainer import EVALUATION_SEED, BaseTrainer, given_tokens, row_generator
+from .base_trainer import EVALUATION_SEED, BaseTrainer, given_tokens, row_generator, scored_tokens
 from .corruption import (
     check_mask_token,
     check_text,
@@ -34,8 +34,7 @@ class DiffusionTrainer(BaseTrainer):
       expectation an upper bound on the nats per token.
     - The first token of a row (BOS) is given. A given token is never masked.
     - `evaluate` measures `eval_loss`, the bound by Monte Carlo, in nats per token over all scored tokens of the set, from
-      `eval_samples` masks a row, by `mask_by_count` with numbers spread evenly over each row's; the draws are the same at
-      every evaluation of every run.
+      `eval_samples` masks a row, by `mask_by_count` with numbers spread evenly over each row's.
 
     Args:
         masking: `"rate"`, as above, or `"count"` (not in the paper: LLaDA's estimator of likelihood): exactly l of a row's L
@@ -132,17 +131,13 @@ class DiffusionTrainer(BaseTrainer):
             ValueError: labels at padding or at a row's first token, or the mask token in the text.
         """
         is_open = self._open_tokens(inputs)
-        masked, weights = self.draw(is_open, self._micro_batch)
-        self._micro_batch += 1
-        self._meter.add(inputs["attention_mask"].sum().detach())
+        masked, weights = self.draw(is_open, self.count(inputs))
         arguments = self._arguments(inputs, masked, self.visible_mask(is_open.shape[1]))
         if num_items_in_batch is None:
             num_items_in_batch = is_open.sum()
-        loss, outputs = super().compute_loss(
-            model, {**arguments, "loss_weights": weights}, return_outputs=True, num_items_in_batch=num_items_in_batch
+        return super().compute_loss(
+            model, {**arguments, "loss_weights": weights}, return_outputs, num_items_in_batch=num_items_in_batch
         )
-        self._step_losses.append(loss.detach())
-        return (loss, outputs) if return_outputs else loss
 
     def _open_tokens(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         real = inputs["attention_mask"].bool()
@@ -201,8 +196,5 @@ def _draw_rows(is_open: torch.Tensor, generators: list[torch.Generator]) -> tupl
 
 
 def _nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
-    tokens = prediction.label_ids.sum()
-    if tokens == 0:
-        raise ValueError("the evaluation set has no token to score: every label is -100")
-    loss = math.fsum(prediction.predictions.astype(np.float64)) / int(tokens)
+    loss = math.fsum(prediction.predictions.astype(np.float64)) / scored_tokens(prediction)
     return {"loss": float(loss)}

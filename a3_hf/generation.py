@@ -1,7 +1,5 @@
 """Any-order generation: blanks in, tokens, their order and their exact log-probabilities out."""
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +116,7 @@ class A3GenerationMixin:
         """
         config = resolve_config(generation_config, max_new_tokens, overrides)
         self.check_generation(config)
-        deadline = math.inf if config.max_time is None else time.perf_counter() + config.max_time
+        deadline = config.deadline()
         if past_key_values is not None and (not config.use_cache or config.cache_implementation == "static"):
             raise ValueError("past_key_values needs use_cache=True and no static cache")
         canvas = Canvas.prepare(self.config, input_ids, blank_mask, attention_mask, config)

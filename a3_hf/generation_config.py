@@ -1,5 +1,7 @@
 """Settings of any-order generation, checked when they are made."""
 
+import math
+import time
 from typing import Any
 
 import torch
@@ -209,6 +211,10 @@ class A3GenerationConfig(GenerationConfig):
         """The end-of-text tokens, as a tuple."""
         ids = self.eos_token_id
         return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+
+    def deadline(self) -> float:
+        """The `time.perf_counter()` at which `max_time`, from now, is over."""
+        return math.inf if self.max_time is None else time.perf_counter() + self.max_time
 
     def filler(self, model_config: PreTrainedConfig) -> int:
         """The token that stands behind the end of a continuation."""

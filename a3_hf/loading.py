@@ -25,7 +25,7 @@ class WholeCheckpointMixin:
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = sorted(str(key) for key in info[kind] if kind != "missing_keys" or not cls._is_own(key))
             if wrong:
-                beside = f" beside {', '.join(cls.own_weights)}" if cls.own_weights else ""
+                beside = f" beside {', '.join(cls.own_weights)}" if cls.own_weights and kind == "missing_keys" else ""
                 raise ValueError(
                     f"pretrained_model_name_or_path={str(pretrained_model_name_or_path)!r}: {len(wrong)} "
                     f"{kind.replace('_', ' ')}{beside}: {', '.join(wrong[:5])}{', …' if wrong[5:] else ''}; it "

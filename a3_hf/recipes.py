@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from .architectures import ARCHITECTURES
 from .arguments import ARGUMENT_CLASSES, LoraArguments, Recipe, SourceArguments
-from .checking import checked_value, nearest, shown_value, types_of
+from .checking import check_keys, checked_value, nearest, shown_value, types_of
 from .curriculum import Curriculum
 
 
@@ -49,9 +49,7 @@ def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, 
     values, path = dict(settings), origin
     hints = {name: hint for cls in ARGUMENT_CLASSES for name, hint in get_type_hints(cls).items()}
     known = known_settings()
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
+    check_keys(path, values, known)
     curriculum, lora = values.pop("curriculum", None), values.pop("lora", None)
     values = {key: checked_value(key, value, hints[key], path) for key, value in values.items()}
     overrides = _override_sources(values, overrides)
@@ -157,10 +155,7 @@ def _curriculum(config: Any, path: str | PathLike) -> Curriculum:
         raise ValueError(f"{path}: lacks curriculum, which {expected}")
     if not isinstance(config, Mapping):
         raise ValueError(f"curriculum: {expected}, got {shown_value(config)}")
-    known = ("unit", "stages")
-    for key in config:
-        if key not in known:
-            raise ValueError(f"curriculum: unknown key {key!r}{nearest(str(key), known)}")
+    check_keys("curriculum", config, ("unit", "stages"))
     if "stages" not in config:
         raise ValueError(f"curriculum: lacks stages; it {expected}")
     return Curriculum.from_config(config["stages"], unit=config.get("unit", "fraction"))
@@ -203,7 +198,5 @@ def _lora(config: Any) -> LoraArguments | None:
     hints = get_type_hints(LoraArguments)
     if not isinstance(config, Mapping):
         raise ValueError(f"lora: takes a mapping of {', '.join(hints)}, got {shown_value(config)}")
-    for key in config:
-        if key not in hints:
-            raise ValueError(f"lora: unknown key {key!r}{nearest(str(key), hints)}")
+    check_keys("lora", config, hints)
     return LoraArguments(**{key: checked_value(key, value, hints[key], "lora") for key, value in config.items()})

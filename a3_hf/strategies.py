@@ -121,7 +121,7 @@ class Decoder:
         return self.processors.process(logits, slots, self.canvas.known()[:, None] if known is None else known)
 
     def widths_known(self) -> bool:
-        """Whether `select` takes a fixed number a step, so that nothing has to be read back from the device."""
+        """Whether each step takes a fixed number and no row can end early, so that nothing is read back from the device."""
         config = self.config
         return config.threshold is None and config.entropy_budget is None and not self.canvas.eos_token_ids.numel()
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from .auxiliary import Pairs, content_loss, distillation_loss, next_token_pairs
-from .base_trainer import EVALUATION_SEED, BaseTrainer, given_tokens, row_generator
+from .base_trainer import EVALUATION_SEED, BaseTrainer, given_tokens, row_generator, scored_tokens
 from .configuration_decoupled_rope_llama import SINGLETONS_ONLY, DecoupledRopeLlamaConfig
 from .curriculum import (
     AdaptiveCallback,
@@ -133,12 +133,10 @@ class A3Trainer(BaseTrainer):
 
     Identical to `BaseTrainer` except:
 
-    - The order of each row is drawn on the main process: the stage is a function of the step, the generator one of (seed,
-      step, the row's index in the global batch).
-    - Each row with a scored token has a given one (BOS), and so has each document of a row (its own BOS).
+    - What is drawn is the order of each row, on the main process, in the stage of the step.
     - `evaluate` measures nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
-      `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. The random ones
-      are the same at every evaluation of every run. With Decoupled RoPE the two orders of single tokens alone.
+      `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. With
+      Decoupled RoPE the two orders of single tokens alone.
     - The logs hold the stage's `stage_index` and `group_size`, and `mfu` where it is known.
     - A `DecoupledRopeLlamaForCausalLM` is trained and evaluated under orders of single tokens.
 
@@ -284,6 +282,13 @@ class A3Trainer(BaseTrainer):
             generator=generators,
         )
 
+    def step_loss(self) -> float:
+        """The loss of the step that has just been made, over all ranks and to the last bit the same on each: nats per
+        scored token, without auxiliary losses.
+        """
+        of_ranks = self.accelerator.gather(torch.stack(self._step_losses).sum()[None]).tolist()
+        return math.fsum(of_ranks) / len(of_ranks)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -297,9 +302,7 @@ class A3Trainer(BaseTrainer):
             ValueError: labels at padding, or a row that scores a token but gives none, so that its first would see
                 nothing.
         """
-        order = self._draw(inputs, self._micro_batch)
-        self._micro_batch += 1
-        self._meter.add(inputs["attention_mask"].sum().detach())
+        order = self._draw(inputs, self.count(inputs))
         self._row_length = inputs["input_ids"].shape[1]
         arguments = model_inputs(
             order,
@@ -321,7 +324,6 @@ class A3Trainer(BaseTrainer):
         loss, outputs = super().compute_loss(
             model, arguments, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        self._step_losses.append(loss.detach())
         if pairs is not None and len(pairs.rows):
             loss = loss + self._auxiliary_loss(outputs, arguments["labels"], pairs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -391,6 +393,7 @@ class A3Trainer(BaseTrainer):
             logs["stage_index"] = stage.index
             logs["group_size"] = stage.group_size
             if self.content_loss_weight or self.distillation_weight:
+                self._meter.pause()  # the ranks wait for each other
                 logs.update(self._auxiliary_logs())
         super().log(logs, start_time)
 
@@ -423,9 +426,6 @@ def losses_by_order(prediction: EvalPrediction, orders: Collection[str]) -> dict
     Raises:
         ValueError: no token is scored.
     """
-    tokens = prediction.label_ids.sum()
-    if tokens == 0:
-        raise ValueError("the evaluation set has no token to score: every label is -100")
-    losses = prediction.predictions.astype(np.float64).sum(axis=0) / tokens
+    losses = prediction.predictions.astype(np.float64).sum(axis=0) / scored_tokens(prediction)
     by_order = {f"loss_{name}": float(loss) for name, loss in zip(orders, losses, strict=True)}
     return {**by_order, "loss": float(losses.mean())}

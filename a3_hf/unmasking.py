@@ -1,7 +1,5 @@
 """Generation by masked diffusion: at every step a pass over the whole row, of which the best blanks are committed."""
 
-import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -73,11 +71,12 @@ class UnmaskingMixin:
         """
         mask_token_id = required_mask_token(self.config)
         config = _resolve(generation_config, max_new_tokens, steps, overrides)
-        deadline = math.inf if config.max_time is None else time.perf_counter() + config.max_time
         canvas = Canvas.prepare(self.config, input_ids, blank_mask, attention_mask, config)
-        check_text(canvas.sequences[:, :-1], canvas.given_mask, mask_token_id)
-        real = canvas.given_mask | canvas.blank_mask
-        starts_blank = (canvas.blank_mask & (real.long().cumsum(dim=1) == 1)).any(dim=1)
+        copies = config.num_return_sequences or 1
+        rows = (canvas.sequences[:, :-1], canvas.given_mask, canvas.blank_mask)
+        text, given, blank = (each[::copies] for each in rows)  # one of each, as messages count them
+        check_text(text, given, mask_token_id)
+        starts_blank = (blank & ((given | blank).long().cumsum(dim=1) == 1)).any(dim=1)
         if starts_blank.any():
             raise ValueError(
                 f"row {int(starts_blank.nonzero()[0])} of input_ids starts with a blank, which nothing predicts; begin it "
@@ -95,7 +94,7 @@ class UnmaskingMixin:
             Chance(config, canvas),
             observers,
             logits_hook=logits_hook,
-            deadline=deadline,
+            deadline=config.deadline(),
         )
         return complete(self, decoder, lambda: fill_masked(decoder, steps), lambda: _output(decoder))
 

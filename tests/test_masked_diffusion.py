@@ -856,6 +856,19 @@ def test_generation_refuses(model, settings, message):
         model.generate_any_order(**{"input_ids": tokens(1, 6), "blank_mask": blanks, **settings})
 
 
+@pytest.mark.parametrize(
+    ("blank", "message"),
+    [
+        ([1, 0, 0, 0, 0, 0], "row 1 of input_ids starts with a blank"),
+        ([1] * 6, "row 1 of input_ids has no given token"),
+    ],
+)
+def test_messages_count_the_rows_that_were_given_and_not_their_copies(model, blank, message):
+    blanks = torch.tensor([[0, 1, 0, 0, 0, 1], blank]).bool()
+    with pytest.raises(ValueError, match=message):
+        model.generate_any_order(tokens(2, 6), blanks, num_return_sequences=2, do_sample=True)
+
+
 def test_generate_points_to_the_method_that_works(model):
     with pytest.raises(ValueError, match="use generate_any_order"):
         model.generate(tokens(1, 6), max_new_tokens=2)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Recipe
-from ..checking import nearest
+from ..checking import check_keys, nearest
 from ..recipes import build_recipe, known_settings, read_settings
 from .presenting import check_report
 
@@ -87,19 +87,20 @@ def read_experiment(
 
     Raises:
         ValueError: no such experiment or size; an unknown key, axis or measurement; an axis without values, or one whose
-            values are no plain ones; an arm's setting that is an axis as well; what a recipe refuses, with the cell's name.
+            values are no plain ones; an arm's setting that is an axis as well; what a recipe refuses, with the cell's name;
+            what `check_report` refuses.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         there = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml"))) or f"none in {FOLDER}"
         raise ValueError(f"experiment={name!r}: there is no {path} (relative to {Path.cwd()}); there are {there}")
     plan = read_settings(path)
-    _check_keys(path, plan, KEYS)
+    check_keys(path, plan, KEYS)
     sizes = _mapping(path, "sizes", plan.pop("sizes", {}))
     if size not in sizes:
         raise ValueError(f"size={size!r}: {path} has the sizes {', '.join(sizes) or '(none)'}")
     plan = _merged(plan, _mapping(path, f"sizes.{size}", sizes[size] or {}))
-    _check_keys(path, plan, KEYS)
+    check_keys(path, plan, KEYS)
     for key in ("question", "recipe", "arms", "measures"):
         if not plan.get(key):
             raise ValueError(f"{path}: lacks {key}")
@@ -245,12 +246,6 @@ def _merged(plan: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         else:
             merged[key] = value
     return merged
-
-
-def _check_keys(path: Path, plan: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in plan:
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
 
 
 def _mapping(path: Path, key: str, value: Any) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import is_matplotlib_available
 
-from ..checking import nearest
+from ..checking import check_keys, nearest
 from .drawing import draw_attention, draw_bars, draw_curves, draw_frontier, draw_scatter
 from .tables import write_report
 
@@ -32,10 +32,8 @@ def check_report(report: Mapping[str, Any], arms: Collection[str]) -> None:
         ValueError: an unknown key, kind or argument of a plot; a plot without title; two whose titles give one file name;
             `better` without `compare` or the reverse; a pair that is none, or of arms that there are not.
     """
-    for key in report:
-        if key not in KEYS:
-            raise ValueError(f"report: unknown key {key!r}{nearest(str(key), KEYS)}; it takes {', '.join(KEYS)}")
-    for column, better in report.get("better", {}).items():
+    check_keys("report", report, KEYS)
+    for column, better in (report.get("better") or {}).items():
         if better not in ("lower", "higher"):
             raise ValueError(f"report: better.{column}={better!r}; it takes 'lower' or 'higher'")
     better, compare = report.get("better"), report.get("compare")
@@ -52,12 +50,16 @@ def check_report(report: Mapping[str, Any], arms: Collection[str]) -> None:
                     f"report: compare holds the arm {arm!r}{nearest(str(arm), arms)}; there are {', '.join(arms)}"
                 )
     files = set()
-    for plot in report.get("plots", []):
+    for plot in report.get("plots") or []:
         kind, title = plot.get("kind"), plot.get("title")
         if kind not in KINDS:
             raise ValueError(f"report: a plot of kind {kind!r}; it takes {', '.join(KINDS)}")
-        if not title or _file_name(title) in files:
-            raise ValueError(f"report: a plot with title={title!r}; it takes a title of its own")
+        if not isinstance(title, str) or not re.search(r"\w", title):
+            raise ValueError(f"report: a plot with title={title!r}; it takes text")
+        if _file_name(title) in files:
+            raise ValueError(
+                f"report: two plots would be drawn in one file, {_file_name(title)}; rename title={title!r}"
+            )
         files.add(_file_name(title))
         parameters = inspect.signature(KINDS[kind]).parameters
         known = [name for name in parameters if name not in ("result", "path")]
@@ -73,7 +75,7 @@ def present(result: Mapping[str, Any], report: Mapping[str, Any], output: Path) 
     """Writes the plots (without matplotlib, none) and the page into the folder `output`; returns the page."""
     drawn = []
     if is_matplotlib_available():
-        for plot in report.get("plots", []):
+        for plot in report.get("plots") or []:
             arguments = {key: value for key, value in plot.items() if key not in ("kind", "title")}
             name = _file_name(plot["title"])
             KINDS[plot["kind"]](result, path=output / name, **arguments)
@@ -88,7 +90,7 @@ def present(result: Mapping[str, Any], report: Mapping[str, Any], output: Path) 
         columns=report.get("columns"),
         lists=report.get("lists"),
         better=report.get("better"),
-        compare=[tuple(pair) for pair in report.get("compare", [])],
+        compare=[tuple(pair) for pair in report.get("compare") or []],
     )
     return page
 
