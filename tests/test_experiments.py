@@ -1,8 +1,12 @@
 """Grids of runs: what their YAML becomes, what is refused and resumed, and the small form of every experiment there is."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -198,6 +202,41 @@ def test_several_at_a_time_give_what_one_at_a_time_gives(plan, tmp_path):
         assert one["measures"] == other["measures"] and one["curve"] == other["curve"]
     with pytest.raises(ValueError, match="jobs=0"):
         run(experiment, tmp_path / "out", jobs=0, command="")
+
+
+PARENT = """
+import multiprocessing, time
+
+def work():
+    from a3_hf.experiments.runner import _start_worker
+    _start_worker(1)
+    print("at work", flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=work)
+    worker.start()
+    print(worker.pid, flush=True)
+    worker.join()
+"""
+
+
+def test_a_worker_stops_where_its_parent_was_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    worker = psutil.Process(int(parent.stdout.readline()))
+    assert parent.stdout.readline() == "at work\n"
+    parent.kill()
+    try:
+        worker.wait(timeout=30)
+    except psutil.TimeoutExpired:
+        assert worker.status() == psutil.STATUS_ZOMBIE  # ended, and nobody has asked how
+    finally:
+        parent.wait()
 
 
 def test_one_that_was_stopped_goes_on_to_the_same_result(plan, tmp_path, monkeypatch):

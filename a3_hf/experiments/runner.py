@@ -3,7 +3,10 @@
 import datetime
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -199,6 +202,13 @@ def _make_starts(experiment: Experiment) -> None:
 
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+
+
+def _stop_with_parent() -> None:
+    # A parent that is killed would leave its workers training for hours. They stop as by Ctrl-C, with a checkpoint.
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _run_in_worker(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
