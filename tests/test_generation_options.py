@@ -258,6 +258,16 @@ def test_eos_ends_a_left_to_right_continuation_as_in_generate(model):
     assert alone.num_forward_passes == int(first) - 6 + 1  # it stopped there
 
 
+@pytest.mark.parametrize(("pad", "models_own", "expected"), [(7, 8, 7), (None, 8, 8), (None, None, "eos")])
+def test_what_stands_behind_an_end(model, monkeypatch, pad, models_own, expected):
+    monkeypatch.setattr(model.config, "pad_token_id", models_own)
+    ids = problem()[0][:1, :6]
+    eos = int(model.generate_any_order(ids, max_new_tokens=8).sequences[0, 8])
+    output = model.generate_any_order(ids, max_new_tokens=8, eos_token_id=eos, pad_token_id=pad)
+    behind = output.sequences[0][output.commit_step[0] < 0][6:]
+    assert len(behind) and (behind == (eos if expected == "eos" else expected)).all()
+
+
 @pytest.mark.parametrize("name", [name for name in EVERY_STRATEGY if name != "speculative_random"])
 def test_eos_leaves_nothing_undefined(model, name):
     """Blanks inside the text are written without it; the continuation ends at its first one, whatever the order."""
