@@ -272,7 +272,7 @@ class Encoder:
             position_ids=self.canvas.position_ids.gather(1, content),
             target_position_ids=self.canvas.position_ids.gather(1, slots),
             attention_mask=views,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=self.cache is not None,
             **left,
         ).logits

@@ -1,4 +1,6 @@
-"""Cross entropy from hidden states: the logits are made, used and dropped a few rows at a time."""
+"""Cross entropy of labels that stand where they are predicted: from logits, or from hidden states, where the logits are made,
+used and dropped a few rows at a time.
+"""
 
 from typing import NamedTuple
 
@@ -17,6 +19,24 @@ class ChunkedLoss(NamedTuple):
 
     loss: torch.Tensor
     token_losses: torch.Tensor
+
+
+def slot_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, *, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """The mean cross entropy () of logits (…, V), in fp32, under labels (…), none of them shifted; −100 is ignored.
+
+    Args:
+        num_items: what the sum over labels is divided by; None: by the number of labels that are not −100.
+    """
+    reduction = "mean" if num_items is None else "sum"
+    loss = nn.functional.cross_entropy(
+        logits.float().flatten(0, -2),
+        labels.flatten().to(logits.device),
+        ignore_index=IGNORED_LABEL,
+        reduction=reduction,
+    )
+    return loss if num_items is None else loss / torch.as_tensor(num_items, device=loss.device)
 
 
 def chunked_cross_entropy(

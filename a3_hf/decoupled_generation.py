@@ -70,7 +70,7 @@ class DecoupledRopeEncoder(Encoder):
             position_ids=canvas.position_ids.gather(1, columns),
             target_position_ids=canvas.position_ids.gather(1, successors),
             attention_mask=(self.encoded != bin_column).long() if self.ragged else None,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=last,
         ).logits

@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .caching import one_cache
 from .canvas import Canvas, Encoder
 from .cpu import fast_on_cpu
 from .generation_config import A3GenerationConfig, resolve_config
@@ -42,8 +43,8 @@ class A3GenerateOutput(ModelOutput):
             written; −1 at padding and behind the end.
         num_forward_passes: passes of the model, shared by all rows.
         tokens_per_forward: written tokens per row and pass, on average.
-        past_key_values: the cache of the columns before the first blank, to be passed in with the same prompt again;
-            None without a cache or with a static one.
+        cache, past_key_values: two words for the cache of the columns before the first blank, to be passed in with the same
+            prompt again; None without a cache or with a static one.
         logits: (B, S, V) the model's logits of each written token when it was written, 0 elsewhere; with `output_logits`.
         history: (B, S) the text after each step, −1 where it is open; with `output_history`.
     """
@@ -54,9 +55,13 @@ class A3GenerateOutput(ModelOutput):
     group_ids: torch.LongTensor | None = None
     num_forward_passes: int | None = None
     tokens_per_forward: float | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     logits: torch.FloatTensor | None = None
     history: tuple[torch.LongTensor, ...] | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        return self.cache
 
 
 class A3GenerationMixin:
@@ -77,6 +82,7 @@ class A3GenerationMixin:
         *,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         logits_processor: LogitsProcessorList | None = None,
         logits_hook: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         commit_hook: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
@@ -98,8 +104,8 @@ class A3GenerationMixin:
             max_new_tokens: appends this many blanks at the right, the continuation.
             generation_config: the settings; `overrides` are fields of `A3GenerationConfig` that replace its own.
             attention_mask: (B, S), 0 at padding, on whichever side.
-            past_key_values: the cache of the first columns of `input_ids`, from an earlier output or from `model(...)`;
-                left as it is. A batch of 1 serves all rows.
+            past_key_values, cache: two words for the cache of the first columns of `input_ids`, from an earlier output or
+                from `model(...)`; left as it is. A batch of 1 serves all rows.
             logits_processor: processors of one's own, applied after the config's. They are called with one row per slot:
                 the row's text turned so that it ends just before the slot (see `SlotProcessors`).
             logits_hook: `logits_hook(step, columns, logits)` gets the columns (B, Q) asked and their logits (B, Q, V),
@@ -114,10 +120,11 @@ class A3GenerationMixin:
                 `A3GenerationConfig` refuses.
             NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds what was committed before.
         """
+        cache = one_cache(past_key_values, cache, overrides)
         config = resolve_config(generation_config, max_new_tokens, overrides)
         self.check_generation(config)
         deadline = config.deadline()
-        if past_key_values is not None and (not config.use_cache or config.cache_implementation == "static"):
+        if cache is not None and (not config.use_cache or config.cache_implementation == "static"):
             raise ValueError("past_key_values needs use_cache=True and no static cache")
         canvas = Canvas.prepare(self.config, input_ids, blank_mask, attention_mask, config)
         chance = Chance(config, canvas)
@@ -143,7 +150,7 @@ class A3GenerationMixin:
             again.history = observers.history
             return make_decoder(candidate, chance, step, again)
 
-        decoder = make_decoder(canvas, chance, 0, observers, past_key_values)
+        decoder = make_decoder(canvas, chance, 0, observers, cache)
         extra_passes = 0
 
         def fill() -> None:
@@ -162,7 +169,7 @@ class A3GenerationMixin:
                 decoder,
                 group_ids=_group_ids(canvas, config, steps),
                 extra_passes=extra_passes,
-                past_key_values=decoder.encoder.prompt_cache(),
+                cache=decoder.encoder.prompt_cache(),
             )
 
         result = complete(self, decoder, fill, output)
@@ -199,7 +206,7 @@ def complete(
 
 
 def make_output(
-    decoder: Decoder, *, group_ids: torch.Tensor, extra_passes: int = 0, past_key_values: Cache | None = None
+    decoder: Decoder, *, group_ids: torch.Tensor, extra_passes: int = 0, cache: Cache | None = None
 ) -> A3GenerateOutput:
     """What is on the decoder's canvas, with the order `group_ids` (B, S) of its log-probabilities."""
     canvas, history = decoder.canvas, decoder.observers.history
@@ -212,7 +219,7 @@ def make_output(
         group_ids=group_ids,
         num_forward_passes=passes,
         tokens_per_forward=int(written.sum()) / written.shape[0] / max(passes, 1),
-        past_key_values=past_key_values,
+        cache=cache,
         logits=None if canvas.logits is None else canvas.logits[:, :-1],
         history=None if history is None else tuple(text.clone() for text in history),
     )

@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .chunked_loss import chunked_cross_entropy
+from .caching import CACHE, BothWordsMixin, NoPagedCacheMixin, check_filled, one_cache, take_cache
+from .chunked_loss import chunked_cross_entropy, slot_cross_entropy
 from .configuration_a3_llama import A3LlamaConfig
 from .generation import A3GenerationMixin
 from .infilling import A3InfillingMixin
@@ -29,18 +30,18 @@ from .scoring import A3ScoringMixin
 
 
 @dataclass
-class A3ModelOutput(BaseModelOutputWithPast):
+class A3ModelOutput(BothWordsMixin, BaseModelOutputWithPast):
     """Output of `A3LlamaModel`: `last_hidden_state` (B, Q, D) belongs to the query slots, `content_hidden_state`
     (B, C, D) to the content tokens (None where it was not computed); `hidden_states` and `attentions`, when asked for,
-    hold C + Q rows, content first (the last of `hidden_states` holds the slots alone). `past_key_values` holds content
-    keys and values only.
+    hold C + Q rows, content first (the last of `hidden_states` holds the slots alone). `cache` (or
+    `past_key_values`) holds content keys and values only.
     """
 
     content_hidden_state: torch.FloatTensor | None = None
 
 
 @dataclass
-class A3CausalLMOutput(CausalLMOutputWithPast):
+class A3CausalLMOutput(BothWordsMixin, CausalLMOutputWithPast):
     """Output of `A3LlamaForCausalLM`: `token_losses` (B, Q), with `chunked_loss` alone, are each slot's own in nats, 0
     where nothing is scored, without gradient; `content_hidden_state` (B, C, D) and `content_logits` (N, V) are there where
     they were asked for.
@@ -89,12 +90,12 @@ class A3LlamaAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Views,
         content_length: int,
-        past_key_values: Cache | None = None,
         position_ids: torch.LongTensor | None = None,
         slots_only: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # `position_ids` stop here: a flash kernel would read positions that don't ascend as several packed texts.
+        cache = take_cache(kwargs)
         heads = (-1, self.head_dim)
         content_states = hidden_states[:, :content_length]
         cos, sin = position_embeddings
@@ -108,8 +109,8 @@ class A3LlamaAttention(LlamaAttention):
         key_states = apply_rotary(key_states, cos[:, :content_length], sin[:, :content_length])
         value_states = self.v_proj(content_states).unflatten(-1, heads).transpose(1, 2)
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -231,6 +232,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         target_document_ids: torch.LongTensor | None = None,
         content_hidden_state: bool = True,
         target_input_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> A3ModelOutput:
         """One pass over content tokens and query slots (paper §1, both streams with one set of weights).
@@ -241,7 +243,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 they are.
             position_ids: (B, C) or (1, C). Default: with groups, the number of tokens before, padding not counted;
                 without, what LLaMA does.
-            past_key_values: content keys and values of earlier passes; everything new sees them.
+            past_key_values, cache: two words for the content keys and values of earlier passes; everything new sees them.
             group_ids: (B, C) integers, lower = earlier; any values, any layout. None: left to right, as LLaMA.
             target_position_ids: (B, Q) positions that are asked for. None: with `group_ids`, a slot for every token;
                 without, a slot after every token. Width 0 runs the content stream alone.
@@ -259,21 +261,23 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 `output_attentions`, which shows these rows, they are computed all the same.
 
         Raises:
-            ValueError: shapes that don't match, ids that are not integers, documents where they can't be kept apart, or an
-                attention implementation that can't express the groups.
+            ValueError: shapes that don't match, ids that are not integers, documents where they can't be kept apart, an
+                attention implementation that can't express the groups, or a cache under both words or a third.
+            RuntimeError: the layers did not fill the cache.
         """
+        cache = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        num_cached = cache.get_seq_length() if cache is not None else 0
         implementation = self.config._attn_implementation
         content_length = inputs_embeds.shape[1]
         num_keys = content_length
-        if past_key_values is not None:  # a static cache is wider than what it holds
-            num_keys, _ = past_key_values.get_mask_sizes(content_length, 0)
+        if cache is not None:  # a static cache is wider than what it holds
+            num_keys, _ = cache.get_mask_sizes(content_length, 0)
         _check_arguments(
             inputs_embeds, attention_mask, position_ids, group_ids, target_position_ids, target_group_ids, num_cached
         )
@@ -322,8 +326,8 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
             if target_position_ids is None:
                 rows = torch.arange(content_length, device=inputs_embeds.device)
@@ -365,6 +369,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         shows_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         slots_only = num_slots > 0 and not content_hidden_state and not shows_attentions
         last_layer = self.config.num_hidden_layers - 1
+        filled = num_cached + content_length
         for layer_idx, decoder_layer in enumerate(self.layers[: last_layer + 1]):
             at_the_end = {}
             if slots_only and layer_idx == last_layer:
@@ -375,24 +380,32 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 attention_mask=views,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 content_length=content_length,
+                **{CACHE: cache},
                 **at_the_end,
                 **kwargs,
             )
+        if cache is not None:
+            check_filled(cache, filled, last_layer=last_layer)
         hidden_states = self.norm(hidden_states)
         if slots_only:
-            return A3ModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+            return A3ModelOutput(last_hidden_state=hidden_states, **{CACHE: cache})
         return A3ModelOutput(
             last_hidden_state=hidden_states[:, content_length:],
             content_hidden_state=hidden_states[:, :content_length],
-            past_key_values=past_key_values,
+            **{CACHE: cache},
         )
 
 
 class A3LlamaForCausalLM(
-    A3LlamaPreTrainedModel, A3GenerationMixin, A3InfillingMixin, A3LikelihoodMixin, A3ScoringMixin, LlamaForCausalLM
+    NoPagedCacheMixin,
+    A3LlamaPreTrainedModel,
+    A3GenerationMixin,
+    A3InfillingMixin,
+    A3LikelihoodMixin,
+    A3ScoringMixin,
+    LlamaForCausalLM,
 ):
     """Identical to `LlamaForCausalLM` except: the body above, three forms of `forward`, and the methods
     `generate_any_order`, `infill`, `rewrite`, `score` and `log_likelihood`.
@@ -424,6 +437,7 @@ class A3LlamaForCausalLM(
         content_hidden_state: bool = False,
         content_logits_at: tuple[torch.LongTensor, torch.LongTensor] | None = None,
         chunked_loss: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> A3CausalLMOutput:
         """Three forms, by what is given:
@@ -442,6 +456,7 @@ class A3LlamaForCausalLM(
             ValueError: as `A3LlamaModel.forward`; a label of another shape than its logits, at padding, or where a slot
                 sees nothing; `logits_to_keep` with groups or targets; `chunked_loss` without labels or groups.
         """
+        cache = one_cache(past_key_values, cache, kwargs)
         causal_contract = group_ids is None and target_position_ids is None
         if chunked_loss and (labels is None or causal_contract):
             raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
@@ -452,7 +467,7 @@ class A3LlamaForCausalLM(
                 )
             if labels is not None:
                 content = input_ids if input_ids is not None else inputs_embeds
-                num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+                num_cached = cache.get_seq_length() if cache is not None else 0
                 if document_ids is not None:
                     _check_documents(
                         attention_mask, group_ids, target_position_ids, document_ids, target_document_ids, num_cached
@@ -472,7 +487,7 @@ class A3LlamaForCausalLM(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             group_ids=group_ids,
@@ -494,19 +509,19 @@ class A3LlamaForCausalLM(
             )
         else:
             logits = self.lm_head(outputs.last_hidden_state)
-        if labels is not None and not chunked_loss:
-            if not causal_contract:
-                kwargs["shift_labels"] = labels.contiguous()  # the loss takes these as they are
+        if labels is not None and causal_contract:  # transformers' own loss, which shifts them
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif labels is not None and not chunked_loss:
+            loss = slot_cross_entropy(logits, labels, num_items=kwargs.get("num_items_in_batch"))
         return A3CausalLMOutput(
             loss=loss,
             token_losses=token_losses,
             content_hidden_state=outputs.content_hidden_state if content_hidden_state else None,
             content_logits=content_logits,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -1,6 +1,7 @@
 """Decoupled RoPE as a difference from transformers' LLaMA: one stream of tokens, each asking for the one after it."""
 
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.cache_utils import Cache
@@ -9,7 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 from transformers.utils.generic import can_return_tuple
 
-from .chunked_loss import chunked_cross_entropy
+from .caching import CACHE, check_filled, one_cache, take_cache
+from .chunked_loss import chunked_cross_entropy, slot_cross_entropy
 from .configuration_decoupled_rope_llama import SINGLETONS_ONLY, DecoupledRopeLlamaConfig
 from .decoupled_generation import DecoupledRopeGenerationMixin
 from .infilling import A3InfillingMixin
@@ -30,12 +32,17 @@ class DecoupledRopeLlamaAttention(LlamaAttention):
         hidden_states: torch.Tensor,
         position_embeddings: Rotation | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        rotations: tuple[Rotation, Rotation] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if "rotations" not in kwargs:  # None would be LLaMA's own form
+            raise RuntimeError(
+                f"transformers {transformers.__version__}: LlamaModel no longer hands its keyword arguments to attention, so "
+                "that Decoupled RoPE's rotations are lost"
+            )
+        rotations = kwargs.pop("rotations")
         if rotations is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        cache = take_cache(kwargs)
         query_rotation, key_rotation = rotations
         query_states, key_states, value_states = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -43,8 +50,8 @@ class DecoupledRopeLlamaAttention(LlamaAttention):
         )
         query_states = apply_rotary(query_states, *query_rotation)
         key_states = apply_rotary(key_states, *key_rotation)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attn_output, attn_weights = attend(
             self,
@@ -101,6 +108,7 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         document_ids: torch.LongTensor | None = None,
         target_document_ids: torch.LongTensor | None = None,
         content_hidden_state: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """One pass, in one of three forms:
@@ -115,7 +123,7 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
             input_ids: (B, C) tokens (or `inputs_embeds`, (B, C, D)).
             attention_mask: (B, cached + C), 0 at padding, on whichever side.
             position_ids: (B, C) or (1, C). Default with groups: the number of tokens before, padding not counted.
-            past_key_values: keys and values of earlier tokens of the order; not with groups.
+            past_key_values, cache: two words for the keys and values of earlier tokens of the order; not with groups.
             group_ids: (B, C) integers, lower = earlier, each token's its own; any values, any layout. The first token of a
                 row is given, for nothing asks for it; the state in its place is 0. `hidden_states` and `attentions`, when
                 asked for, are those of generation order, padding last.
@@ -127,41 +135,42 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
 
         Raises:
             ValueError: groups of several tokens; a slot that the token before it does not ask for; shapes that don't
-                match, ids that are not integers, and arguments that belong to two streams.
+                match, ids that are not integers, arguments that belong to two streams, and a cache under both words or a
+                third.
+            RuntimeError: the layers did not fill the cache.
         """
+        cache = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         _check_one_stream(document_ids, target_document_ids, content_hidden_state)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        llama = super().forward
         if group_ids is None and target_position_ids is None and target_group_ids is None:
-            return llama(
+            return self._llama(
+                inputs_embeds,
+                cache,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
-                return_dict=True,
+                rotations=None,
                 **kwargs,
             )
-        num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        num_cached = cache.get_seq_length() if cache is not None else 0
         _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached)
         if group_ids is None:
             _check_targets(inputs_embeds, position_ids, target_position_ids, target_group_ids)
             # LLaMA's causal mask serves, for rows are stored in generation order; their positions are for `rotations` alone.
-            return llama(
+            return self._llama(
+                inputs_embeds,
+                cache,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
-                return_dict=True,
                 rotations=self._rotations(inputs_embeds, position_ids, target_position_ids),
                 **kwargs,
             )
 
         _check_groups(inputs_embeds, group_ids, target_position_ids, target_group_ids)
-        if past_key_values is not None or use_cache:
+        if cache is not None or use_cache:
             raise ValueError(
                 "past_key_values and use_cache=True don't go with group_ids: a cache needs rows in generation order; give "
                 "position_ids and target_position_ids, where each token's successor stands"
@@ -189,15 +198,27 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
             successors = _successors(positions, real, target_position_ids, num_before)
 
         # 3. One pass; the state that forecasts a token is that of the one before it.
-        outputs = llama(
-            inputs_embeds=inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds)),
+        outputs = self._llama(
+            inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds)),
+            None,
             use_cache=False,
-            return_dict=True,
             rotations=self._rotations(inputs_embeds, positions, successors),
             **kwargs,
         )
         states = nn.functional.pad(outputs.last_hidden_state, (0, 0, 1, 0))
         outputs.last_hidden_state = states.gather(1, num_before[..., None].expand(-1, -1, states.shape[2]))
+        return outputs
+
+    def _llama(self, inputs_embeds: torch.Tensor, cache: Cache | None, **arguments) -> BaseModelOutputWithPast:
+        """`LlamaModel.forward`, with the cache under its own word, and a look at what is in it after."""
+        if cache is not None and not isinstance(
+            cache, Cache
+        ):  # the paged one of continuous batching goes on as it came
+            return super().forward(inputs_embeds=inputs_embeds, return_dict=True, cache=cache, **arguments)
+        filled = inputs_embeds.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        outputs = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **{CACHE: cache}, **arguments)
+        if getattr(outputs, CACHE) is not None:
+            check_filled(getattr(outputs, CACHE), filled, last_layer=self.config.num_hidden_layers - 1)
         return outputs
 
     def _rotations(
@@ -250,6 +271,7 @@ class DecoupledRopeLlamaForCausalLM(
         content_hidden_state: bool = False,
         content_logits_at: tuple[torch.LongTensor, torch.LongTensor] | None = None,
         chunked_loss: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> A3CausalLMOutput:
         """Three forms, by what is given:
@@ -270,6 +292,7 @@ class DecoupledRopeLlamaForCausalLM(
                 nothing is seen; `logits_to_keep` with groups; `chunked_loss` without labels, groups or targets;
                 `content_logits_at`, which belongs to two streams.
         """
+        cache = one_cache(past_key_values, cache, kwargs)
         causal_contract = group_ids is None and target_position_ids is None
         if chunked_loss and (labels is None or causal_contract):
             raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
@@ -281,7 +304,7 @@ class DecoupledRopeLlamaForCausalLM(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             group_ids=group_ids,
@@ -302,17 +325,17 @@ class DecoupledRopeLlamaForCausalLM(
             )
         else:
             logits = self.lm_head(hidden_states)
-        if labels is not None and not chunked_loss:
-            if not causal_contract:
-                kwargs["shift_labels"] = labels.contiguous()  # the loss takes these as they are
+        if labels is not None and causal_contract:  # transformers' own loss, which shifts them
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif labels is not None and not chunked_loss:
+            loss = slot_cross_entropy(logits, labels, num_items=kwargs.get("num_items_in_batch"))
         return A3CausalLMOutput(
             loss=loss,
             token_losses=token_losses,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def log_likelihood_and_greedy(

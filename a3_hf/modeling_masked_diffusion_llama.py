@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils.generic import can_return_tuple
 
+from .caching import CACHE_WORDS, NoPagedCacheMixin, refuse_other_words
 from .configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
 from .corruption import check_mask_token
 from .diffusion_likelihood import DiffusionLikelihoodMixin
@@ -31,7 +32,13 @@ class MaskedDiffusionOutput(CausalLMOutput):
 
 
 class MaskedDiffusionLlamaForCausalLM(
-    WholeCheckpointMixin, UnmaskingMixin, A3InfillingMixin, DiffusionLikelihoodMixin, A3ScoringMixin, LlamaForCausalLM
+    NoPagedCacheMixin,
+    WholeCheckpointMixin,
+    UnmaskingMixin,
+    A3InfillingMixin,
+    DiffusionLikelihoodMixin,
+    A3ScoringMixin,
+    LlamaForCausalLM,
 ):
     """Identical to `LlamaForCausalLM` except (paper §3, as DiffuLLaMA and Dream adapt a LLaMA):
 
@@ -111,7 +118,9 @@ class MaskedDiffusionLlamaForCausalLM(
             ValueError: shapes that don't match; a label at padding, or where nothing predicts: at the first token of a row or
                 of a document; an attention implementation that can't keep documents apart; a cache.
         """
-        if use_cache or kwargs.pop("past_key_values", None) is not None:
+        refuse_other_words({name: value for name, value in kwargs.items() if name not in CACHE_WORDS})
+        caches = [kwargs.pop(word, None) for word in CACHE_WORDS]
+        if use_cache or any(cache is not None for cache in caches):
             raise ValueError(
                 "masked diffusion sees both sides, so that no state lasts: it takes no cache, use_cache=False"
             )
@@ -176,7 +185,10 @@ class MaskedDiffusionLlamaForCausalLM(
         if attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
         states = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            input_ids=input_ids,
+            attention_mask=self._pattern(input_ids, attention_mask, None, None),
+            position_ids=position_ids,
+            use_cache=False,
         ).last_hidden_state
         return states_before(states, columns_before(input_ids, attention_mask), asked)
 
@@ -206,11 +218,13 @@ class MaskedDiffusionLlamaForCausalLM(
         return torch.cat(losses)
 
     def _pattern(self, content, attention_mask, document_ids, visible_mask) -> torch.Tensor | None:
-        """The mask as LLaMA takes it: (B, S), or (B, 1, S, S) where it is more than padding."""
-        if document_ids is None and visible_mask is None:
-            return attention_mask
+        """The mask as LLaMA takes it: (B or 1, 1, S, S), so that seeing both sides does not hang on a setting alone; padding
+        (B, S) for attention implementations that take no such mask.
+        """
         implementation = self.config._attn_implementation
         if implementation not in PATTERNED:
+            if document_ids is None and visible_mask is None:
+                return attention_mask
             raise ValueError(
                 f"attn_implementation={implementation!r}: document_ids and visible_mask need one that takes any mask, "
                 f"{' or '.join(PATTERNED)}"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "a3_hf"
 # Each file may import from those that stand before it, in its own line excepted.
 LAYERS = [
-    {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "cpu"}
+    {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
     | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
     | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking"},
     {"mixtures"},
@@ -76,6 +76,7 @@ FLAT = {
     "modeling_a3_llama",
     "generation_config",
     "cache",
+    "caching",
     "cpu",
     "canvas",
     "observers",
