@@ -13,7 +13,7 @@ else
   INSTALL = $(1)/bin/python -m pip install --quiet
 endif
 
-.PHONY: setup demo test test-slow test-gpu test-oldest quality style clean
+.PHONY: setup demo test test-other-kernels test-slow test-gpu test-oldest quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
@@ -34,6 +34,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m 'not gpu and not slow'
+
+# `make test` as on another maker's CPU, whose products differ in the last bits by the row they are in.
+test-other-kernels: setup
+	PYTHONPATH=tests/other_kernels $(BIN)/python -m pytest -m 'not gpu and not slow'
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
