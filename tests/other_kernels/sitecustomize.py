@@ -2,7 +2,7 @@
 
 A CPU's matrix product may treat the rows of one batch differently: which instructions sum a row up depends on where it lies
 and on the shapes of the whole. Here every product of matrices (forward and backward: `linear`, `matmul`, eager attention)
-and `scaled_dot_product_attention` is off by up to four units in the last place, by a fixed function of the entry's place and
+and `scaled_dot_product_attention` is off by up to four units in the last place (one in bfloat16), by a fixed function of the entry's place and
 of the shapes. The same call gives the same bits; the same row in another batch, or elsewhere in this one, does not. What is
 zero stays zero. Compiled kernels are left as they are.
 """
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-AMPLITUDE = 4  # units in the last place, as `torch.finfo(dtype).eps` counts them
+AMPLITUDE = {torch.float32: 4, torch.float64: 4}  # in `torch.finfo(dtype).eps`; shorter ones are summed in fp32: 1
 LIBRARY = torch.library.Library("aten", "IMPL")
 
 
@@ -23,7 +23,8 @@ def factors(shape: tuple[int, ...], inner: int, dtype: torch.dtype) -> torch.Ten
     rows = torch.Size(shape[:-1]).numel()
     row, column = torch.arange(rows)[:, None], torch.arange(columns)
     mixed = (row * 2654435761 + column * 40503 + (rows * 31 + columns) * 7919 + inner * 104729) % 1000003
-    units = mixed * mixed % 1000003 % (2 * AMPLITUDE + 1) - AMPLITUDE
+    most = AMPLITUDE.get(dtype, 1)
+    units = mixed * mixed % 1000003 % (2 * most + 1) - most
     return (1 + units.to(torch.float64) * torch.finfo(dtype).eps).to(dtype).view(shape)
 
 
