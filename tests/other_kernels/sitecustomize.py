@@ -2,9 +2,9 @@
 
 A CPU's matrix product may treat the rows of one batch differently: which instructions sum a row up depends on where it lies
 and on the shapes of the whole. Here every product of matrices (forward and backward: `linear`, `matmul`, eager attention)
-and `scaled_dot_product_attention` is off by up to four units in the last place (one in bfloat16), by a fixed function of the entry's place and
-of the shapes. The same call gives the same bits; the same row in another batch, or elsewhere in this one, does not. What is
-zero stays zero. Compiled kernels are left as they are.
+and `scaled_dot_product_attention` is off by up to four units in the last place (one in bfloat16), by a fixed function of the
+entry's place and of the shapes. The same call gives the same bits; the same row in another batch, or elsewhere in this one,
+does not. What is zero stays zero. Compiled kernels are left as they are.
 """
 
 import warnings
