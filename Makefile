@@ -22,7 +22,7 @@ VERSIONS = @$(1)/bin/python scripts/versions.py
 PYTEST = $(1)/bin/python -m pytest
 SUITE = $(PYTEST) -n $(JOBS) -m 'not gpu and not slow'
 
-.PHONY: setup demo test test-slow test-gpu test-oldest test-newest newest lock quality style clean
+.PHONY: setup demo test test-other-kernels test-slow test-gpu test-oldest test-newest newest lock quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
@@ -54,6 +54,10 @@ demo: setup
 test: setup
 	$(call VERSIONS,$(VENV))
 	$(call SUITE,$(VENV))
+
+# `make test` as on another maker's CPU, whose products differ in the last bits by the row they are in.
+test-other-kernels: setup
+	PYTHONPATH=tests/other_kernels $(call SUITE,$(VENV))
 
 test-slow: setup
 	$(call PYTEST,$(VENV)) -m slow

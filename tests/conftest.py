@@ -1,4 +1,9 @@
-"""Small models that every test file can use: random LLaMA shapes, in fp32 on the CPU."""
+"""Small models that every test file can use: random LLaMA shapes, on the CPU.
+
+They compute in float64 unless a test asks for less: machines round differently, and so may two batches on one of them.
+In float64 what is equal but for rounding differs by 1e-13, or by 1e-7 where LLaMA itself rounds to float32 (its norms, the
+softmax of eager attention, losses); what these tests compare differs by 1e-3 and more where it is not equal.
+"""
 
 import os
 import random
@@ -46,13 +51,14 @@ def tiny_config(**changes) -> A3LlamaConfig:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "attn_implementation": "sdpa",
+        "slot_start": "query_embed",
     }
     return A3LlamaConfig(**{**settings, **changes})
 
 
-def tiny_model(seed: int = 42, **changes) -> A3LlamaForCausalLM:
+def tiny_model(seed: int = 42, *, dtype: torch.dtype = torch.float64, **changes) -> A3LlamaForCausalLM:
     torch.manual_seed(seed)
-    return A3LlamaForCausalLM(tiny_config(**changes)).eval()
+    return A3LlamaForCausalLM(tiny_config(**changes)).eval().to(dtype)
 
 
 def pytest_collection_modifyitems(items):

@@ -63,7 +63,7 @@ def test_blanks_have_their_shapes():
 @torch.no_grad()
 def test_it_is_the_greedy_chain_of_single_forwards(model, tokenizer):
     settings = {"share": 0.4, "seed": 3, "max_length": 12}
-    model.lm_head.bias = nn.Parameter(torch.zeros(len(tokenizer)))
+    model.lm_head.bias = nn.Parameter(torch.zeros(len(tokenizer), dtype=model.dtype))
     model.lm_head.bias[tokenizer.encode(" ".join(TEXTS))] = 5.0  # so that some are right
     rows = calibration_rows(model, tokenizer, TEXTS, settings={"order": "right_to_left"}, bins=5, **settings)
     windows = cut_windows(tokenizer, TEXTS, 11)

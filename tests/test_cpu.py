@@ -16,7 +16,7 @@ def test_it_is_the_same_product(bias, shape):
         expected = module(rows)
         with fast_on_cpu(module):
             assert "forward" in module[0].__dict__ and "forward" not in module[1].__dict__  # small ones are left alone
-            assert (module(rows) - expected).abs().max() < 1e-5
+            assert (module(rows) - expected).abs().max() < 1e-4
         assert torch.equal(module(rows), expected)
 
 
@@ -26,7 +26,7 @@ def test_a_tall_weight_goes_that_way_from_four_rows_on(num_rows, monkeypatch):
     expected, calls = module(rows), []
     monkeypatch.setattr("a3_hf.cpu.other_way_round", lambda *args: calls.append(1) or other_way_round(*args))
     with fast_on_cpu(module):
-        assert (module(rows) - expected).abs().max() < 1e-5
+        assert (module(rows) - expected).abs().max() < 1e-4
     assert len(calls) == (num_rows >= 4)
 
 
@@ -40,7 +40,9 @@ def test_it_leaves_nothing_behind_and_others_alone():
 
 
 def test_decoding_uses_it_and_stays_what_it_was(monkeypatch):
-    model = tiny_model(hidden_size=256, intermediate_size=512, vocab_size=600, initializer_range=0.1)
+    model = tiny_model(
+        dtype=torch.float32, hidden_size=256, intermediate_size=512, vocab_size=600, initializer_range=0.1
+    )
     ids = torch.randint(3, 600, (2, 12), generator=torch.Generator().manual_seed(0))
     settings = {"max_new_tokens": 16, "group_size": 4, "output_logits": True}
     fast = model.generate_any_order(ids, **settings)
@@ -53,7 +55,7 @@ def test_decoding_uses_it_and_stays_what_it_was(monkeypatch):
     monkeypatch.setattr("a3_hf.generation.fast_on_cpu", lambda model: torch.no_grad())
     plain = model.generate_any_order(ids, **settings)
     assert torch.equal(fast.sequences, plain.sequences)
-    assert (fast.logits - plain.logits).abs().max() < 1e-4
+    assert (fast.logits - plain.logits).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("strategy", ["groupwise", "dynamic", "speculative", "refine"])

@@ -36,12 +36,12 @@ from tests.test_orders import generators, ragged_mask
 from tests.test_trainer import make_trainer, naive_groups, rows
 
 
-def tiny(seed: int = 42, **changes) -> DecoupledRopeLlamaForCausalLM:
+def tiny(seed: int = 42, *, dtype: torch.dtype = torch.float64, **changes) -> DecoupledRopeLlamaForCausalLM:
     config = tiny_config(**{"num_hidden_layers": 2, **changes})
     settings = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     torch.manual_seed(seed)
     implementation = {"attn_implementation": config._attn_implementation}
-    return DecoupledRopeLlamaForCausalLM(DecoupledRopeLlamaConfig(**settings, **implementation)).eval()
+    return DecoupledRopeLlamaForCausalLM(DecoupledRopeLlamaConfig(**settings, **implementation)).eval().to(dtype)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def slow_logits(llama: LlamaForCausalLM, ids, positions, targets) -> torch.Tenso
 
 def token_by_token(llama: LlamaForCausalLM, ids, group_ids, mask) -> torch.Tensor:
     """(B, S, V) the slow model's logits of each token given those of lower groups; 0 where there are none."""
-    logits = torch.zeros(*ids.shape, llama.config.vocab_size)
+    logits = torch.zeros(*ids.shape, llama.config.vocab_size, dtype=llama.dtype)
     for row in range(len(ids)):
         columns = mask[row].nonzero().flatten()
         path = columns[group_ids[row, columns].argsort()]
@@ -113,7 +113,7 @@ ORDERS = {
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_left_to_right_is_llama_bit_for_bit(name, implementation):
-    model = tiny(attn_implementation=implementation, **VARIANTS[name])
+    model = tiny(attn_implementation=implementation, dtype=torch.float32, **VARIANTS[name])
     check_parity(model, llama_twin(model), random_ids())
 
 
@@ -128,7 +128,7 @@ def check_parity(model, llama, ids):
         expected = llama(ids).logits
         assert torch.equal(model(ids).logits, expected)
         aligned = model(ids, position_ids=positions, target_position_ids=positions + 1)
-        assert torch.equal(aligned.logits, expected)
+        assert torch.equal(aligned.logits, expected)  # the same products of the same shapes
         assert torch.equal(model(ids, group_ids=positions).logits[:, 1:], expected[:, :-1])
         assert torch.equal(
             model(ids, group_ids=positions, attention_mask=torch.ones_like(ids)).logits[:, 1:], expected[:, :-1]
@@ -197,9 +197,9 @@ def test_one_pass_is_token_by_token_in_values_and_gradients(name, implementation
     llama = llama_twin(model)
     fast = model(ids, group_ids=order.group_ids, attention_mask=mask.long(), labels=labels)
     slow = token_by_token(llama, ids, order.group_ids, mask)
-    assert (fast.logits - slow)[scored].abs().max() < 2e-5
+    assert (fast.logits - slow)[scored].abs().max() < 1e-4
     loss = torch.nn.functional.cross_entropy(slow.flatten(0, 1), labels.flatten())
-    assert fast.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert fast.loss.item() == pytest.approx(loss.item(), abs=1e-4)
     if implementation == "flex_attention":
         return
     fast.loss.backward()
@@ -227,7 +227,7 @@ def test_slots_are_the_tokens_they_ask_for_and_one_may_stand_behind_all(model):
         whole = model(ids, **arguments).logits
         slots = {"target_position_ids": places.gather(1, some), "target_group_ids": order.group_ids.gather(1, some)}
         few = model(ids, **arguments, **slots).logits
-        assert (few - whole.gather(1, some[..., None].expand(-1, -1, 61))).abs().max() < 1e-5
+        assert (few - whole.gather(1, some[..., None].expand(-1, -1, 61))).abs().max() < 1e-4
         # all but the last token as content, and a slot for it
         last = order.group_ids[0].argmax()
         rest = torch.arange(12) != last
@@ -238,7 +238,7 @@ def test_slots_are_the_tokens_they_ask_for_and_one_may_stand_behind_all(model):
             target_position_ids=places[:1, last : last + 1],
             target_group_ids=torch.tensor([[99]]),
         )
-    assert (behind.logits[0, 0] - whole[0, last]).abs().max() < 1e-5
+    assert (behind.logits[0, 0] - whole[0, last]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -264,13 +264,13 @@ def test_cached_passes_are_one_pass(implementation):
                         past_key_values=cache,
                     ).logits
                 )
-            assert (torch.cat(parts, dim=1) - whole)[mask.bool()].abs().max() < 1e-5
+            assert (torch.cat(parts, dim=1) - whole)[mask.bool()].abs().max() < 1e-4
         kept = [
             model(ids, position_ids=positions, target_position_ids=targets, logits_to_keep=keep).logits
             for keep in (2, torch.tensor([3, 0]), torch.tensor([[3, 0], [8, 8]]))
         ]
-    assert (kept[0] - whole[:, -2:]).abs().max() < 1e-5 and (kept[1] - whole[:, [3, 0]]).abs().max() < 1e-5
-    assert (kept[2][1] - whole[1, [8, 8]]).abs().max() < 1e-5
+    assert (kept[0] - whole[:, -2:]).abs().max() < 1e-4 and (kept[1] - whole[:, [3, 0]]).abs().max() < 1e-4
+    assert (kept[2][1] - whole[1, [8, 8]]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("rows_of_order", [[0, 1, 2, 3], [0, 3, 1, 2], [0, 2, 3, 1], [1, 3, 0, 2]])
@@ -282,7 +282,7 @@ def test_probabilities_of_all_texts_sum_to_one(rows_of_order):
     ids = torch.tensor([[*text[:given], 2, *text[given:]] for text in texts])
     group_ids = torch.tensor([rows_of_order]).expand_as(ids)
     log_probs = model.log_likelihood(ids, group_ids)
-    assert float(log_probs.sum(1).exp().sum()) == pytest.approx(1, abs=1e-5)
+    assert float(log_probs.sum(1).exp().sum()) == pytest.approx(1, abs=1e-4)
     assert (log_probs[:, given] == 0).all() and (log_probs.sum(1).exp().max() < 0.9)
 
 
@@ -295,13 +295,13 @@ def test_likelihood_does_not_depend_on_the_batch_or_on_what_else_is_scored(model
         groups = order.group_ids.masked_fill(~mask, padding)
         wanted = order.scored_mask & (torch.arange(15) > torch.tensor([[2], [6], [4]]))
         few = model.log_likelihood(ids, groups, mask, scored_mask=wanted)
-        assert (few - together * wanted).abs().max() < 1e-5
+        assert (few - together * wanted).abs().max() < 1e-4
     expected = token_by_token(llama_twin(model), ids, order.group_ids, mask)
     for row, length in enumerate(lengths):
         alone = model.log_likelihood(ids[row : row + 1, :length], order.group_ids[row : row + 1, :length])
-        assert (alone[0] - together[row, :length]).abs().max() < 1e-5
+        assert (alone[0] - together[row, :length]).abs().max() < 1e-4
     slow = expected.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-    assert ((slow - together) * order.scored_mask).abs().max() < 2e-5 and (together[~order.scored_mask] == 0).all()
+    assert ((slow - together) * order.scored_mask).abs().max() < 1e-4 and (together[~order.scored_mask] == 0).all()
     assert torch.equal(greedy, (expected.argmax(-1) == ids) & order.scored_mask)
 
 
@@ -332,7 +332,7 @@ def slow_fill(llama, ids, blank, path, *, new_from, seed=None, eos=-1):
     """One row, written column by column along `path`, everything from scratch for each: the tokens and their
     log-probabilities. What stands behind an EOS is open again in the end.
     """
-    tokens, log_probs, end = ids.clone(), torch.zeros(len(ids)), len(ids)
+    tokens, log_probs, end = ids.clone(), torch.zeros(len(ids), dtype=llama.dtype), len(ids)
     encoded = (~blank).nonzero().flatten().tolist()
     for step, column in enumerate(path):
         if column > end:
@@ -376,13 +376,13 @@ def test_generation_is_a_slow_loop(model, name, do_sample):
         seed = settings["seed"][row] if do_sample else None
         tokens, log_probs, _ = slow_fill(llama, ids[row, real], blank, path, new_from=len(blank), seed=seed)
         assert output.sequences[row, real].tolist() == tokens.tolist()
-        assert (output.log_probs[row, real] - log_probs).abs().max() < 1e-5
+        assert (output.log_probs[row, real] - log_probs).abs().max() < 1e-4
         written += len(path)
     assert torch.equal(output.sequences[~blanks], ids[~blanks]) and (output.commit_step[~blanks] == -1).all()
     assert output.num_forward_passes == int(blanks.sum(1).max())
     assert output.tokens_per_forward == pytest.approx(written / 3 / output.num_forward_passes)
     scored = model.log_likelihood(output.sequences, output.group_ids, mask)
-    assert (scored - output.log_probs)[blanks].abs().max() < 1e-5
+    assert (scored - output.log_probs)[blanks].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -396,7 +396,7 @@ def test_neither_batch_nor_padding_nor_cache_changes_a_row(model, name, do_sampl
     for other in ({"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
         again = model.generate_any_order(ids, blanks, attention_mask=mask, seed=seeds, **settings, **other)
         assert torch.equal(again.sequences, together.sequences)
-        assert (again.log_probs - together.log_probs).abs().max() < 1e-5
+        assert (again.log_probs - together.log_probs).abs().max() < 1e-4
     for row in range(3):
         real = mask[row]
         in_all = torch.cat([real, torch.ones(3, dtype=torch.bool)])
@@ -404,7 +404,7 @@ def test_neither_batch_nor_padding_nor_cache_changes_a_row(model, name, do_sampl
             ids[row : row + 1, real], blanks[row : row + 1, real], seed=seeds[row : row + 1], **settings
         )
         assert torch.equal(alone.sequences[0], together.sequences[row, in_all])
-        assert (alone.log_probs[0] - together.log_probs[row, in_all]).abs().max() < 1e-5
+        assert (alone.log_probs[0] - together.log_probs[row, in_all]).abs().max() < 1e-4
 
 
 def test_an_even_batch_with_padding_is_the_same_without(model):
@@ -414,12 +414,12 @@ def test_an_even_batch_with_padding_is_the_same_without(model):
     alone = model.generate_any_order(ids, max_new_tokens=5)
     output = model.generate_any_order(padded, attention_mask=mask, max_new_tokens=5)
     assert torch.equal(output.sequences[:, 3:], alone.sequences)
-    assert (output.log_probs[:, 3:] - alone.log_probs).abs().max() < 1e-5
+    assert (output.log_probs[:, 3:] - alone.log_probs).abs().max() < 1e-4
     static = {"cache_implementation": "static", "disable_compile": True}
     for other in (static, {"use_cache": False}):  # without a mask
         again = model.generate_any_order(ids, max_new_tokens=5, order="right_to_left", **other)
         plain = model.generate_any_order(ids, max_new_tokens=5, order="right_to_left")
-        assert torch.equal(again.sequences, plain.sequences) and (again.log_probs - plain.log_probs).abs().max() < 1e-5
+        assert torch.equal(again.sequences, plain.sequences) and (again.log_probs - plain.log_probs).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -445,7 +445,7 @@ def test_eos_ends_the_continuation_in_any_order(use_cache):
             )
             tokens[end + 1 :] = 0
             assert output.sequences[row, columns].tolist() == tokens.tolist()
-            assert (output.log_probs[row, columns] - log_probs).abs().max() < 1e-5
+            assert (output.log_probs[row, columns] - log_probs).abs().max() < 1e-4
             skipped = [column > end for column in path]
             waited += any(one and not other for one, other in itertools.pairwise(skipped))
     assert waited > 0, "no row waited: the test tests nothing"
@@ -459,7 +459,7 @@ def test_a_prompts_cache_serves_whatever_comes_after_it(model):
         prompt, attention_mask=mask, max_new_tokens=4, order="right_to_left", past_key_values=first.past_key_values
     )
     fresh = model.generate_any_order(prompt, attention_mask=mask, max_new_tokens=4, order="right_to_left")
-    assert torch.equal(again.sequences, fresh.sequences) and (again.log_probs - fresh.log_probs).abs().max() < 1e-5
+    assert torch.equal(again.sequences, fresh.sequences) and (again.log_probs - fresh.log_probs).abs().max() < 1e-4
 
     ids = random_ids(1, 14)
     blanks = (torch.arange(14) >= 6) & (torch.arange(14) < 10)  # what follows the prompt stands further on
@@ -467,7 +467,7 @@ def test_a_prompts_cache_serves_whatever_comes_after_it(model):
         cache = model(ids[:, :6], use_cache=True).past_key_values
     given = model.generate_any_order(ids, blanks[None], past_key_values=cache)
     plain = model.generate_any_order(ids, blanks[None])
-    assert torch.equal(given.sequences, plain.sequences) and (given.log_probs - plain.log_probs).abs().max() < 1e-5
+    assert torch.equal(given.sequences, plain.sequences) and (given.log_probs - plain.log_probs).abs().max() < 1e-4
     assert cache.get_seq_length() == 6
     other = ids.clone()
     other[0, 2] += 1
@@ -506,7 +506,7 @@ def test_infilling_rewriting_and_scoring(tokenizer):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_checkpoints_go_round_and_come_from_llama(tmp_path, tied):
-    model, ids = tiny(tie_word_embeddings=tied), random_ids()
+    model, ids = tiny(tie_word_embeddings=tied, dtype=torch.float32), random_ids()
     llama_twin(model).save_pretrained(tmp_path / "llama")
     model.save_pretrained(tmp_path / "own")
     for folder in ("llama", "own"):
@@ -629,11 +629,11 @@ def test_what_the_trainer_hands_over_is_the_likelihood(model):
         arguments = model_inputs(order, ids, group_size=1, implementation="sdpa", one_stream=True)
         expected = model.log_likelihood(ids, order.group_ids, mask)[order.scored_mask]
         with torch.no_grad():
-            assert model(**arguments).loss.item() == pytest.approx(-expected.mean().item(), abs=1e-5)
+            assert model(**arguments).loss.item() == pytest.approx(-expected.mean().item(), abs=1e-4)
             chunked = model(**arguments, chunked_loss=True, num_items_in_batch=2)
-        assert chunked.loss.item() == pytest.approx(-expected.sum().item() / 2, rel=1e-5)
+        assert chunked.loss.item() == pytest.approx(-expected.sum().item() / 2, rel=1e-4)
         assert chunked.token_losses.shape == arguments["labels"].shape and chunked.logits is None
-        assert chunked.token_losses.sum().item() == pytest.approx(-expected.sum().item(), rel=1e-5)
+        assert chunked.token_losses.sum().item() == pytest.approx(-expected.sum().item(), rel=1e-4)
 
 
 def test_rehearsal_shapes_and_partial_prediction_train_with_both_losses(tmp_path):
@@ -662,7 +662,7 @@ def test_evaluation_is_of_the_orders_of_single_tokens_as_a3s(tmp_path):
             groups = torch.tensor([naive_groups(row, kind, 1, row_generator(EVALUATION_SEED, index, number))])
             scored = trainer.model.log_likelihood(torch.tensor([row["input_ids"]]), groups)[0]
             total -= scored[torch.tensor(row["labels"]) != -100].sum().item()
-        assert metrics[f"eval_loss_{name}"] == pytest.approx(total / tokens, abs=1e-5)
+        assert metrics[f"eval_loss_{name}"] == pytest.approx(total / tokens, abs=1e-4)
     two = metrics["eval_loss_left_to_right"] + metrics["eval_loss_scattered_1"]
     assert metrics["eval_loss"] == pytest.approx(two / 2, abs=1e-6)
 

@@ -41,7 +41,7 @@ def by_the_definition(model, ids, blanks, output):
     """Log-probabilities of each written token, one row and one group at a time, without a cache: the given tokens as
     singletons in text order, then what was written, in the order that the output tells.
     """
-    log_probs = torch.zeros(ids.shape)
+    log_probs = torch.zeros(ids.shape, dtype=model.dtype)
     greedy = torch.full(ids.shape, -1)
     for row in range(ids.shape[0]):
         groups = output.group_ids[row]
@@ -71,7 +71,7 @@ def test_cached_decoding_is_the_definition(name, implementation):
         log_probs, greedy = by_the_definition(model, ids, blanks, output)
         assert torch.equal(output.sequences[~blanks], ids[~blanks]) and (output.commit_step[~blanks] == -1).all()
         assert torch.equal(output.sequences[blanks], greedy[blanks])
-        assert (output.log_probs - log_probs).abs().max() < 1e-5
+        assert (output.log_probs - log_probs).abs().max() < 1e-4
         groups = torch.where(blanks, 100 + output.commit_step, (~blanks).cumsum(1))
         if STRATEGIES[name]["strategy"] != "speculative":  # there, one pass writes tokens that see each other
             assert all(torch.equal(a.unique(return_inverse=True)[1], b) for a, b in [(groups, output.group_ids)])
@@ -93,7 +93,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(model, name, side, do_sample):
         alone = model.generate_any_order(ids[row : row + 1, real], blanks[row : row + 1, real], **settings)
         assert torch.equal(alone.sequences[0], together.sequences[row, real])
         assert torch.equal(alone.commit_step[0], together.commit_step[row, real])
-        assert (alone.log_probs[0] - together.log_probs[row, real]).abs().max() < 1e-5
+        assert (alone.log_probs[0] - together.log_probs[row, real]).abs().max() < 1e-4
     assert torch.equal(together.sequences[~blanks], ids[~blanks])
 
 
@@ -104,7 +104,7 @@ def test_without_cache_is_the_same(model, name):
     cached = model.generate_any_order(ids, blanks, **settings)
     uncached = model.generate_any_order(ids, blanks, use_cache=False, **settings)
     assert torch.equal(cached.sequences, uncached.sequences)
-    assert (cached.log_probs - uncached.log_probs).abs().max() < 1e-5
+    assert (cached.log_probs - uncached.log_probs).abs().max() < 1e-4
 
 
 def test_dynamic_without_cache_is_the_papers_variant(model):
@@ -133,7 +133,7 @@ def test_log_probs_are_the_log_likelihood_of_the_order(model):
     for settings in [*STRATEGIES.values(), {"strategy": "refine"}]:
         output = model.generate_any_order(ids, blanks, attention_mask=mask.long(), **settings)
         scored = model.log_likelihood(output.sequences, output.group_ids, mask.long())
-        assert (scored - output.log_probs)[blanks].abs().max() < 1e-5
+        assert (scored - output.log_probs)[blanks].abs().max() < 1e-4
         assert (output.group_ids == -1).equal(~mask)
 
 

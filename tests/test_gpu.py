@@ -20,7 +20,7 @@ def to_cuda(order: GroupOrder) -> GroupOrder:
 
 
 def cuda_model(implementation: str, **changes):
-    return tiny_model(attn_implementation=implementation, hidden_size=64, **changes).cuda()
+    return tiny_model(attn_implementation=implementation, hidden_size=64, dtype=torch.float32, **changes).cuda()
 
 
 def ragged_order(length: int = 200) -> GroupOrder:
@@ -69,7 +69,8 @@ def test_no_leak_through_cuda_kernels(implementation, dtype):
     for builder in BUILDERS.values():
         order = to_cuda(builder(ragged_mask([13, 9], 13, "left"), generators(2)))
         for row in range(2):
-            assert leaks(model, order, random_ids(2, 13).cuda(), text_order, row) == []
+            bounds = {"rounding": 1e-3 if dtype is torch.float32 else 0.1, "seen": 0.15}
+            assert leaks(model, order, random_ids(2, 13).cuda(), text_order, row, **bounds) == []
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])

@@ -27,7 +27,7 @@ def judge(tokenizer):
     torch.manual_seed(7)
     settings = tiny_config(vocab_size=len(tokenizer)).to_dict()
     del settings["model_type"]
-    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval().double()
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def test_batches_change_nothing(model, judge, tokenizer, temperature):
 
 
 def test_special_tokens_are_never_written(model, judge, tokenizer):
-    model.lm_head.bias = nn.Parameter(torch.zeros(len(tokenizer)))
+    model.lm_head.bias = nn.Parameter(torch.zeros(len(tokenizer), dtype=model.dtype))
     model.lm_head.bias.data[[0, 1]] = 1e3
     ids = torch.tensor([encode_prompt(tokenizer, "The dog")])
     assert set(model.generate_any_order(ids, max_new_tokens=4).sequences[0, -4:].tolist()) <= {0, 1}

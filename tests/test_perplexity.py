@@ -27,7 +27,7 @@ def tiny_base(seed=0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     settings = tiny_config(**changes).to_dict()
     del settings["model_type"]
-    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval().double()
 
 
 @torch.no_grad()

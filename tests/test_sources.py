@@ -15,7 +15,6 @@ from lm_eval import tasks as stock_tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from a3_hf.evaluation import sources
-from tests.conftest import SHARED
 
 COUNT = 10
 NUMBERS = range(COUNT)
@@ -345,20 +344,3 @@ def test_a_folder_that_the_command_line_takes_for_a_number(tmp_path, monkeypatch
     write_items(tmp_path / "2024", "nq_open", LOCAL["nq_open"])
     monkeypatch.chdir(tmp_path)
     assert len(load("nq_open", 2024)) == COUNT
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("hellaswag", 10_042),
-        ("piqa", 1_838),
-        ("social_iqa", 1_954),
-        ("winogrande", 1_267),
-        ("triviaqa", 3_000),
-        ("rocstories", 1_871),
-    ],
-)
-def test_every_item_of_the_real_files_can_be_asked(name, count):
-    if not (SHARED / FILES[name]).is_file():
-        pytest.skip("needs the data in ../shared/data")
-    assert len(load(name, SHARED)) == count

@@ -18,8 +18,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from a3_hf.evaluation import tasks
 from a3_hf.evaluation.requests import LogLikelihood, take_blank
 from a3_hf.evaluation.running_code import FINISHED, run_program
-from tests.conftest import SHARED
-from tests.test_sources import COUNT, FILES, LOCAL, STOCK, write_all, write_items
+from tests.test_sources import COUNT, LOCAL, STOCK, write_all, write_items
 
 PACK = Path(__file__).parents[1] / "eval" / "tasks"
 ROUGE = {"rouge1", "rouge2", "rougeL"}
@@ -132,16 +131,13 @@ def ten(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory) -> Path:
-    """The first two items of each real file."""
-    folder = tmp_path_factory.mktemp("starts")
-    for name in ("hellaswag", "piqa", "social_iqa", "winogrande", "triviaqa", "rocstories"):
-        if not (SHARED / FILES[name]).is_file():
-            pytest.skip("needs the data in ../shared/data")
-        for file in (FILES[name], FILES[name].replace("valid.jsonl", "valid-labels.lst")):
-            lines = (SHARED / file).read_text(encoding="utf-8").splitlines(keepends=True)
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text("".join(lines[: 2 + (name == "rocstories")]), encoding="utf-8")
+def as_people_write(tmp_path_factory) -> Path:
+    """One item of each of six data sets, with what real files have: columns that no task uses, double spaces, quotes,
+    spaces at ends.
+    """
+    folder = tmp_path_factory.mktemp("as_people_write")
+    for name, row in WRITTEN.items():
+        write_items(folder, name, [row])
     return folder
 
 
@@ -530,56 +526,89 @@ def test_a_limit_of_nothing(limit):
         run_program("", **{limit: 0})
 
 
-# The real data
+# Items as people write them
 
-ROOF = "Roof shingle removal: A man is sitting on a roof. he"
-CAGE = "How do I ready a guinea pig cage for it's new occupants?"
-PAPER = (
-    "Provide the guinea pig with a cage full of a few inches of bedding made of ripped {}, you will also need to supply it "
-    "with a water bottle and a food dish."
-)
-RILEY = "Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need to do before this?"
-SARAH = "Sarah was a much better surgeon than Maria so"
+PAINT = "Painting a fence: A man stands at a fence. he"
+FENCES = [
+    " dips a brush into the paint.",
+    " rides a fence to school.",
+    " isn't holding a cat's tail.",
+    ' says "blue" and eats a roof.',
+]
+SHED = "How do I dry a wet shed before it's winter?"
+DRYING = [f" Open the shed's doors for a day, and hang {what}in it." for what in ("towels ", "a fish ")]
+ALEX = "Alex didn't lend Kim the bike. What does Alex want to do next?"
+PLANS = [" sell it", " Ride it to Kim's", " walk home"]
+OLGA = "Olga was a far better cook than Petra so"
+RIVER = "Question: Ebb, flow and slack are states of what{}\nAnswer:"
 STORY = [
-    "Rick grew up in a troubled household. He never found good support in family, and turned to gangs.",
-    " It wasn't long before Rick got shot in a robbery.",
-    " The incident caused him to turn a new leaf. He is happy now.",
+    "Ed's boat leaked. He had no money, and borrowed some.",
+    " It wasn't long before he could sail.",
+    " The wind took him far. He came back brown.",
 ]
-SHINGLES = [
-    " is using wrap to wrap a pair of skis.",
-    " is ripping level tiles off.",
-    " is holding a rubik's cube.",
-    " starts pulling up roofing on a roof.",
-]
-PLANS = [" make a new plan", " Go home and see Riley", " Find somewhere to go"]
-BEDDING = [" " + PAPER.format("paper strips"), " " + PAPER.format("jeans material")]
-FRUIT = "Question: Brunswick, Lancastrian and Pearl Pickler are types of which vegetable{}\nAnswer:"
+WRITTEN = {
+    "hellaswag": {
+        "ind": 24,
+        "activity_label": "Painting a fence",
+        "ctx": "A man stands at a fence. he",
+        "endings": [ending[1:].replace("the paint", "the  paint") for ending in FENCES],  # stock takes the space out
+        "label": 0,
+    },
+    "piqa": {"goal": SHED, "sol1": DRYING[0][1:], "sol2": DRYING[1][1:], "label": 0},
+    "social_iqa": {
+        "context": "Alex didn't lend Kim the bike.",
+        "question": "What does Alex want to do next?",
+        **{f"answer{letter}": plan[1:] for letter, plan in zip("ABC", PLANS, strict=True)},
+        "label": "3",
+    },
+    "winogrande": {
+        "sentence": f"{OLGA} _ ate at home.",
+        "option1": "Olga",
+        "option2": "Petra",
+        "answer": "1",
+    },
+    "triviaqa": {
+        "context": RIVER.format("?"),
+        "answer": "Tide",
+        "aliases": ["Tides", "The tide", "Tide", "Neap-tide range", "High  water"],
+    },
+    "rocstories": {
+        "InputStoryid": "138d",
+        "InputSentence1": "Ed's boat leaked.",
+        "InputSentence2": "He had no money, and borrowed some.",
+        "InputSentence3": "It wasn't long before he could sail.",
+        "InputSentence4": "The wind took him far.",
+        "RandomFifthSentenceQuiz1": "He came back brown.",
+        "RandomFifthSentenceQuiz2": "He sold a horse.",
+        "AnswerRightEnding": "1",
+    },
+}
 
 
 @pytest.mark.parametrize(
     ("name", "asked", "gold"),
     [
-        ("hellaswag", [(ROOF, ending) for ending in SHINGLES], 3),
-        ("a3_hellaswag", [(ROOF, ending) for ending in SHINGLES], 3),
-        ("piqa", [(f"Question: {CAGE}\nAnswer:", solution) for solution in BEDDING], 0),
-        ("a3_piqa", [(f"Question: {CAGE}\nAnswer:", solution) for solution in BEDDING], 0),
-        ("social_iqa", [(f"Q: {RILEY}\nA:", plan) for plan in PLANS], 2),
-        ("a3_siqa", [(f"Question: {RILEY}\nAnswer:", plan) for plan in PLANS], 2),
-        ("winogrande", [(f"{SARAH} {name}", " always got the easier cases.") for name in ("Sarah", "Maria")], 1),
-        ("a3_winogrande", [(SARAH, f" {name} always got the easier cases.") for name in ("Sarah", "Maria")], 1),
+        ("hellaswag", [(PAINT, ending) for ending in FENCES], 0),
+        ("a3_hellaswag", [(PAINT, ending) for ending in FENCES], 0),
+        ("piqa", [(f"Question: {SHED}\nAnswer:", solution) for solution in DRYING], 0),
+        ("a3_piqa", [(f"Question: {SHED}\nAnswer:", solution) for solution in DRYING], 0),
+        ("social_iqa", [(f"Q: {ALEX}\nA:", plan) for plan in PLANS], 2),
+        ("a3_siqa", [(f"Question: {ALEX}\nAnswer:", plan) for plan in PLANS], 2),
+        ("winogrande", [(f"{OLGA} {name}", " ate at home.") for name in ("Olga", "Petra")], 0),
+        ("a3_winogrande", [(OLGA, f" {name} ate at home.") for name in ("Olga", "Petra")], 0),
     ],
 )
-def test_the_first_real_item(name, asked, gold, starts):
-    assert requests_of(name, starts)[0] == asked
-    task = manager(starts).load([name])["tasks"][name]
+def test_the_prompts_of_an_item_as_people_write(name, asked, gold, as_people_write):
+    assert requests_of(name, as_people_write)[0] == asked
+    task = manager(as_people_write).load([name])["tasks"][name]
     # the stock task of WinoGrande has what is scored for its target, and the gold choice for its text
     assert int((task.doc_to_text if name == "winogrande" else task.doc_to_target)(task.task_docs[0])) == gold
 
 
-def test_the_first_real_question_and_story(starts):
-    ((context, _),) = requests_of("triviaqa", starts)[0]
-    assert context == FRUIT.format("??")
-    ((context, settings),) = requests_of("a3_triviaqa", starts)[0]
-    assert context == FRUIT.format("?") and settings["blank"]["length_of"] == " Allium nigritanum"
-    ((before, settings),) = requests_of("rocstories_infill_3", starts)[0]
+def test_the_question_and_story_as_people_write(as_people_write):
+    ((context, _),) = requests_of("triviaqa", as_people_write)[0]
+    assert context == RIVER.format("??")
+    ((context, settings),) = requests_of("a3_triviaqa", as_people_write)[0]
+    assert context == RIVER.format("?") and settings["blank"]["length_of"] == " Neap-tide range"
+    ((before, settings),) = requests_of("rocstories_infill_3", as_people_write)[0]
     assert [before, settings["blank"]["length_of"], settings["blank"]["suffix"]] == STORY
