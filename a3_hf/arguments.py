@@ -28,7 +28,8 @@ class ModelArguments:
     slot_start: Literal["query_embed", "left_token"] | None = field(
         default=None,
         metadata={
-            "help": "a3: what a slot starts as; left_token: as the token on its left where it sees it. None: as stored."
+            "help": "a3: what a slot starts as; left_token: as the token on its left where it sees it; query_embed: the "
+            "paper's one vector. None: as stored, and left_token from a LLaMA."
         },
     )
     tokenizer_name_or_path: str | None = field(

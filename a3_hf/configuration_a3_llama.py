@@ -12,20 +12,28 @@ class A3LlamaConfig(LlamaConfig):
     - `model_type` is `"a3_llama"`, and a `config.json` of model type `"llama"` is read as one of ours, so that a plain
       LLaMA checkpoint loads as it is;
     - any other model type raises a `ValueError` that names those two;
-    - `slot_start`, what a query slot starts as: `"query_embed"`, one learnt vector for all (the paper's), or `"left_token"`
-      (not in the paper): the embedding of the token to the left of the asked one wherever the slot may see it, and
-      `query_embed` elsewhere, all slots being rotated by the position of that token. From left to right a slot is then what
-      LLaMA's own last row is, and its logits are LLaMA's before any training.
+    - `slot_start`, what a query slot starts as: `"left_token"` (the default; not in the paper), the embedding of the token to
+      the left of the asked one wherever the slot may see it, and `query_embed` elsewhere, all slots being rotated by the
+      position of that token: from left to right a slot is then what LLaMA's own last row is, and its logits are LLaMA's
+      before any training. Or `"query_embed"` (the paper's), one learnt vector for all, which means nothing before training.
+      A checkpoint of type `"a3_llama"` that doesn't say was saved when `"query_embed"` was the default, and has that.
     """
 
     model_type = "a3_llama"
 
-    slot_start: str = "query_embed"
+    slot_start: str = "left_token"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.slot_start not in SLOT_STARTS:
             raise ValueError(f"slot_start={self.slot_start!r}; it takes {' or '.join(map(repr, SLOT_STARTS))}")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # The Auto classes come here with what a file holds; `get_config_dict` has told LLaMA's from ours.
+        if config_dict.get("model_type") == cls.model_type and "slot_start" not in config_dict:
+            config_dict = {**config_dict, "slot_start": "query_embed"}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -38,5 +46,6 @@ class A3LlamaConfig(LlamaConfig):
                 "(LLaMA 2 and 3.x, TinyLlama, SmolLM2, …)"
             )
         if model_type != cls.model_type:
-            config_dict = {**config_dict, "model_type": cls.model_type, "architectures": None}
+            start = {"slot_start": config_dict.get("slot_start", cls.slot_start)}
+            config_dict = {**config_dict, **start, "model_type": cls.model_type, "architectures": None}
         return config_dict, kwargs
