@@ -34,13 +34,15 @@ class A3GenerateOutput(ModelOutput):
 
     Attributes:
         sequences: (B, S) tokens, the given ones unchanged.
-        commit_step: (B, S) the step, from 0, at which a token was written; −1 where it was given, and behind the end of a
-            continuation.
+        commit_step: (B, S) the step, from 0, at which a token was written; −1 where it was given, or never written, as
+            behind the end of a continuation.
         log_probs: (B, S) log-probability of each written token under the model (before temperature and the like), given
-            what was written before it; 0 elsewhere. Their sum is the exact log-likelihood of the row's blanks under
-            `group_ids` (but for `dynamic` without a cache, whose passes belong to no one order).
+            what was written before it; 0 elsewhere. They are `log_likelihood(sequences, group_ids, group_ids >= 0)` where
+            something was written (but for `dynamic` without a cache, whose passes belong to no one order). Every token that
+            a written one has seen is among them, later EOS included: nothing is taken back.
         group_ids: (B, S) the order of `log_probs`, as `log_likelihood` takes it: given tokens first, then what was
-            written; −1 at padding and behind the end.
+            written; −1 at padding and where nothing was written. The text of a continuation is what stands up to its first
+            EOS; behind it only EOS and `pad_token_id` can stand.
         num_forward_passes: passes of the model, shared by all rows.
         tokens_per_forward: written tokens per row and pass, on average.
         cache, past_key_values: two words for the cache of the columns before the first blank, to be passed in with the same
@@ -94,6 +96,12 @@ class A3GenerationMixin:
         Given tokens are encoded as singletons in text order, as LLaMA was trained. A row's result does not depend on the
         other rows or on padding.
 
+        The continuation ends at its first EOS (`eos_token_id`, by default the model's own): nothing is written behind it any
+        more. In an order that is not left to right, tokens may stand behind it already, which others have seen; what they
+        have seen can't be taken back, or `log_probs` would be those of another text. Therefore an EOS is only chosen where
+        nothing but EOS stands behind it; such later EOS stay, with their log-probabilities. What was never written is
+        `pad_token_id`.
+
         1. Encode the given tokens and ask the first slots, in one pass.
         2. Choose a token at each slot, and commit some or all of them.
         3. Until nothing is open: encode the tokens just committed and ask the next slots, in one pass.
@@ -121,12 +129,13 @@ class A3GenerationMixin:
             NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds what was committed before.
         """
         cache = one_cache(past_key_values, cache, overrides)
-        config = resolve_config(generation_config, max_new_tokens, overrides)
+        config = resolve_config(generation_config, max_new_tokens, overrides, self.generation_config)
         self.check_generation(config)
         deadline = config.deadline()
         if cache is not None and (not config.use_cache or config.cache_implementation == "static"):
             raise ValueError("past_key_values needs use_cache=True and no static cache")
-        canvas = Canvas.prepare(self.config, input_ids, blank_mask, attention_mask, config)
+        canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
+        config.check_vocabulary(self.config.vocab_size, has_blanks=canvas.has_blanks_inside())
         chance = Chance(config, canvas)
         # A draft that is written again is no stream: `refine` shows its streamer the end alone.
         shows_drafts = config.strategy != "refine"
@@ -167,7 +176,7 @@ class A3GenerationMixin:
         def output() -> A3GenerateOutput:
             return make_output(
                 decoder,
-                group_ids=_group_ids(canvas, config, steps),
+                group_ids=_group_ids(canvas, config, steps, decoder.last_step),
                 extra_passes=extra_passes,
                 cache=decoder.encoder.prompt_cache(),
             )
@@ -199,7 +208,7 @@ def complete(
         canvas.take_back(error.step)
         error.output = output()
         raise
-    canvas.cut(decoder.config.filler(model.config))
+    canvas.close(decoder.config.filler(model.config))
     result = output()
     decoder.observers.finish()
     return result
@@ -251,8 +260,10 @@ def _make_encoder(model, canvas: Canvas, config: A3GenerationConfig, steps, prom
     )
 
 
-def _group_ids(canvas: Canvas, config: A3GenerationConfig, steps) -> torch.Tensor:
-    """(B, S) the order of the log-probabilities: given tokens one by one, then what was written."""
+def _group_ids(canvas: Canvas, config: A3GenerationConfig, steps, last_step: int | None) -> torch.Tensor:
+    """(B, S) the order of the log-probabilities: given tokens one by one, then what was written. `last_step` is the one that
+    wrote all that was open at once.
+    """
     written, given = canvas.commit_step[:, :-1] >= 0, canvas.given_mask
     if config.strategy == "refine":
         return GroupOrder.infilling(written, attention_mask=written | given).group_ids
@@ -261,5 +272,7 @@ def _group_ids(canvas: Canvas, config: A3GenerationConfig, steps) -> torch.Tenso
         rank = torch.zeros_like(canvas.sequences)
         path = steps[:, :, 0]
         groups = rank.scatter_(1, path, torch.arange(path.shape[1], device=path.device).expand_as(path))[:, :-1]
+        if last_step is not None:
+            groups = groups.masked_fill(canvas.commit_step[:, :-1] == last_step, path.shape[1])
     groups = torch.where(given, given.long().cumsum(dim=1) - 1, groups + given.sum(dim=1, keepdim=True))
     return groups.masked_fill(~(written | given), PADDING_GROUP)
