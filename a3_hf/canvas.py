@@ -134,11 +134,6 @@ class Canvas:
         """Puts `pad_token_id` where nothing was written."""
         self._clear(pad(self.blank_mask, (0, 1)) & (self.commit_step < 0), pad_token_id)
 
-    def drop_behind_the_end(self) -> None:
-        """Takes back the EOS tokens that stand behind the first, where what has seen them is scored anew."""
-        over = self.is_over(torch.arange(self.bin + 1, device=self.end.device)[None])
-        self._clear(over & pad(self.blank_mask, (0, 1)), 0)
-
     def take_back(self, step: int) -> None:
         """Opens what was written at `step` or later."""
         blank = pad(self.blank_mask, (0, 1))

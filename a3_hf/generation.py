@@ -34,15 +34,14 @@ class A3GenerateOutput(ModelOutput):
 
     Attributes:
         sequences: (B, S) tokens, the given ones unchanged.
-        commit_step: (B, S) the step, from 0, at which a token was written; −1 where it was given, or never written, as
-            behind the end of a continuation.
+        commit_step: (B, S) the step, from 0, at which a token was written; −1 where it was given, and behind the end of a
+            continuation.
         log_probs: (B, S) log-probability of each written token under the model (before temperature and the like), given
             what was written before it; 0 elsewhere. They are `log_likelihood(sequences, group_ids, group_ids >= 0)` where
-            something was written (but for `dynamic` without a cache, whose passes belong to no one order). Every token that
-            a written one has seen is among them, later EOS included: nothing is taken back.
+            something was written (but for `dynamic` without a cache, whose passes belong to no one order): every token that a
+            written one has seen is returned.
         group_ids: (B, S) the order of `log_probs`, as `log_likelihood` takes it: given tokens first, then what was
-            written; −1 at padding and where nothing was written. The text of a continuation is what stands up to its first
-            EOS; behind it only EOS and `pad_token_id` can stand.
+            written; −1 at padding and behind the end.
         num_forward_passes: passes of the model, shared by all rows.
         tokens_per_forward: written tokens per row and pass, on average.
         cache, past_key_values: two words for the cache of the columns before the first blank, to be passed in with the same
@@ -96,11 +95,11 @@ class A3GenerationMixin:
         Given tokens are encoded as singletons in text order, as LLaMA was trained. A row's result does not depend on the
         other rows or on padding.
 
-        The continuation ends at its first EOS (`eos_token_id`, by default the model's own): nothing is written behind it any
-        more. In an order that is not left to right, tokens may stand behind it already, which others have seen; what they
-        have seen can't be taken back, or `log_probs` would be those of another text. Therefore an EOS is only chosen where
-        nothing but EOS stands behind it; such later EOS stay, with their log-probabilities. What was never written is
-        `pad_token_id`.
+        The continuation ends at its EOS (`eos_token_id`, by default the model's own), and nothing is written behind it. In an
+        order that is not left to right, tokens may stand behind a place already, and others have seen them; to take them back
+        would make `log_probs` those of another text. Therefore an EOS is chosen only where no token stands behind it: what is
+        returned is what was seen. Of tokens written in one pass, which have not seen each other, those behind an EOS are not
+        written. (So from right to left a text ends in its last column or has no end: such an order decides the length first.)
 
         1. Encode the given tokens and ask the first slots, in one pass.
         2. Choose a token at each slot, and commit some or all of them.

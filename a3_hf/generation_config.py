@@ -99,11 +99,10 @@ class A3GenerationConfig(GenerationConfig):
             each step (the same result), but for `dynamic` and `refine`, which then take the paper's variant: all filled
             tokens encoded as one bidirectional group.
         eos_token_id: an id or several. None: with `max_new_tokens`, those of the model's own `generation_config`, as in
-            `generate`; `[]` for none. The continuation (the columns of `max_new_tokens`) ends at the first EOS in it: nothing
-            more is written behind it, and what was not written is `pad_token_id` in the end, with commit step −1. An EOS is
-            never written where given text or a written token other than EOS stands behind it, as in blanks with text around:
-            a text does not end in its middle. So nothing that another token has seen is ever taken back. In an order that
-            begins at the end, several EOS may stand one behind the other; the text ends at the first.
+            `generate`; `[]` for none. The continuation (the columns of `max_new_tokens`) ends at the first EOS written:
+            nothing is written behind it, where `pad_token_id` stands in the end, with commit step −1. An EOS is never written
+            where a given or written token stands behind it, as in blanks with text around: a text does not end in its middle.
+            So nothing that another token has seen is taken back, whatever the order.
         max_time: seconds, checked before each pass. When they have passed, the continuation ends with its last token
             written, and what is open before that is written in one last pass.
         bad_words_ids: as in `generate`, against the text on both sides. A sequence of several ids needs a strategy that

@@ -25,8 +25,8 @@ class SlotProcessors:
     that it ends just before the slot: what stands after the slot, then what stands before it, by position. Places not yet
     written hold the row's first given token (BOS), and so does what fills a shorter row, in front.
 
-    An EOS is left out wherever given text or a written token other than EOS stands behind it: a text does not end in its
-    middle.
+    An EOS is left out wherever a given or written token stands behind it, and before the continuation: a text does not end
+    in its middle.
     """
 
     def __init__(self, config: A3GenerationConfig, canvas, own_processors: LogitsProcessorList | None):
@@ -64,7 +64,7 @@ class SlotProcessors:
         for words in self.bad_words:
             logits = self._without(words, logits, slots, known)
         if self.eos.numel():
-            inside = (slots < self._last_of_text(known))[..., None]
+            inside = (slots < self._last_known(known))[..., None]
             logits = torch.where(inside, logits.index_fill(-1, self.eos, -torch.inf), logits)
         if self.forced_eos is not None:
             last = (slots == self.canvas.bin - 1)[..., None]
@@ -81,12 +81,10 @@ class SlotProcessors:
         logits = logits - logits.amax(dim=-1, keepdim=True)  # 0 at the likeliest stays 0 under any temperature
         return self.warpers(None, logits.flatten(0, 1)).view_as(logits)
 
-    def _last_of_text(self, known: torch.Tensor) -> torch.Tensor:
-        """(B, 1) or (B, Q) the last column that holds text other than EOS; at least the one before the continuation."""
-        canvas = self.canvas
-        is_text = known & ~torch.isin(canvas.sequences[:, None, :-1], self.eos)
-        columns = torch.arange(canvas.bin, device=known.device)
-        return torch.where(is_text, columns, -1).amax(dim=-1).clamp_min(canvas.new_from)
+    def _last_known(self, known: torch.Tensor) -> torch.Tensor:
+        """(B, 1) or (B, Q) the last column that holds a token, or else the first of the continuation."""
+        columns = torch.arange(self.canvas.bin, device=known.device)
+        return torch.where(known, columns, -1).amax(dim=-1).clamp_min(self.canvas.new_from)
 
     def _contexts(self, slots: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         canvas = self.canvas

@@ -395,7 +395,6 @@ def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
     """
     canvas, config = decoder.canvas, decoder.config
     fill_dynamic(decoder)
-    canvas.drop_behind_the_end()
     written = canvas.blank_mask & (canvas.commit_step[:, :-1] >= 0)
     real = canvas.given_mask | written
     groups = GroupOrder.infilling(written, attention_mask=real).group_ids
