@@ -13,7 +13,7 @@ from .inputs import check_in_vocabulary, check_integers, check_mask
 from .likelihood import token_log_probs
 from .masks import group_views, open_views, prompt_views
 
-# Layer 0's keys of the same tokens, computed in two batch shapes, differ by rounding alone; this much of their scale.
+# States of the same tokens, computed in two batch shapes, differ by rounding alone; by less than this share of their scale.
 CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 MOST_TOKENS = 2**31  # of a canvas; more would fail for want of memory
 
@@ -351,9 +351,61 @@ class Encoder:
                 f"past_key_values does not belong to input_ids: it differs at row {row}, column {column} (another text, "
                 "other positions or another model)"
             )
+        self._check_states(cache)
         for index, layer in enumerate(cache.layers):
             states = (tensor.expand(batch_size, -1, -1, -1) for tensor in (layer.keys, layer.values))
             self.cache.update(*states, index)
+
+    def _check_states(self, cache: Cache) -> None:
+        """Encodes the first and the last token of each row again, and compares what they leave in every layer. The first sees
+        itself alone, the last all of the cache, and both go through all weights that decide what a cache holds.
+
+        Raises:
+            ValueError: they differ.
+        """
+        length, given = cache.get_seq_length(), self.encoded != self.canvas.bin
+        place = torch.arange(length, device=given.device)
+        rows, batch_size = given.any(dim=1), given.shape[0]
+        first, last = given.long().argmax(dim=1), torch.where(given, place, 0).amax(dim=1)
+        alone = torch.zeros_like(given)
+        for columns, before in ((first, alone), (last, given & (place != last[:, None]))):
+            again = first_tokens(cache, length)
+            for layer in again.layers:
+                layer.keys, layer.values = (
+                    states.expand(batch_size, -1, -1, -1) for states in (layer.keys, layer.values)
+                )
+            self._encode_again(columns[:, None], again, pad(before, (0, 1), value=True))
+            for index, (new, old) in enumerate(zip(again.layers, cache.layers, strict=True)):
+                for name in ("keys", "values"):
+                    states = getattr(old, name).expand(batch_size, -1, -1, -1)
+                    where = columns[:, None, None, None].expand(-1, states.shape[1], 1, states.shape[3])
+                    error = _relative_error(getattr(new, name)[:, :, -1:], states.gather(2, where))
+                    wrong = rows & ~(error <= CACHE_TOLERANCE.get(states.dtype, 1e-3))
+                    if wrong.any():
+                        row = int(wrong.nonzero()[0])
+                        raise ValueError(
+                            f"past_key_values was not made by this model as it is now: the {name} of layer {index} at row "
+                            f"{row}, column {int(columns[row])}, are others (other weights, or adapters that were on or off, "
+                            "or a prompt that was not encoded from left to right); make it again"
+                        )
+
+    def _encode_again(self, columns: torch.Tensor, cache: Cache, key_mask: torch.Tensor) -> None:
+        """Appends the states of `columns` (B, 1) to `cache`, of which they see the keys under `key_mask` (B, cached + 1)."""
+        position_ids = self.canvas.position_ids.gather(1, columns)
+        self.model.model(
+            input_ids=self.canvas.sequences.gather(1, columns),
+            position_ids=position_ids,
+            target_position_ids=position_ids[:, :0],
+            attention_mask=open_views(self.implementation, 1, key_mask),
+            cache=cache,
+            use_cache=True,
+        )
+
+
+def _relative_error(states: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """(B,) how far states (B, H, 1, D / H) are from others, as a share of their norm."""
+    states, expected = states.float().flatten(1), expected.float().flatten(1)
+    return (states - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _checked_rows(

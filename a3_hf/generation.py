@@ -42,7 +42,7 @@ class A3GenerateOutput(ModelOutput):
             written one has seen is returned.
         group_ids: (B, S) the order of `log_probs`, as `log_likelihood` takes it: given tokens first, then what was
             written; −1 at padding and behind the end.
-        num_forward_passes: passes of the model, shared by all rows.
+        num_forward_passes: passes of the model, shared by all rows, but for those that check a caller's cache.
         tokens_per_forward: written tokens per row and pass, on average.
         cache, past_key_values: two words for the cache of the columns before the first blank, to be passed in with the same
             prompt again; None without a cache or with a static one.
@@ -112,7 +112,9 @@ class A3GenerationMixin:
             generation_config: the settings; `overrides` are fields of `A3GenerationConfig` that replace its own.
             attention_mask: (B, S), 0 at padding, on whichever side.
             past_key_values, cache: two words for the cache of the first columns of `input_ids`, from an earlier output or
-                from `model(...)`; left as it is. A batch of 1 serves all rows.
+                from `model(...)`; left as it is. A batch of 1 serves all rows. It is compared with this model: its shape, the
+                first layer's keys of every token (the text), and in every layer the states of the first and the last token
+                of each row, encoded again (the weights and adapters that are on). States in between are not.
             logits_processor: processors of one's own, applied after the config's. They are called with one row per slot:
                 the row's text turned so that it ends just before the slot (see `SlotProcessors`).
             logits_hook: `logits_hook(step, columns, logits)` gets the columns (B, Q) asked and their logits (B, Q, V),
@@ -131,6 +133,8 @@ class A3GenerationMixin:
         config = resolve_config(generation_config, max_new_tokens, overrides, self.generation_config)
         self.check_generation(config)
         deadline = config.deadline()
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; it takes a transformers Cache")
         if cache is not None and (not config.use_cache or config.cache_implementation == "static"):
             raise ValueError("past_key_values needs use_cache=True and no static cache")
         canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
