@@ -9,11 +9,13 @@ from transformers.cache_utils import Cache
 
 from .cache import first_tokens, roomy_cache
 from .generation_config import A3GenerationConfig
+from .inputs import check_in_vocabulary, check_integers, check_mask
 from .likelihood import token_log_probs
 from .masks import group_views, open_views, prompt_views
 
-# Layer 0's keys of the same tokens, computed in two batch shapes, differ by rounding alone; this much of their scale.
+# States of the same tokens, computed in two batch shapes, differ by rounding alone; by less than this share of their scale.
 CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+MOST_TOKENS = 2**31  # of a canvas; more would fail for want of memory
 
 
 @dataclass
@@ -26,67 +28,48 @@ class Canvas:
     position_ids: torch.Tensor
     commit_step: torch.Tensor
     log_probs: torch.Tensor
+    by_position: torch.Tensor  # (B, S) the column of each position, the bin behind the row's last
     given_mask: torch.Tensor  # (B, S)
     blank_mask: torch.Tensor  # (B, S)
     new_from: int  # the first column of the continuation; S where there is none
-    eos_token_ids: torch.Tensor  # (n,), ends the continuation
+    eos_token_ids: torch.Tensor  # (n,), ends the continuation; none where there is no continuation
     end: torch.Tensor  # (B,) the last column of each row's continuation; S − 1 until an EOS is written
     logits: torch.Tensor | None = None  # (B, S + 1, V), if asked for
     failed_step: torch.Tensor | None = None  # () the first step with NaN logits; −1: none
+    excluded_step: torch.Tensor | None = None  # () the first step that wrote a token of probability 0; −1: none
 
     @classmethod
-    def prepare(cls, model_config, input_ids, blank_mask, attention_mask, config: A3GenerationConfig) -> "Canvas":
+    def prepare(cls, model, input_ids, blank_mask, attention_mask, config: A3GenerationConfig) -> "Canvas":
         """The canvas of rows (B, S), each `num_return_sequences` times side by side, with the continuation behind them."""
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it takes (batch, sequence)")
-        masks = {"blank_mask": blank_mask, "attention_mask": attention_mask}
-        for name, mask in masks.items():
-            if mask is not None and mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(mask.shape)}; it takes that of input_ids, {tuple(input_ids.shape)}"
-                )
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        blank = torch.zeros_like(real) if blank_mask is None else blank_mask.bool()
-        if (blank & ~real).any():
-            raise ValueError("blank_mask is True at padding, outside the row; it takes blanks at real tokens only")
+        input_ids, real, blank = _checked_rows(model.config, input_ids, blank_mask, attention_mask, config)
         new_from = input_ids.shape[1]
         if config.max_new_tokens is not None:
             new = (0, config.max_new_tokens)
             input_ids = pad(input_ids, new)
             real, blank = (pad(mask, new, value=True) for mask in (real, blank))
-        given = real & ~blank
-        if not blank.any():
-            raise ValueError("there is no blank to fill: blank_mask is True nowhere, and max_new_tokens is not given")
-        if not given.any(dim=1).all():
-            row = int((~given.any(dim=1)).nonzero()[0])
-            raise ValueError(
-                f"row {row} of input_ids has no given token, so that nothing could be seen; begin it with BOS"
-            )
-        longest, context = int(real.sum(dim=1).max()), model_config.max_position_embeddings
-        if longest > context:
-            raise ValueError(
-                f"input_ids and its blanks take {longest} positions, {longest - context} more than the model's context "
-                f"(max_position_embeddings={context})"
-            )
         if config.num_return_sequences is not None:
             copies = config.num_return_sequences
             input_ids, real, blank = (each.repeat_interleave(copies, dim=0) for each in (input_ids, real, blank))
         sequences = pad(input_ids.masked_fill(blank, 0), (0, 1))
-        device = sequences.device
+        device, width = sequences.device, sequences.shape[1]
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        ends = config.eos_token_ids() if config.max_new_tokens is not None else ()
         return cls(
             sequences=sequences,
             position_ids=pad((real.long().cumsum(dim=1) - 1).clamp_min(0), (0, 1)),
             commit_step=torch.full_like(sequences, -1),
-            log_probs=torch.zeros(sequences.shape, dtype=torch.float32, device=device),
+            log_probs=torch.zeros(sequences.shape, dtype=dtype, device=device),
+            by_position=pack(torch.arange(width - 1, device=device).expand_as(real), real, width - 1),
             given_mask=real & ~blank,
             blank_mask=blank,
             new_from=new_from,
-            eos_token_ids=torch.tensor(config.eos_token_ids(), dtype=torch.long, device=device),
-            end=torch.full_like(sequences[:, 0], sequences.shape[1] - 2),
-            logits=torch.zeros(*sequences.shape, model_config.vocab_size, device=device)
+            eos_token_ids=torch.tensor(ends, dtype=torch.long, device=device),
+            end=torch.full_like(sequences[:, 0], width - 2),
+            logits=torch.zeros(*sequences.shape, model.config.vocab_size, dtype=dtype, device=device)
             if config.output_logits
             else None,
             failed_step=torch.tensor(-1, device=device),
+            excluded_step=torch.tensor(-1, device=device),
         )
 
     @property
@@ -107,14 +90,27 @@ class Canvas:
         """(B, S), True where a token is given or written."""
         return self.given_mask | (self.commit_step[:, :-1] >= 0)
 
+    def columns_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, …) the columns at which `positions` (B, …) of the rows' texts stand, the bin where there is no such position."""
+        inside = (positions >= 0) & (positions < self.bin)
+        places = positions.clamp(0, self.bin - 1).flatten(1)
+        return self.by_position.gather(1, places).view_as(positions).masked_fill(~inside, self.bin)
+
     def is_over(self, columns: torch.Tensor) -> torch.Tensor:
         """(B, n), True where `columns` stand behind the end of the row's continuation."""
         return columns > self.end[:, None]
 
-    def commit(self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, step: int) -> None:
+    def commit(
+        self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor, step: int
+    ) -> None:
         """Writes `tokens` (B, n) at columns `index` (B, n), the bin swallowing padding. `logits` (B, n, V) are the model's
-        own.
+        own, `scores` (B, n, V) those from which the tokens were chosen. Where an EOS is among them, those behind it are
+        left unwritten: nothing has seen them yet.
         """
+        if self.eos_token_ids.numel():
+            is_end = torch.isin(tokens, self.eos_token_ids) & (index >= self.new_from) & (index != self.bin)
+            self.end = torch.minimum(self.end, index.masked_fill(~is_end, self.bin).amin(dim=1))
+            index = index.masked_fill(self.is_over(index), self.bin)
         log_probs = token_log_probs(logits, tokens)
         self.sequences.scatter_(1, index, tokens)
         self.log_probs.scatter_(1, index, log_probs)
@@ -122,11 +118,11 @@ class Canvas:
         if self.logits is not None:
             where = index[..., None].expand(-1, -1, logits.shape[-1])
             self.logits.scatter_(1, where, logits.to(self.logits.dtype))
-        failed = (log_probs.isnan() & (index != self.bin)).any() & (self.failed_step < 0)
-        self.failed_step = torch.where(failed, step, self.failed_step)
-        if self.eos_token_ids.numel():
-            is_end = torch.isin(tokens, self.eos_token_ids) & (index >= self.new_from) & (index != self.bin)
-            self.end = torch.minimum(self.end, index.masked_fill(~is_end, self.bin).amin(dim=1))
+        has_chance = scores.gather(-1, tokens[..., None]).squeeze(-1) > -torch.inf
+        for name, wrong in (("failed_step", log_probs.isnan()), ("excluded_step", ~has_chance)):
+            first = getattr(self, name)
+            is_new = (wrong & (index != self.bin)).any() & (first < 0)
+            setattr(self, name, torch.where(is_new, step, first))
 
     def settle(self) -> None:
         """Turns what was made in inference mode into ordinary tensors, of use in training as well."""
@@ -134,10 +130,9 @@ class Canvas:
             if isinstance(value, torch.Tensor) and value.is_inference():
                 setattr(self, name, value.clone())
 
-    def cut(self, pad_token_id: int) -> None:
-        """Takes back what was written behind the end of the continuation."""
-        over = self.is_over(torch.arange(self.bin + 1, device=self.end.device)[None])
-        self._clear(over & pad(self.blank_mask, (0, 1)), pad_token_id)
+    def close(self, pad_token_id: int) -> None:
+        """Puts `pad_token_id` where nothing was written."""
+        self._clear(pad(self.blank_mask, (0, 1)) & (self.commit_step < 0), pad_token_id)
 
     def take_back(self, step: int) -> None:
         """Opens what was written at `step` or later."""
@@ -280,15 +275,15 @@ class Encoder:
     def _left_tokens(
         self, content: torch.Tensor, slots: torch.Tensor, slot_groups: torch.Tensor | None
     ) -> torch.Tensor:
-        """(B, Q) the token in the column left of each slot's where the slot sees it, and −1 elsewhere."""
+        """(B, Q) the token at the position left of each slot's where the slot sees it, and −1 elsewhere."""
         num_new, last = content.shape[1], torch.iinfo(content.dtype).max
         # The first of the new columns that must be seen for a column to be: none for those of earlier passes.
         needed = torch.full_like(self.canvas.sequences, last)
         needed.scatter_(1, content, torch.arange(num_new, device=content.device).expand_as(content))
         needed.scatter_(1, self.encoded, -1)
-        left = (slots - 1).clamp_min(0)
+        left = self.canvas.columns_at(self.canvas.position_ids.gather(1, slots) - 1)
         limit = num_new if slot_groups is None else slot_groups
-        is_visible = (needed.gather(1, left) < limit) & (slots > 0)
+        is_visible = (needed.gather(1, left) < limit) & (left != self.canvas.bin)
         return self.canvas.sequences.gather(1, left).masked_fill(~is_visible, -1)
 
     def forget(self, fallen: torch.Tensor, surplus: int) -> None:
@@ -356,9 +351,100 @@ class Encoder:
                 f"past_key_values does not belong to input_ids: it differs at row {row}, column {column} (another text, "
                 "other positions or another model)"
             )
+        self._check_states(cache)
         for index, layer in enumerate(cache.layers):
             states = (tensor.expand(batch_size, -1, -1, -1) for tensor in (layer.keys, layer.values))
             self.cache.update(*states, index)
+
+    def _check_states(self, cache: Cache) -> None:
+        """Encodes the first and the last token of each row again, and compares what they leave in every layer. The first sees
+        itself alone, the last all of the cache, and both go through all weights that decide what a cache holds.
+
+        Raises:
+            ValueError: they differ.
+        """
+        length, given = cache.get_seq_length(), self.encoded != self.canvas.bin
+        place = torch.arange(length, device=given.device)
+        rows, batch_size = given.any(dim=1), given.shape[0]
+        first, last = given.long().argmax(dim=1), torch.where(given, place, 0).amax(dim=1)
+        alone = torch.zeros_like(given)
+        for columns, before in ((first, alone), (last, given & (place != last[:, None]))):
+            again = first_tokens(cache, length)
+            for layer in again.layers:
+                layer.keys, layer.values = (
+                    states.expand(batch_size, -1, -1, -1) for states in (layer.keys, layer.values)
+                )
+            self._encode_again(columns[:, None], again, pad(before, (0, 1), value=True))
+            for index, (new, old) in enumerate(zip(again.layers, cache.layers, strict=True)):
+                for name in ("keys", "values"):
+                    states = getattr(old, name).expand(batch_size, -1, -1, -1)
+                    where = columns[:, None, None, None].expand(-1, states.shape[1], 1, states.shape[3])
+                    error = _relative_error(getattr(new, name)[:, :, -1:], states.gather(2, where))
+                    wrong = rows & ~(error <= CACHE_TOLERANCE.get(states.dtype, 1e-3))
+                    if wrong.any():
+                        row = int(wrong.nonzero()[0])
+                        raise ValueError(
+                            f"past_key_values was not made by this model as it is now: the {name} of layer {index} at row "
+                            f"{row}, column {int(columns[row])}, are others (other weights, or adapters that were on or off, "
+                            "or a prompt that was not encoded from left to right); make it again"
+                        )
+
+    def _encode_again(self, columns: torch.Tensor, cache: Cache, key_mask: torch.Tensor) -> None:
+        """Appends the states of `columns` (B, 1) to `cache`, of which they see the keys under `key_mask` (B, cached + 1)."""
+        position_ids = self.canvas.position_ids.gather(1, columns)
+        self.model.model(
+            input_ids=self.canvas.sequences.gather(1, columns),
+            position_ids=position_ids,
+            target_position_ids=position_ids[:, :0],
+            attention_mask=open_views(self.implementation, 1, key_mask),
+            cache=cache,
+            use_cache=True,
+        )
+
+
+def _relative_error(states: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """(B,) how far states (B, H, 1, D / H) are from others, as a share of their norm."""
+    states, expected = states.float().flatten(1), expected.float().flatten(1)
+    return (states - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _checked_rows(
+    model_config, input_ids, blank_mask, attention_mask, config: A3GenerationConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, S) ids as int64, and two masks: what is no padding, and what is to be written. A continuation is counted, not yet
+    appended.
+    """
+    check_integers("input_ids", input_ids, dimensions=2)
+    shape, num_new = tuple(input_ids.shape), config.max_new_tokens or 0
+    if not input_ids.numel():
+        raise ValueError(f"input_ids has shape {shape}; it takes at least one row and one token (BOS)")
+    real, blank = (
+        torch.full_like(input_ids, default, dtype=torch.bool) if mask is None else check_mask(name, mask, shape)
+        for name, mask, default in (("attention_mask", attention_mask, True), ("blank_mask", blank_mask, False))
+    )
+    if (blank & ~real).any():
+        raise ValueError("blank_mask is True at padding, outside the row; it takes blanks at real tokens only")
+    if not num_new and not blank.any():
+        raise ValueError("there is no blank to fill: blank_mask is True nowhere, and max_new_tokens is not given")
+    given = real & ~blank
+    if not given.any(dim=1).all():
+        row = int((~given.any(dim=1)).nonzero()[0])
+        raise ValueError(f"row {row} of input_ids has no given token, so that nothing could be seen; begin it with BOS")
+    longest, context = int(real.sum(dim=1).max()) + num_new, model_config.max_position_embeddings
+    if longest > context:
+        new = f" (max_new_tokens={num_new})" if num_new else ""
+        raise ValueError(
+            f"input_ids and its blanks{new} take {longest} positions, {longest - context} more than the model's context "
+            f"(max_position_embeddings={context})"
+        )
+    copies = config.num_return_sequences or 1
+    if copies * shape[0] * (shape[1] + num_new) > MOST_TOKENS:
+        raise ValueError(
+            f"num_return_sequences={copies} with input_ids of shape {shape} takes {copies * shape[0]} rows; it takes at "
+            f"most {MOST_TOKENS} tokens in all"
+        )
+    check_in_vocabulary("input_ids", input_ids, model_config.vocab_size, where=given)
+    return input_ids.long(), real, blank
 
 
 def columns_of(mask: torch.Tensor, bin_column: int) -> torch.Tensor:

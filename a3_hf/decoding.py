@@ -7,6 +7,11 @@ DRAFTS = ("model", "ngram")
 NGRAM_LENGTH = 3  # the longest run of left neighbours that an n-gram draft looks up
 
 
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Half precision becomes fp32; fp32 and fp64 stay."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def uniform_noise(seeds: torch.Tensor, places: torch.Tensor, step: int, purpose: int) -> torch.Tensor:
     """Uniform numbers in [0, 1), each a function of its own coordinates alone, so that neither batch nor padding nor
     device changes a draw and nothing is copied between devices. (A hash in the manner of splitmix64 of the counters.)
@@ -42,7 +47,7 @@ def choose_tokens(scores: torch.Tensor, uniform: torch.Tensor | None) -> torch.T
     """
     if uniform is None:
         return scores.argmax(dim=-1)
-    cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
+    cumulative = at_least_float32(scores).softmax(dim=-1).cumsum(dim=-1)
     # scaled by the rounded total, so that the draw stays below it; right=True skips tokens of probability zero
     threshold = uniform.to(cumulative.dtype)[..., None] * cumulative[..., -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
@@ -61,9 +66,10 @@ def commit_scores(logits: torch.Tensor, criterion: str, uniform: torch.Tensor | 
     """
     if criterion == "random":
         return uniform
+    logits = at_least_float32(logits)
     if criterion == "confidence":
-        return logits.amax(dim=-1).float() - logits.float().logsumexp(dim=-1)
-    log_probs = logits.float().log_softmax(dim=-1)
+        return logits.amax(dim=-1) - logits.logsumexp(dim=-1)
+    log_probs = logits.log_softmax(dim=-1)
     if criterion == "entropy":
         return (log_probs.exp() * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(dim=-1)
     first, second = log_probs.topk(2, dim=-1).values.exp().unbind(dim=-1)
@@ -126,11 +132,11 @@ def accept_drafts(
         falls = (best != tokens) & is_draft
         replacements = best
     else:
-        target_probs = target.float().softmax(dim=-1)
+        target_probs = at_least_float32(target).softmax(dim=-1)
         if draft is None:
             draft_probs = torch.zeros_like(target_probs).scatter_(-1, tokens[..., None], 1.0)
         else:
-            draft_probs = draft.float().softmax(dim=-1)
+            draft_probs = at_least_float32(draft).softmax(dim=-1)
         target_prob, draft_prob = (
             probs.gather(-1, tokens[..., None]).squeeze(-1) for probs in (target_probs, draft_probs)
         )
@@ -147,25 +153,25 @@ def accept_drafts(
     return stands, replacements.gather(1, first_fallen).squeeze(1)
 
 
-def ngram_draft(tokens: torch.Tensor, known: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(B,) a guess at the token at `columns` (B,): what followed the same left neighbours elsewhere in the row, the
+def ngram_draft(tokens: torch.Tensor, known: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(B,) a guess at the token at `places` (B,): what followed the same left neighbours elsewhere in the row, the
     longest run first (up to `NGRAM_LENGTH`), then the latest. Where there is no such place: the left neighbour itself.
 
     Args:
-        tokens: (B, S).
+        tokens: (B, S) the text, token by token, without padding between them.
         known: (B, S), where `tokens` stand.
     """
     length = tokens.shape[1]
     place = torch.arange(length, device=tokens.device)
     matched = torch.zeros_like(tokens)
-    agrees = known & (place[None] != columns[:, None])
+    agrees = known & (place[None] != places[:, None])
     for distance in range(1, NGRAM_LENGTH + 1):
-        here = (columns - distance).clamp_min(0)[:, None]
-        here_known = known.gather(1, here) & (columns[:, None] >= distance)
+        here = (places - distance).clamp_min(0)[:, None]
+        here_known = known.gather(1, here) & (places[:, None] >= distance)
         there = torch.roll(tokens, distance, dims=1)
         there_known = torch.roll(known, distance, dims=1) & (place >= distance)
         agrees = agrees & here_known & there_known & (there == tokens.gather(1, here))
         matched = matched + agrees
     best = (matched * length + place).masked_fill(matched == 0, -1).max(dim=1)
-    source = torch.where(best.values >= 0, best.indices, (columns - 1).clamp_min(0))
+    source = torch.where(best.values >= 0, best.indices, (places - 1).clamp_min(0))
     return tokens.gather(1, source[:, None]).squeeze(1)

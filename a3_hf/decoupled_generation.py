@@ -75,6 +75,20 @@ class DecoupledRopeEncoder(Encoder):
             logits_to_keep=last,
         ).logits
 
+    def _encode_again(self, columns: torch.Tensor, cache: Cache, key_mask: torch.Tensor) -> None:
+        canvas = self.canvas
+        place = torch.arange(canvas.bin, device=columns.device)
+        behind = canvas.given_mask & (place > columns)
+        successors = torch.where(behind, place, canvas.bin).amin(dim=1, keepdim=True)
+        self.model.model(
+            input_ids=canvas.sequences.gather(1, columns),
+            position_ids=canvas.position_ids.gather(1, columns),
+            target_position_ids=canvas.position_ids.gather(1, successors),
+            attention_mask=key_mask.long(),
+            cache=cache,
+            use_cache=True,
+        )
+
     def _take(self, cache: Cache) -> None:
         # The states of a row's last token depend on where its successor stands, which may be elsewhere now.
         length = cache.get_seq_length()

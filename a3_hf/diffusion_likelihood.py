@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 
 from .corruption import check_text, mask_by_count, required_mask_token, spread_counts
-from .likelihood import SLOTS_PER_CHUNK, token_log_probs
+from .inputs import check_integers, check_mask, check_token_ids
+from .likelihood import SLOTS_PER_CHUNK, checked_text, token_log_probs
 from .orders import seed_of
 
 TOKENS_PER_PASS = 2**14
@@ -47,7 +48,7 @@ class DiffusionLikelihoodMixin:
         """
         if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
             raise ValueError(f"num_samples={num_samples!r}; it takes a whole number of at least 1: a bound is a mean")
-        real, is_open = self._open_tokens(input_ids, attention_mask, given_mask)
+        input_ids, real, is_open = self._open_tokens(input_ids, attention_mask, given_mask)
         num_open, length = is_open.sum(dim=1), input_ids.shape[1]
         offset, noise = torch.zeros(len(input_ids)), torch.zeros(len(input_ids), num_samples, length)
         for row, number in enumerate(num_open.tolist()):
@@ -79,7 +80,7 @@ class DiffusionLikelihoodMixin:
         Raises:
             ValueError: as `log_likelihood_bound`, and a row with more open tokens.
         """
-        real, is_open = self._open_tokens(input_ids, attention_mask, given_mask)
+        input_ids, real, is_open = self._open_tokens(input_ids, attention_mask, given_mask)
         rows, masks, weights = [], [], []
         for row, columns in enumerate(is_open):
             columns = columns.nonzero().flatten()
@@ -118,8 +119,8 @@ class DiffusionLikelihoodMixin:
             scored_mask: (B, S), True where a log-probability is wanted; None: everywhere. Fewer groups cost less.
 
         Returns:
-            (B, S) natural logarithms in fp32; 0 where nothing is scored: outside `scored_mask`, at padding, and in each
-            row's lowest group.
+            (B, S) natural logarithms in fp32 (fp64 from an fp64 model); 0 where nothing is scored: outside `scored_mask`,
+            at padding, and in each row's lowest group.
 
         Raises:
             ValueError: shapes that don't match, group ids that are not integers, a first token that would be scored, the
@@ -137,21 +138,18 @@ class DiffusionLikelihoodMixin:
         scored_mask: torch.Tensor | None = None,
     ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
         """What `log_likelihood` returns, and (B, S) whether each scored token is the likeliest one at its place."""
-        for name, mask in {"group_ids": group_ids, "scored_mask": scored_mask}.items():
-            if mask is not None and mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(mask.shape)}; it takes that of input_ids, {tuple(input_ids.shape)}"
-                )
-        if group_ids.dtype == torch.bool or group_ids.is_floating_point():
-            raise ValueError(f"group_ids has dtype {group_ids.dtype}; it takes integers (lower = earlier)")
-        real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        input_ids, group_ids, attention_mask, scored_mask = checked_text(
+            input_ids, group_ids, attention_mask, scored_mask, vocab_size=self.config.vocab_size
+        )
+        real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask
         last = torch.iinfo(group_ids.dtype).max
         lowest = group_ids.masked_fill(~real, last).amin(dim=1, keepdim=True)
         wanted = real & (group_ids > lowest)
-        wanted = wanted if scored_mask is None else wanted & scored_mask.bool()
-        real, wanted = self._open_tokens(input_ids, attention_mask, ~wanted)
+        wanted = wanted if scored_mask is None else wanted & scored_mask
+        input_ids, real, wanted = self._open_tokens(input_ids, attention_mask, ~wanted)
         pairs = [(row, group) for row in range(len(real)) for group in group_ids[row, wanted[row]].unique().tolist()]
-        log_probs = torch.zeros(input_ids.shape, device=input_ids.device)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        log_probs = torch.zeros(input_ids.shape, dtype=dtype, device=input_ids.device)
         greedy = torch.zeros_like(real)
         if not pairs:
             return log_probs, greedy
@@ -163,25 +161,25 @@ class DiffusionLikelihoodMixin:
             log_probs[at_rows, columns], greedy[at_rows, columns] = values, is_greedy
         return log_probs, greedy
 
-    def _open_tokens(self, input_ids, attention_mask, given_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S) what is no padding, and what is to be predicted."""
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it takes (batch, sequence)")
-        for name, mask in {"attention_mask": attention_mask, "given_mask": given_mask}.items():
-            if mask is not None and mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(mask.shape)}; it takes that of input_ids, {tuple(input_ids.shape)}"
-                )
-        real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+    def _open_tokens(self, input_ids, attention_mask, given_mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, S) the ids as int64, what is no padding, and what is to be predicted."""
+        check_integers("input_ids", input_ids, dimensions=2)
+        real, given = (
+            None if mask is None else check_mask(name, mask, tuple(input_ids.shape))
+            for name, mask in {"attention_mask": attention_mask, "given_mask": given_mask}.items()
+        )
+        input_ids = check_token_ids("input_ids", input_ids, self.config.vocab_size, where=real)
+        real = torch.ones_like(input_ids).bool() if real is None else real
+        input_ids = input_ids.masked_fill(~real, 0)
         first = real & (real.long().cumsum(dim=1) == 1)
-        is_open = real & ~(first if given_mask is None else given_mask.bool())
+        is_open = real & ~(first if given is None else given)
         check_text(input_ids, real, required_mask_token(self.config))
         if (is_open & first).any():
             raise ValueError(
                 f"row {int((is_open & first).any(dim=1).nonzero()[0])} of input_ids asks for its first token, which nothing "
                 "predicts; it takes rows whose first token (BOS) is given"
             )
-        return real, is_open
+        return input_ids, real, is_open
 
     def _weighted_sums(self, input_ids, real, rows, masked, weights) -> torch.Tensor:
         """(B,) for each row of `input_ids` the sum over its masks, (N, S), of weight (N,) times the log-probability of what

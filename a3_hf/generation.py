@@ -37,11 +37,12 @@ class A3GenerateOutput(ModelOutput):
         commit_step: (B, S) the step, from 0, at which a token was written; −1 where it was given, and behind the end of a
             continuation.
         log_probs: (B, S) log-probability of each written token under the model (before temperature and the like), given
-            what was written before it; 0 elsewhere. Their sum is the exact log-likelihood of the row's blanks under
-            `group_ids` (but for `dynamic` without a cache, whose passes belong to no one order).
+            what was written before it; 0 elsewhere. They are `log_likelihood(sequences, group_ids, group_ids >= 0)` where
+            something was written (but for `dynamic` without a cache, whose passes belong to no one order): every token that a
+            written one has seen is returned.
         group_ids: (B, S) the order of `log_probs`, as `log_likelihood` takes it: given tokens first, then what was
             written; −1 at padding and behind the end.
-        num_forward_passes: passes of the model, shared by all rows.
+        num_forward_passes: passes of the model, shared by all rows, but for those that check a caller's cache.
         tokens_per_forward: written tokens per row and pass, on average.
         cache, past_key_values: two words for the cache of the columns before the first blank, to be passed in with the same
             prompt again; None without a cache or with a static one.
@@ -94,6 +95,12 @@ class A3GenerationMixin:
         Given tokens are encoded as singletons in text order, as LLaMA was trained. A row's result does not depend on the
         other rows or on padding.
 
+        The continuation ends at its EOS (`eos_token_id`, by default the model's own), and nothing is written behind it. In an
+        order that is not left to right, tokens may stand behind a place already, and others have seen them; to take them back
+        would make `log_probs` those of another text. Therefore an EOS is chosen only where no token stands behind it: what is
+        returned is what was seen. Of tokens written in one pass, which have not seen each other, those behind an EOS are not
+        written. (So from right to left a text ends in its last column or has no end: such an order decides the length first.)
+
         1. Encode the given tokens and ask the first slots, in one pass.
         2. Choose a token at each slot, and commit some or all of them.
         3. Until nothing is open: encode the tokens just committed and ask the next slots, in one pass.
@@ -105,7 +112,9 @@ class A3GenerationMixin:
             generation_config: the settings; `overrides` are fields of `A3GenerationConfig` that replace its own.
             attention_mask: (B, S), 0 at padding, on whichever side.
             past_key_values, cache: two words for the cache of the first columns of `input_ids`, from an earlier output or
-                from `model(...)`; left as it is. A batch of 1 serves all rows.
+                from `model(...)`; left as it is. A batch of 1 serves all rows. It is compared with this model: its shape, the
+                first layer's keys of every token (the text), and in every layer the states of the first and the last token
+                of each row, encoded again (the weights and adapters that are on). States in between are not.
             logits_processor: processors of one's own, applied after the config's. They are called with one row per slot:
                 the row's text turned so that it ends just before the slot (see `SlotProcessors`).
             logits_hook: `logits_hook(step, columns, logits)` gets the columns (B, Q) asked and their logits (B, Q, V),
@@ -121,12 +130,15 @@ class A3GenerationMixin:
             NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds what was committed before.
         """
         cache = one_cache(past_key_values, cache, overrides)
-        config = resolve_config(generation_config, max_new_tokens, overrides)
+        config = resolve_config(generation_config, max_new_tokens, overrides, self.generation_config)
         self.check_generation(config)
         deadline = config.deadline()
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; it takes a transformers Cache")
         if cache is not None and (not config.use_cache or config.cache_implementation == "static"):
             raise ValueError("past_key_values needs use_cache=True and no static cache")
-        canvas = Canvas.prepare(self.config, input_ids, blank_mask, attention_mask, config)
+        canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
+        config.check_vocabulary(self.config.vocab_size, has_blanks=canvas.has_blanks_inside())
         chance = Chance(config, canvas)
         # A draft that is written again is no stream: `refine` shows its streamer the end alone.
         shows_drafts = config.strategy != "refine"
@@ -167,7 +179,7 @@ class A3GenerationMixin:
         def output() -> A3GenerateOutput:
             return make_output(
                 decoder,
-                group_ids=_group_ids(canvas, config, steps),
+                group_ids=_group_ids(canvas, config, steps, decoder.last_step),
                 extra_passes=extra_passes,
                 cache=decoder.encoder.prompt_cache(),
             )
@@ -199,7 +211,7 @@ def complete(
         canvas.take_back(error.step)
         error.output = output()
         raise
-    canvas.cut(decoder.config.filler(model.config))
+    canvas.close(decoder.config.filler(model.config))
     result = output()
     decoder.observers.finish()
     return result
@@ -251,8 +263,10 @@ def _make_encoder(model, canvas: Canvas, config: A3GenerationConfig, steps, prom
     )
 
 
-def _group_ids(canvas: Canvas, config: A3GenerationConfig, steps) -> torch.Tensor:
-    """(B, S) the order of the log-probabilities: given tokens one by one, then what was written."""
+def _group_ids(canvas: Canvas, config: A3GenerationConfig, steps, last_step: int | None) -> torch.Tensor:
+    """(B, S) the order of the log-probabilities: given tokens one by one, then what was written. `last_step` is the one that
+    wrote all that was open at once.
+    """
     written, given = canvas.commit_step[:, :-1] >= 0, canvas.given_mask
     if config.strategy == "refine":
         return GroupOrder.infilling(written, attention_mask=written | given).group_ids
@@ -261,5 +275,7 @@ def _group_ids(canvas: Canvas, config: A3GenerationConfig, steps) -> torch.Tenso
         rank = torch.zeros_like(canvas.sequences)
         path = steps[:, :, 0]
         groups = rank.scatter_(1, path, torch.arange(path.shape[1], device=path.device).expand_as(path))[:, :-1]
+        if last_step is not None:
+            groups = groups.masked_fill(canvas.commit_step[:, :-1] == last_step, path.shape[1])
     groups = torch.where(given, given.long().cumsum(dim=1) - 1, groups + given.sum(dim=1, keepdim=True))
     return groups.masked_fill(~(written | given), PADDING_GROUP)

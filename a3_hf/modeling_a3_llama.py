@@ -26,6 +26,7 @@ from .likelihood import A3LikelihoodMixin
 from .loading import WholeCheckpointMixin
 from .masks import View, Views, group_views, repeat_rows, sees_something, slots_view
 from .orders import left_tokens
+from .rope import FixedRotaryEmbedding
 from .scoring import A3ScoringMixin
 
 
@@ -182,6 +183,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         self.layers[-1] = A3LlamaLastLayer(config, layer_idx=config.num_hidden_layers - 1)
         for layer_idx, layer in enumerate(self.layers):
             layer.self_attn = A3LlamaAttention(config=config, layer_idx=layer_idx)
+        self.rotary_emb = FixedRotaryEmbedding(config=config)
         # An nn.Embedding, not a bare nn.Parameter: a missing one is then initialised, and peft can train and save it.
         self.query_embed = nn.Embedding(1, config.hidden_size)
         self.post_init()

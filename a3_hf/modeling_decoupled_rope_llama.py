@@ -19,6 +19,7 @@ from .likelihood import A3LikelihoodMixin
 from .loading import WholeCheckpointMixin
 from .masks import sees_something
 from .modeling_a3_llama import A3CausalLMOutput, A3LlamaModel, apply_rotary
+from .rope import FixedRotaryEmbedding
 from .scoring import A3ScoringMixin
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (B or 1, C, D / H)
@@ -89,6 +90,7 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         super().__init__(config)
         for layer_idx, layer in enumerate(self.layers):
             layer.self_attn = DecoupledRopeLlamaAttention(config=config, layer_idx=layer_idx)
+        self.rotary_emb = FixedRotaryEmbedding(config=config)
         self.post_init()
 
     first_layer_keys = A3LlamaModel.first_layer_keys  # the same: a key knows its token and its position alone

@@ -15,6 +15,7 @@ from .diffusion_likelihood import DiffusionLikelihoodMixin
 from .infilling import A3InfillingMixin
 from .likelihood import SLOTS_PER_CHUNK
 from .loading import WholeCheckpointMixin
+from .rope import FixedRotaryEmbedding
 from .scoring import A3ScoringMixin
 from .unmasking import UnmaskingMixin
 
@@ -51,6 +52,10 @@ class MaskedDiffusionLlamaForCausalLM(
     """
 
     config_class = MaskedDiffusionLlamaConfig
+
+    def __init__(self, config: MaskedDiffusionLlamaConfig):
+        super().__init__(config)
+        self.model.rotary_emb = FixedRotaryEmbedding(config=config)
 
     def set_mask_token(self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None = None) -> int:
         """Sets `config.mask_token_id` and returns it. A fresh mask token starts as the mean embedding of the tokenizer's

@@ -102,6 +102,8 @@ class Decoder:
         self.processors, self.chance, self.observers = processors, chance, observers
         self.logits_hook, self.deadline, self.step = logits_hook, deadline, step
         self.first_step = step
+        self.has_ended = False  # an EOS ended the continuation of some row
+        self.last_step: int | None = None  # the step that wrote all that was open, if time was up
 
     def uniform(self, columns: torch.Tensor, purpose: int) -> torch.Tensor:
         """(B, n) this step's random numbers for `columns` (B, n)."""
@@ -145,45 +147,64 @@ class Decoder:
             entropy_budget=entropy_budget,
         )
 
-    def choose(self, scores: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """(B, Q) a token for each slot, from processed logits."""
-        if not self.config.do_sample:
-            return choose_tokens(scores, None)
-        return choose_tokens(self.processors.warp(scores), self.uniform(slots, SAMPLE))
+    def warped(self, scores: torch.Tensor) -> torch.Tensor:
+        """Processed logits after the sampling processors, if anything is sampled."""
+        return self.processors.warp(scores) if self.config.do_sample else scores
 
-    def commit(self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        """Writes tokens (B, n) at columns `index` (B, n); `logits` (B, n, V) are the model's own."""
-        self.canvas.commit(index, tokens, logits, self.step)
+    def choose(self, scores: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """(B, Q) a token for each slot, from warped logits."""
+        return choose_tokens(scores, self.uniform(slots, SAMPLE) if self.config.do_sample else None)
+
+    def commit(self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> None:
+        """Writes tokens (B, n) at columns `index` (B, n); `logits` (B, n, V) are the model's own, `scores` (B, n, V) what the
+        tokens were chosen from.
+        """
+        canvas = self.canvas
+        canvas.commit(index, tokens, logits, scores, self.step)
         if logits.device.type == "cpu" or (self.step + 1) % FINITE_CHECK_EVERY == 0:
             self.check_finite()
+        if canvas.eos_token_ids.numel() and not self.has_ended:
+            self.has_ended = bool((canvas.end < canvas.bin - 1).any())
+            self.encoder.ragged = self.encoder.ragged or self.has_ended
         self.observers.after_step(self.step)
         self.step += 1
 
     def check_finite(self) -> None:
-        failed = int(self.canvas.failed_step)
+        """Whether all that was written could be.
+
+        Raises:
+            NonFiniteLogitsError: the model's logits were NaN.
+            ValueError: nothing was left to choose from.
+        """
+        failed, excluded = torch.stack([self.canvas.failed_step, self.canvas.excluded_step]).tolist()
         if failed >= 0:
             raise NonFiniteLogitsError(failed)
+        if excluded >= 0:
+            raise ValueError(
+                f"suppress_tokens, bad_words_ids, logits_processor or logits_hook leave no token to write at step {excluded} "
+                "(an EOS does not count where text stands behind it); leave at least one"
+            )
 
     def still_open(self, columns: torch.Tensor) -> torch.Tensor:
         """`columns` (B, n), the bin in place of those behind the end of a continuation."""
-        if not self.canvas.eos_token_ids.numel():
+        if not self.has_ended:
             return columns
         return columns.masked_fill(self.canvas.is_over(columns), self.canvas.bin)
 
     def finish_at_once(self, content: torch.Tensor) -> None:
-        """Time is up: the continuation ends before its first open column, and open blanks are written in one pass."""
+        """Time is up: the continuation ends with its last written token, which what was written later has seen, and what is
+        open before that is written in one pass.
+        """
         canvas = self.canvas
-        is_open = canvas.blank_mask & ~canvas.known()
-        fresh = is_open[:, canvas.new_from :]
-        if fresh.shape[1]:
-            first = torch.where(fresh.any(dim=1), fresh.long().argmax(dim=1) + canvas.new_from, canvas.bin)
-            canvas.end = torch.minimum(canvas.end, first - 1)
-        slots = columns_of(is_open & ~canvas.is_over(torch.arange(canvas.bin, device=is_open.device)), canvas.bin)
+        columns = torch.arange(canvas.bin, device=canvas.end.device)
+        last = torch.where(canvas.known(), columns, -1).amax(dim=1).clamp_min(canvas.new_from - 1)
+        canvas.end = torch.minimum(canvas.end, last)
+        slots = columns_of(canvas.blank_mask & ~canvas.known() & ~canvas.is_over(columns), canvas.bin)
         if slots.shape[1]:
-            content = content.masked_fill(canvas.is_over(content), canvas.bin)
-            self.encoder.ragged = True
+            self.encoder.ragged, self.last_step = True, self.step
             logits = self.ask(content, slots)
-            self.commit(slots, self.choose(self.processed(logits, slots), slots), logits)
+            scores = self.warped(self.processed(logits, slots))
+            self.commit(slots, self.choose(scores, slots), logits, scores)
 
 
 def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
@@ -195,12 +216,14 @@ def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
     content = decoder.encoder.given_columns()
     for slots in steps.unbind(dim=1):
         slots = decoder.still_open(slots)
-        if decoder.canvas.eos_token_ids.numel() and bool((slots == decoder.canvas.bin).all()):
+        if decoder.has_ended and bool((slots == decoder.canvas.bin).all()):
+            decoder.step += 1  # as beside rows that go on: a step is a group
             continue
         if decoder.out_of_time():
             return decoder.finish_at_once(content)
         logits = decoder.ask(content, slots)
-        decoder.commit(slots, decoder.choose(decoder.processed(logits, slots), slots), logits)
+        scores = decoder.warped(decoder.processed(logits, slots))
+        decoder.commit(slots, decoder.choose(scores, slots), logits, scores)
         content = decoder.still_open(slots)
 
 
@@ -216,8 +239,8 @@ def fill_dynamic(decoder: Decoder) -> None:
         logits = decoder.ask(content, slots)
         scores = decoder.processed(logits, slots)
         chosen = decoder.select(scores, slots, tokens_per_step)
-        tokens = decoder.choose(scores, slots)
-        decoder.commit(slots.masked_fill(~chosen, canvas.bin), tokens, logits)
+        scores = decoder.warped(scores)
+        decoder.commit(slots.masked_fill(~chosen, canvas.bin), decoder.choose(scores, slots), logits, scores)
         written = decoder.still_open(slots.masked_fill(~chosen, canvas.bin))
         waiting = decoder.still_open(
             torch.cat([slots.masked_fill(chosen, canvas.bin), waiting[:, slots.shape[1] :]], 1)
@@ -239,7 +262,8 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
     What stands after a pass follows the sequential model exactly: the drafts up to the first that falls, and then either
     its replacement or, where all stand, the first of the new ones, which saw everything before it. The drafts behind a
     fallen one are kept: the rule holds for drafts from any distribution, as long as it is known. Each pass writes at
-    least one token. With a cache, what fell is taken out of it.
+    least one token. With a cache, what fell is taken out of it. An EOS is never a draft, for what is drafted after it would
+    have to know where the text ends; it is written as a replacement or as the token after the drafts.
 
     Args:
         path: (B, N) each row's blanks in the order in which they are generated, then the bin.
@@ -269,32 +293,36 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
         logits = decoder.ask(torch.cat([pending, columns], dim=1), slots, **groups)
         draft_number = torch.full_like(canvas.sequences, width).scatter_(1, columns, place.expand_as(columns))
         known = canvas.known()[:, None] | (draft_number[:, None, :-1] < seen[:, None])
-        scores = decoder.processed(logits, slots, known)
-        if not greedy:
-            scores = decoder.processors.warp(scores)
+        scores = decoder.warped(decoder.processed(logits, slots, known))
         # 2. Which drafts stand, and the certain token after them.
         noise = (None if greedy else decoder.uniform(columns, purpose) for purpose in (ACCEPT, RESIDUAL))
         stands, replacement = accept_drafts(scores[:, :width], draft_scores, drafts, is_draft, *noise)
         new_noise = None if greedy else decoder.uniform(slots[:, width:], SAMPLE)
-        new_tokens = choose_tokens(scores[:, width:], new_noise)
+        new_scores = _without_eos(scores[:, width:], canvas.eos_token_ids)
+        new_tokens = choose_tokens(new_scores, new_noise)
+        after_all = choose_tokens(scores[:, width], None if greedy else new_noise[:, 0])
         all_stand = stands == count
-        certain = torch.where(all_stand, new_tokens[:, 0], replacement)
+        certain = torch.where(all_stand, after_all, replacement)
         # 3. Commit them.
         certain_slot = torch.where(all_stand, width, stands)[:, None]
-        certain_logits = logits.gather(1, certain_slot[..., None].expand(-1, -1, logits.shape[-1]))
         certain_column = slots.gather(1, certain_slot)
+        of_certain = certain_slot[..., None].expand(-1, -1, logits.shape[-1])
         decoder.commit(
             torch.cat([columns.masked_fill(place >= stands[:, None], canvas.bin), certain_column], dim=1),
             torch.cat([drafts, certain[:, None]], dim=1),
-            torch.cat([logits[:, :width], certain_logits], dim=1),
+            *(torch.cat([each[:, :width], each.gather(1, of_certain)], dim=1) for each in (logits, scores)),
         )
-        # 4. Go on behind them: what is left of the old drafts, then the new ones.
-        rest = decoder.still_open(_ahead(rest, stands + 1, rest.shape[1] - 1, canvas.bin))
+        # 4. Go on behind them: what is left of the old drafts, then the new ones; after an EOS, from scratch.
+        rest = _ahead(rest, stands + 1, rest.shape[1] - 1, canvas.bin)
+        if decoder.has_ended:
+            rest = decoder.still_open(rest)
+            rest = pack(rest, rest != canvas.bin, canvas.bin)
         left = (rest != canvas.bin).sum(dim=1)
         if by_ngram:
             next_count = left.clamp_max(num_drafts)
         else:
             next_count = torch.minimum(left, (count + num_new - stands - 1).clamp_max(num_drafts))
+            next_count = next_count.masked_fill(torch.isin(certain, canvas.eos_token_ids), 0)
         kept = torch.where(certain_column[:, 0] == canvas.bin, 0, 1 + stands)  # content of this pass that stays
         max_kept, next_width, max_left = torch.stack([kept.amax(), next_count.amax(), left.amax()]).tolist()
         if not first_pass:
@@ -310,9 +338,7 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
             source = source.clamp_max(width + num_new - 1)
             drafts = torch.cat([drafts, new_tokens], dim=1).gather(1, source)
             if not greedy:
-                both = (
-                    scores[:, width:] if draft_scores is None else torch.cat([draft_scores, scores[:, width:]], dim=1)
-                )
+                both = new_scores if draft_scores is None else torch.cat([draft_scores, new_scores], dim=1)
                 draft_scores = both.gather(1, source[..., None].expand(-1, -1, both.shape[-1]))
         count, pending = next_count, certain_column
         rest = rest[:, :max_left]
@@ -326,14 +352,33 @@ def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, bin_column: int) 
 
 
 def _ngram_drafts(canvas: Canvas, rest: torch.Tensor, width: int) -> torch.Tensor:
-    """(B, width) drafts for the next columns, each building on those before it."""
-    tokens, known = canvas.sequences.clone(), torch.nn.functional.pad(canvas.known(), (0, 1))
+    """(B, width) drafts for the next columns, each building on those before it. Where one would be an EOS, it is the first
+    token that is none.
+    """
+    pad = torch.nn.functional.pad
+    by_position = pad(canvas.by_position, (0, 1), value=canvas.bin)
+    tokens = canvas.sequences.gather(1, by_position)
+    known = pad(canvas.known(), (0, 1)).gather(1, by_position)
+    ends = canvas.eos_token_ids
+    other = next(token for token in range(len(ends) + 1) if token not in ends.tolist()) if len(ends) else 0
     drafts = []
     for column in rest[:, :width].unbind(dim=1):
-        drafts.append(ngram_draft(tokens[:, :-1], known[:, :-1], column))
-        tokens.scatter_(1, column[:, None], drafts[-1][:, None])
-        known.scatter_(1, column[:, None], True)
+        place = canvas.position_ids.gather(1, column[:, None]).masked_fill(column[:, None] == canvas.bin, canvas.bin)
+        draft = ngram_draft(tokens[:, :-1], known[:, :-1], place[:, 0])
+        draft = draft.masked_fill(torch.isin(draft, ends), other)
+        drafts.append(draft)
+        tokens.scatter_(1, place, draft[:, None])
+        known.scatter_(1, place, True)
     return torch.stack(drafts, dim=1) if drafts else rest[:, :0]
+
+
+def _without_eos(scores: torch.Tensor, eos_token_ids: torch.Tensor) -> torch.Tensor:
+    """Scores (B, n, V) to draw drafts from: without EOS, or where nothing else is left, anything else, which then falls."""
+    if not eos_token_ids.numel():
+        return scores
+    scores = scores.index_fill(-1, eos_token_ids, -torch.inf)
+    nothing = scores.amax(dim=-1, keepdim=True) == -torch.inf
+    return torch.where(nothing, torch.zeros_like(scores).index_fill(-1, eos_token_ids, -torch.inf), scores)
 
 
 def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
@@ -350,8 +395,7 @@ def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
     """
     canvas, config = decoder.canvas, decoder.config
     fill_dynamic(decoder)
-    columns = torch.arange(canvas.bin, device=canvas.end.device)
-    written = canvas.blank_mask & (canvas.commit_step[:, :-1] >= 0) & ~canvas.is_over(columns)
+    written = canvas.blank_mask & (canvas.commit_step[:, :-1] >= 0)
     real = canvas.given_mask | written
     groups = GroupOrder.infilling(written, attention_mask=real).group_ids
     is_eos = torch.isin(canvas.sequences[:, :-1], canvas.eos_token_ids)

@@ -49,8 +49,8 @@ class UnmaskingMixin:
         Args:
             input_ids: (B, S) tokens, the first of each row given; those under `blank_mask` are ignored.
             blank_mask: (B, S), True where a token is to be written.
-            max_new_tokens: appends this many blanks at the right, the continuation. An EOS in it (`eos_token_id`) ends it:
-                what stands behind is `pad_token_id` in the end, with commit step −1; until then it is seen as it stands.
+            max_new_tokens: appends this many blanks at the right, the continuation. It ends at its first EOS as A3's does;
+                what was not written behind is `pad_token_id` in the end, with commit step −1; passes see mask tokens there.
             generation_config: the settings of strategy `"dynamic"`, see `A3GenerationConfig`; `overrides` are fields of it
                 that replace its own: `criterion` (`"confidence"`, `"entropy"`, `"margin"`, `"random"`), `tokens_per_step`
                 (1 by default), `threshold`, `entropy_budget`, `window`, `do_sample`, `temperature`, `top_k`, `top_p`,
@@ -61,8 +61,9 @@ class UnmaskingMixin:
             logits_processor, logits_hook, commit_hook, streamer: as in `A3GenerationMixin.generate_any_order`.
 
         Returns:
-            As A3's; `group_ids` holds 0 at given tokens and the step from 1 at those written, so that `log_probs` is
-            `log_likelihood(sequences, group_ids, attention_mask)` where no EOS cut a continuation.
+            As A3's, but for `group_ids`: 0 at given tokens, the step from 1 at those written, the row's last step and 1 at
+            those never written, which were seen as mask tokens, and −1 at padding. `log_probs` is
+            `log_likelihood(sequences, group_ids, group_ids >= 0, scored_mask=commit_step >= 0)`.
 
         Raises:
             ValueError: no mask token, or one in the given text; a row that starts with a blank; another strategy; and what
@@ -70,8 +71,9 @@ class UnmaskingMixin:
             NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds what was committed before.
         """
         mask_token_id = required_mask_token(self.config)
-        config = _resolve(generation_config, max_new_tokens, steps, overrides)
-        canvas = Canvas.prepare(self.config, input_ids, blank_mask, attention_mask, config)
+        config = _resolve(generation_config, max_new_tokens, steps, overrides, self.generation_config)
+        canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
+        config.check_vocabulary(self.config.vocab_size, has_blanks=canvas.has_blanks_inside(), never=(mask_token_id,))
         copies = config.num_return_sequences or 1
         rows = (canvas.sequences[:, :-1], canvas.given_mask, canvas.blank_mask)
         text, given, blank = (each[::copies] for each in rows)  # one of each, as messages count them
@@ -115,6 +117,7 @@ class WholeRows:
     def __init__(self, model, canvas: Canvas):
         self.model, self.canvas = model, canvas
         real = canvas.given_mask | canvas.blank_mask
+        self.padding = ~real
         self.attention_mask = None if real.all() else real
         self.ragged = True
         self.passes = 0
@@ -125,7 +128,7 @@ class WholeRows:
         """
         self.passes += 1
         return self.model(
-            input_ids=self.canvas.sequences[:, :-1],
+            input_ids=self.canvas.sequences[:, :-1].masked_fill(self.padding, 0),
             attention_mask=self.attention_mask,
             target_columns=slots.clamp_max(self.canvas.bin - 1),
         ).logits
@@ -151,21 +154,21 @@ def fill_masked(decoder: Decoder, steps: int | None) -> None:
         logits = decoder.ask(nothing, slots)
         scores = decoder.processed(logits, slots)
         chosen = decoder.select(scores, slots, quota(num_blanks))
-        tokens = decoder.choose(scores, slots)
+        scores = decoder.warped(scores)
         left = [max(still - quota(blanks), 0) for still, blanks in zip(left, all_blanks, strict=True)]
-        decoder.commit(slots.masked_fill(~chosen, canvas.bin), tokens, logits)
+        decoder.commit(slots.masked_fill(~chosen, canvas.bin), decoder.choose(scores, slots), logits, scores)
         waiting = torch.cat([slots.masked_fill(chosen, canvas.bin), waiting[:, slots.shape[1] :]], dim=1)
         waiting = decoder.still_open(waiting)
         width = max(left) if decoder.widths_known() else int((waiting != canvas.bin).sum(dim=1).max())
         waiting = pack(waiting, waiting != canvas.bin, canvas.bin)[:, :width]
 
 
-def _resolve(generation_config, max_new_tokens, steps, overrides: dict[str, Any]) -> A3GenerationConfig:
+def _resolve(generation_config, max_new_tokens, steps, overrides: dict[str, Any], models_own) -> A3GenerationConfig:
     if overrides.get("use_cache"):
         raise ValueError("use_cache=True: masked diffusion sees both sides at every step, and has nothing to keep")
     if generation_config is None:
         overrides = {"strategy": "dynamic", **overrides}
-    config = resolve_config(generation_config, max_new_tokens, overrides)
+    config = resolve_config(generation_config, max_new_tokens, overrides, models_own)
     if config.strategy != "dynamic":
         raise ValueError(
             f"strategy={config.strategy!r}; masked diffusion takes 'dynamic': the order is the model's, step by step"
@@ -178,11 +181,14 @@ def _resolve(generation_config, max_new_tokens, steps, overrides: dict[str, Any]
             raise ValueError(
                 f"steps={steps} and {rules[0]}={getattr(config, rules[0])} say both how many to commit; give one"
             )
+        config.check_single_bad_words("no steps")
     return config
 
 
 def _output(decoder: Decoder) -> A3GenerateOutput:
     canvas = decoder.canvas
     steps = canvas.commit_step[:, :-1]
-    groups = (steps + 1).masked_fill(~((steps >= 0) | canvas.given_mask), PADDING_GROUP)
+    never = canvas.blank_mask & (steps < 0)
+    groups = torch.where(never, steps.amax(dim=1, keepdim=True) + 2, steps + 1)
+    groups = groups.masked_fill(~(canvas.blank_mask | canvas.given_mask), PADDING_GROUP)
     return make_output(decoder, group_ids=groups)

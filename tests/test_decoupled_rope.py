@@ -330,7 +330,7 @@ def problem(side="left", lengths=(17, 11, 14)):
 
 def slow_fill(llama, ids, blank, path, *, new_from, seed=None, eos=-1):
     """One row, written column by column along `path`, everything from scratch for each: the tokens and their
-    log-probabilities. What stands behind an EOS is open again in the end.
+    log-probabilities. Nothing is written behind an EOS, and no EOS where something stands behind it.
     """
     tokens, log_probs, end = ids.clone(), torch.zeros(len(ids), dtype=llama.dtype), len(ids)
     encoded = (~blank).nonzero().flatten().tolist()
@@ -340,8 +340,8 @@ def slow_fill(llama, ids, blank, path, *, new_from, seed=None, eos=-1):
         with torch.no_grad():
             logits = slow_logits(llama, tokens[encoded].tolist(), encoded, [*encoded[1:], column])[-1]
         scores = logits.clone()
-        if 0 <= eos and column < new_from:
-            scores[eos] = -torch.inf  # a text does not end before given text
+        if 0 <= eos and column < max(new_from, *encoded):
+            scores[eos] = -torch.inf  # a text does not end before other text
         uniform = None
         if seed is not None:
             place = torch.tensor([[int(blank[: column + 1].sum())]])
@@ -433,7 +433,7 @@ def test_eos_ends_the_continuation_in_any_order(use_cache):
     settings = {"attention_mask": mask, "order": order, "use_cache": use_cache, "pad_token_id": 0}
     free = model.generate_any_order(ids, blanks, 6, **settings)
     waited = 0
-    for eos in set(free.sequences[:, 12].flatten().tolist()):
+    for eos in set(free.sequences[:, 11:].flatten().tolist()):
         output = model.generate_any_order(ids, blanks, 6, eos_token_id=eos, **settings)
         for row in range(3):
             columns = real[row].nonzero().flatten()

@@ -283,10 +283,7 @@ IDS, BLANKS, MASK = problem()
         ({"max_new_tokens": 4, "strategy": "speculative", "group_size": 2}, "group_size=2 has no meaning"),
         ({"max_new_tokens": 4, "strategy": "speculative", "draft": "oracle"}, "one of model, ngram"),
         ({"max_new_tokens": 4, "strategy": "speculative", "order": torch.zeros(3, 23).long()}, "one token a group"),
-        (
-            {"max_new_tokens": 4, "strategy": "speculative", "order": "right_to_left", "eos_token_id": 2},
-            "takes order='left_to_right'",
-        ),
+        ({"max_new_tokens": 4, "bad_words_ids": [[3, 4]], "max_time": 9.0}, "no max_time, after which"),
         ({"max_new_tokens": 4, "strategy": "refine", "refine_fraction": 0.0}, "refine_fraction=0.0"),
         ({"max_new_tokens": 4, "strategy": "refine", "refine_keep": "none"}, "one of better, all"),
         ({"max_new_tokens": 4, "max_time": 0}, "max_time=0"),

@@ -509,7 +509,7 @@ def test_the_mask_token_is_never_written(model):
 def test_an_eos_ends_the_continuation(model):
     ids = tokens(2, 4)
     free = model.generate_any_order(ids, max_new_tokens=8)
-    eos = int(free.sequences[0, 8])
+    eos = int(free.sequences[0, free.commit_step[0] == 0])  # the first that is written: nothing stands behind it
     output = model.generate_any_order(ids, max_new_tokens=8, eos_token_id=eos, pad_token_id=0)
     alone = model.generate_any_order(ids[:1], max_new_tokens=8, eos_token_id=eos, pad_token_id=0)
     assert torch.equal(alone.sequences[0], output.sequences[0])
@@ -522,9 +522,11 @@ def test_an_eos_ends_the_continuation(model):
             (output.sequences, 0),
             (output.commit_step, -1),
             (output.log_probs, 0),
-            (output.group_ids, -1),
+            (output.group_ids, int(output.commit_step[row].max()) + 2),  # seen as mask tokens, as what comes later is
         ):
             assert (tensor[row, end + 1 :] == value).all()
+    scored = model.log_likelihood(output.sequences, output.group_ids, scored_mask=output.commit_step >= 0)
+    assert (scored - output.log_probs).abs().max() < 1e-5
     assert (output.sequences[0, 4:] == eos).any()
     inside = torch.zeros(2, 4).bool()
     inside[:, 2] = True

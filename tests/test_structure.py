@@ -19,7 +19,7 @@ PACKAGE = ROOT / "a3_hf"
 # Each file may import from those that stand before it, in its own line excepted.
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
-    | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
+    | {"inputs", "rope", "chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
     | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "versions"},
     {"mixtures"},
     {"stages"},
@@ -90,6 +90,8 @@ FLAT = {
     "likelihood",
     "loading",
     "masks",
+    "inputs",
+    "rope",
     "orders",
     "decoding",
 }
