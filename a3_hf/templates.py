@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from os.path import commonprefix
+from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +19,7 @@ Length = int | tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Template:
-    """A text with blanks. `pieces` are the given texts around the blanks (one more than `lengths`), `lengths` the tokens
+    r"""A text with blanks. `pieces` are the given texts around the blanks (one more than `lengths`), `lengths` the tokens
     of each blank: a number, a range (least, most), or None for a range that is set later.
 
     Example:
@@ -273,7 +273,8 @@ def decode_parts(
     cuts = [0]
     for end in ends[1:-1]:
         so_far = decode_after(tokenizer, before, token_ids[start:end])
-        cuts.append(max(cuts[-1], len(commonprefix([so_far, whole]))))
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(so_far, whole, strict=False))
+        cuts.append(max(cuts[-1], sum(1 for _ in alike)))
     return [whole[cut:end] for cut, end in zip(cuts, [*cuts[1:], len(whole)], strict=True)]
 
 
