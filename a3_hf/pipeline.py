@@ -1,15 +1,25 @@
 """The transformers pipeline "infilling"."""
 
+from collections.abc import Sized
+
+from torch.utils.data import DataLoader
 from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .modeling_a3_llama import A3LlamaForCausalLM
 
 
 class A3InfillingPipeline(Pipeline):
     """`pipeline("infilling", model="runs/mine")("The dog <blank:auto> home.")`: a dict per text, with `text` (filled),
-    `written` (what stands in each blank), `lengths` (their tokens), `length_scores` and `log_likelihood` (nats). Takes
-    what `infill` takes, when it is made or called.
+    `written` (what stands in each blank), `lengths` (their tokens), `length_scores` and `log_likelihood` (nats); with
+    `num_return_sequences` above 1 a list of such dicts per text. Takes what `infill` takes, when it is made or called.
+
+    A text gives its result, a list of texts a list of results; a generator or a torch dataset of texts (such as
+    transformers' `KeyDataset(dataset, "text")`) gives an iterator over results, `batch_size` texts to a batch.
+
+    Raises:
+        ValueError: what is no text; `return_outputs`, which it sets itself; and what `infill` refuses.
     """
 
     _load_processor = False
@@ -17,23 +27,60 @@ class A3InfillingPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
 
+    def __call__(self, inputs, **settings):
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            return []
+        return super().__call__(list(inputs) if isinstance(inputs, tuple) else inputs, **settings)
+
+    def get_iterator(
+        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ):
+        """Identical to `Pipeline.get_iterator` except: texts are put together as a list, which takes no pad token."""
+        dataset = (PipelineDataset if isinstance(inputs, Sized) else PipelineIterator)(
+            inputs, self.preprocess, preprocess_params
+        )
+        loader = DataLoader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=_together)
+        results = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(results, self.postprocess, postprocess_params)
+
     def _sanitize_parameters(self, **settings):
+        if "return_outputs" in settings:
+            raise ValueError("return_outputs: the pipeline returns dicts; call model.infill for an A3InfillOutput")
         return {}, settings, {}
 
     def preprocess(self, text: str) -> dict:
-        return {"text": text}
+        if not isinstance(text, str):
+            raise ValueError(
+                f"inputs holds a {type(text).__name__}, {text!r:.60}; it takes a string, a list of strings, or a generator or "
+                'torch dataset of strings (KeyDataset(dataset, "text"))'
+            )
+        return {"texts": [text]}
 
-    def _forward(self, inputs: dict, **settings):
-        return self.model.infill(self.tokenizer, [inputs["text"]], return_outputs=True, **settings)
+    def _forward(self, inputs: dict, **settings) -> dict:
+        texts = inputs["texts"]
+        output = self.model.infill(self.tokenizer, texts, return_outputs=True, **settings)
+        rows = [
+            {
+                "text": output.texts[row],
+                "written": output.written[row],
+                "lengths": list(output.lengths[row]),
+                "length_scores": output.length_scores[row],
+                "log_likelihood": float(log_probs.sum()),
+            }
+            for row, log_probs in enumerate(output.generation.log_probs)
+        ]
+        copies = len(rows) // len(texts)
+        if copies > 1:
+            rows = [rows[start : start + copies] for start in range(0, len(rows), copies)]
+        return {"results": rows}
 
-    def postprocess(self, output) -> dict:
-        return {
-            "text": output.texts[0],
-            "written": output.written[0],
-            "lengths": list(output.lengths[0]),
-            "length_scores": output.length_scores[0],
-            "log_likelihood": float(output.generation.log_probs.sum()),
-        }
+    def postprocess(self, output: dict) -> dict | list[dict]:
+        result = output["results"]  # of one text, or, where a batch holds no more, a list of that alone
+        return result[0] if isinstance(result, list) and len(result) == 1 else result
+
+
+def _together(items: list[dict]) -> dict:
+    return {"texts": [text for item in items for text in item["texts"]]}
 
 
 PIPELINE_REGISTRY.register_pipeline(

@@ -108,6 +108,8 @@ class UnmaskingMixin:
             ValueError: a mask token that is a real word of the tokenizer.
         """
         check_mask_token(tokenizer, self.config.mask_token_id, vocab_size=self.config.vocab_size)
+        if settings.get("generation_config") is None:
+            settings = {"strategy": "dynamic", **settings}
         return super().fill_templates(tokenizer, templates, **settings)
 
 

@@ -21,9 +21,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from a3_hf import A3LlamaForCausalLM
-from a3_hf.evaluation.batched import Scored
+from a3_hf.evaluation.batched import Scored, cut_at
 from a3_hf.evaluation.causal import CausalLM
-from a3_hf.evaluation.harness import A3LM, cut_at
+from a3_hf.evaluation.harness import A3LM
 from a3_hf.evaluation.requests import Blank, LogLikelihood, take_blank
 from a3_hf.orders import GroupOrder
 from a3_hf.templates import Template
@@ -93,7 +93,7 @@ def test_a_likelihood_is_the_chain_of_single_token_forwards_and_the_models_own(a
 def test_text_behind_the_continuation_is_given(a3):
     (answer,) = a3.loglikelihood(asking([("w1 w2", " w3 w4", {"suffix": " w5 w6 w7"})]), disable_tqdm=True)
     encode = a3.tokenizer.encode
-    value, _ = chain(a3, encode("w1 w2"), encode("w3 w4"), encode("w5 w6 w7"))
+    value, _ = chain(a3, [1, *encode("w1 w2")], encode("w3 w4"), encode("w5 w6 w7"))
     (without,) = a3.loglikelihood(asking([("w1 w2", " w3 w4")]), disable_tqdm=True)
     assert answer[0] == pytest.approx(value, abs=1e-5) and abs(answer[0] - without[0]) > 1e-3
 
@@ -135,7 +135,7 @@ def test_under_orders_that_are_drawn_the_probabilities_of_all_continuations_sum_
 
 def test_without_a_suffix_the_baseline_answers_as_hf_does(source, hf):
     long = ("w1 " * 140 + "w2", " w3 w4 w5")  # longer than the context, 128: both cut it alike
-    ar = CausalLM(str(source), device="cpu", batch_size=2)
+    ar = CausalLM(str(source), device="cpu", batch_size=2, add_bos_token=False)
     pairs = [*PAIRS, long]
     for one, other in zip(ar.loglikelihood(asking(pairs)), hf.loglikelihood(asking(pairs)), strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-4) and one[1] == other[1]
@@ -143,6 +143,101 @@ def test_without_a_suffix_the_baseline_answers_as_hf_does(source, hf):
     assert ar.generate_until(texts) == hf.generate_until(texts)
     rolling = asking([(" ".join(f"w{i % 50}" for i in range(300)),)], kind="loglikelihood_rolling")
     assert ar.loglikelihood_rolling(rolling) == pytest.approx(hf.loglikelihood_rolling(rolling), abs=1e-3)
+
+
+def test_every_text_begins_with_bos_whether_the_tokenizer_adds_it_or_not(source, hf):
+    """This tokenizer adds none, as SmolLM2's; `hf` is given it in words, `score` and training begin with it."""
+    assert hf.tok_encode("w1 w2") == hf.tokenizer.encode("w1 w2", add_special_tokens=False)
+    expected = [answer[0] for answer in hf.loglikelihood(asking([("<s> " + one, two) for one, two in PAIRS]))]
+    kwargs = {"until": ["w7"], "max_gen_toks": 12}
+    said = hf.generate_until(asking([("<s> w1 w2", kwargs)]))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    left = A3LlamaForCausalLM.from_pretrained(source, slot_start="left_token")  # left to right it is the LLaMA
+    for make, model in ((A3LM, left), (CausalLM, LlamaForCausalLM.from_pretrained(source))):
+        lm = make(model, tokenizer=tokenizer, device="cpu", batch_size=4)
+        for bos in ("", "<s> "):
+            asked = asking([(bos + one, two) for one, two in PAIRS])
+            assert [one[0] for one in lm.loglikelihood(asked, disable_tqdm=True)] == pytest.approx(expected, abs=1e-4)
+            assert lm.generate_until(asking([(bos + "w1 w2", kwargs)]), disable_tqdm=True) == said
+        without = make(model, tokenizer=tokenizer, device="cpu", batch_size=4, add_bos_token=False)
+        plain = [one[0] for one in hf.loglikelihood(asking(PAIRS))]
+        assert [one[0] for one in without.loglikelihood(asking(PAIRS))] == pytest.approx(plain, abs=1e-4)
+        assert lm.settings() != without.settings()
+    a3 = like(source)
+    (answer,) = a3.loglikelihood(asking([("w1 w2", " w3 w4")]), disable_tqdm=True)
+    scored = a3.model.score(a3.tokenizer, "w1 w2 w3 w4")
+    assert answer[0] == pytest.approx(scored.log_probs[0, -2:].sum().item(), abs=1e-5)
+
+
+def test_a_continuation_of_white_space_is_scored(tokenizer):
+    """As `hf` scores it; this tokenizer has tokens of white space."""
+    from tests.conftest import tiny_model
+
+    settings = {"tokenizer": tokenizer, "device": "cpu", "batch_size": 2}
+    model = tiny_model(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, slot_start="left_token")
+    pairs = [("The dog", " "), ("The dog", "\n"), ("The dog ", "\n\n"), ("", " "), ("", "\n\n"), ("The dog", " \t ")]
+    bos = [("<s>" + one if one else one, two) for one, two in pairs]
+    expected = [answer[0] for answer in HFLM(model, **settings).loglikelihood(asking(bos))]
+    a3 = A3LM(model, **settings).loglikelihood(asking(pairs), disable_tqdm=True)
+    assert [one[0] for one in a3] == pytest.approx(expected, abs=1e-4) and all(one.num_tokens >= 1 for one in a3)
+    suffix = A3LM(model, **settings).loglikelihood(asking([("The dog", " ", {"suffix": " "})]), disable_tqdm=True)
+    assert suffix[0].num_tokens == 1 and suffix[0][0] < 0
+    rolled = A3LM(model, **settings).loglikelihood_rolling(asking([(" \n",)], kind="loglikelihood_rolling"))
+    hf = HFLM(model, **settings).loglikelihood_rolling(asking([(" \n",)], kind="loglikelihood_rolling"))
+    assert rolled == pytest.approx(hf, abs=1e-4)
+    with pytest.raises(ValueError, match="no token of its own: it is empty"):
+        A3LM(model, **settings).loglikelihood(asking([("The dog", "")]), disable_tqdm=True)
+
+
+STOPS = {
+    "a special token": (["</s>", "<|im_end|>"], "2 + 2 = 4<|im_end|>\n<|im_start|>user\n"),
+    "words behind it": (["user"], "2 + 2 = 4<|im_end|>\n<|im_start|>user\n"),
+    "words and a special token": ([" = 4<|im_end|>"], "2 + 2 = 4<|im_end|>\nand"),
+    "plain": (["\n"], " = 4\n<|im_end|>"),
+    "none": (["xyz"], " = 4<|im_end|> 5"),
+    "two": (["<|im_start|>", "<|im_end|>"], " = 4<|im_end|>\n<|im_start|>"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+@pytest.mark.parametrize("block_length", [1, 5, 32])
+def test_a_stop_sequence_may_be_a_special_token(case, block_length, monkeypatch):
+    """Ends where `hf` does, whose answer is the text before the stop, without special tokens."""
+    from tests.test_templates import kind
+
+    tokenizer, (until, answer) = kind("byte_level"), STOPS[case]
+    model = tiny_model(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, slot_start="left_token")
+    ids = tokenizer.encode(answer, add_special_tokens=False)
+    start = len(tokenizer.encode("<s>2 + 2", add_special_tokens=False))
+    forward = model.lm_head.forward
+    settings = {"tokenizer": tokenizer, "device": "cpu", "batch_size": 1}
+
+    def prompted(lm):
+        return lm.generate_until(asking([("<s>2 + 2", {"until": until, "max_gen_toks": len(ids)})]), disable_tqdm=True)[
+            0
+        ]
+
+    written = []
+
+    def scripted(hidden):  # one row is asked at a time: the next of the answer
+        logits = forward(hidden)
+        logits[..., ids[min(len(written), len(ids) - 1)]] += 1000.0
+        written.append(1)
+        return logits
+
+    monkeypatch.setattr(model.lm_head, "forward", scripted)
+    answers = []
+    for lm in (
+        HFLM(model, **settings),
+        A3LM(model, block_length=block_length, **settings),
+        CausalLM(model, **settings),
+    ):
+        written.clear()
+        answers.append(prompted(lm))
+        assert len(written) <= len(ids)
+    assert start and answers[0] == answers[1] == answers[2]
+    if case == "a special token":
+        assert answers[0] == "2 + 2 = 4"
 
 
 def test_long_contexts_are_cut_as_hf_cuts_them_and_said_once(source, caplog, monkeypatch):
@@ -191,7 +286,7 @@ def test_a_continuation_is_what_the_model_generates(source, settings):
     requests = asking([("w1 w2 w3", kwargs), ("w5", kwargs), ("w7 w8", kwargs)], kind="generate_until")
     config = {key: value for key, value in a3.settings()["decoding"].items()}
     for request, text in zip(requests, a3.generate_until(requests, disable_tqdm=True), strict=True):
-        ids = torch.tensor([a3.tok_encode(request.args[0])])
+        ids = torch.tensor([[1, *a3.tok_encode(request.args[0])]])
         output = a3.model.generate_any_order(ids, max_new_tokens=8, eos_token_id=2, pad_token_id=2, seed=0, **config)
         written = output.sequences[0, ids.shape[1] :][output.commit_step[0, ids.shape[1] :] >= 0]
         assert text == a3.tok_decode(written.tolist())
@@ -216,14 +311,14 @@ def test_blanks_are_filled_as_infill_does(a3):
         [("w1 w2", blank.in_kwargs()), ("w9", Blank("", length_of=" w1").in_kwargs())], kind="generate_until"
     )
     texts = a3.generate_until(requests, disable_tqdm=True)
-    output = a3.model.fill_templates(a3.tokenizer, [Template(("w1 w2", " w5 w6"), (3,))], suppress_tokens=[2])
+    output = a3.model.fill_templates(a3.tokenizer, [Template(("w1 w2", " w5 w6"), (3,))])
     assert texts[0].strip() == output.written[0][0].strip() and len(texts[0].split()) == 3
     assert len(texts[1].split()) == 1
     table = a3.speed.table()["toy"]
     assert table["tokens"] >= 4 and table["passes"] > 0
 
     (text,) = a3.generate_until(asking([("w1 w2", Blank(" w5 w6", lengths=(2, 5)).in_kwargs())]), disable_tqdm=True)
-    chosen = a3.model.fill_templates(a3.tokenizer, [Template(("w1 w2", " w5 w6"), ((2, 5),))], suppress_tokens=[2])
+    chosen = a3.model.fill_templates(a3.tokenizer, [Template(("w1 w2", " w5 w6"), ((2, 5),))])
     assert text.strip() == chosen.written[0][0].strip()
 
 
@@ -242,8 +337,8 @@ def test_baselines_fill_blanks(source, infilling):
     encode = ar.tokenizer.encode
     prompt = {"prefix": "w1 w2", "suffix_prompt": "w5 w6\nw1 w2"}.get(infilling)
     if prompt:
-        ids = torch.tensor([encode(prompt)])
-        expected = base.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, suppress_tokens=[2])
+        ids = torch.tensor([[1, *encode(prompt)]])
+        expected = base.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, suppress_tokens=[0, 1, 2])
         assert texts[0].split() == ar.tok_decode(expected[0, ids.shape[1] :].tolist()).split()
     (pair,) = ar.loglikelihood(asking([("w1 w2", " w3", {"suffix": " w5 w6"})]), disable_tqdm=True)
     plain = {
@@ -443,7 +538,7 @@ def test_settings_of_the_baseline_that_do_not_fit_are_refused(source, settings):
 
 
 def test_requests_that_can_not_be_answered_are_refused(a3, source):
-    with pytest.raises(ValueError, match="takes text to score"):
+    with pytest.raises(ValueError, match="no token of its own"):
         a3.loglikelihood(asking([("w1", "  ")]), disable_tqdm=True)
     with pytest.raises(ValueError, match="max_gen_toks=128 of toy"):
         a3.generate_until(asking([("w1", {"max_gen_toks": 128, "until": []})]), disable_tqdm=True)

@@ -2,6 +2,7 @@
 
 import abc
 import json
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -41,7 +42,9 @@ class Written(NamedTuple):
 class BatchedLM(HFLM):
     """Identical to `HFLM` except: requests may carry text behind what is asked (`requests.Blank`), answers to
     `loglikelihood` know their number of tokens, time is kept for each task, a cache that was filled with other settings is
-    refused, and several processes share the work on a CPU too.
+    refused, several processes share the work on a CPU too, and every text begins with BOS, once, as rows of training and the
+    texts of `score` and `infill` do, whether the tokenizer adds it or not. `add_bos_token=False` leaves it out, but for
+    blanks and where nothing else is given: with a tokenizer that adds none, `HFLM`'s answers.
 
     Subclasses say how a batch is scored and written.
     """
@@ -96,8 +99,6 @@ class BatchedLM(HFLM):
 
     def _encode(self, arguments: tuple, task: str) -> Scored:
         context, continuation, *more = arguments
-        if not continuation.strip():
-            raise ValueError(f"continuation of a request of {task} is {continuation!r}; it takes text to score")
         if context:
             context_ids, ids = self._encode_pair(context, continuation)
         else:
@@ -107,11 +108,21 @@ class BatchedLM(HFLM):
             context_ids, ids = [self.prefix_token_id], ids[start:]
         if not ids:
             raise ValueError(
-                f"continuation {continuation!r} of a request of {task} has no token of its own: the tokenizer joins it with "
-                "its context"
+                f"continuation {continuation!r} of a request of {task} has no token of its own: it is empty, or the tokenizer "
+                "drops it or joins it with its context"
             )
         suffix = more[0]["suffix"] if more else ""
         return self._fit(Scored(context_ids, ids, encode_piece(self.tokenizer, suffix, is_start=False)), task)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context_ids, ids = super()._encode_pair(context, continuation)
+        return self._begun(context_ids), ids
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Token ids of a text, with BOS in front."""
+        if self.add_bos_token is False or ids[:1] == [self.prefix_token_id]:
+            return ids
+        return [self.prefix_token_id, *ids]
 
     def _fit(self, row: Scored, task: str) -> Scored:
         """Cuts what is given, the context from the left and then the suffix from the right. As in `HFLM`, the last token
@@ -125,7 +136,7 @@ class BatchedLM(HFLM):
         over = len(row.context) + len(row.suffix) - room
         if over <= 0:
             return row
-        self.truncated[task] += 1
+        self.truncated[task] += over > (row.context[:1] == [self.prefix_token_id])  # BOS alone is no text
         kept = max(len(row.context) - over, 1)
         return Scored(row.context[len(row.context) - kept :], row.continuation, row.suffix[: room - kept])
 
@@ -255,7 +266,19 @@ class BatchedLM(HFLM):
         return max(len(encode_piece(self.tokenizer, text, is_start=not context)), 1)
 
     def _context_ids(self, context: str) -> list[int]:
-        return (self.tok_encode(context) if context else []) or [self.prefix_token_id]
+        return self._begun(self.tok_encode(context) if context else []) or [self.prefix_token_id]
+
+    def holds_stop(self, tokens: Sequence[int], until: Sequence[str]) -> bool:
+        """Whether the text of tokens, special ones by their names, holds a stop sequence."""
+        text = self.tok_decode(tokens, skip_special_tokens=False)
+        return any(stop in text for stop in until if stop)
+
+    def text_until(self, tokens: Sequence[int], until: Sequence[str]) -> str:
+        """The text of tokens, without special ones, up to the first stop sequence, which may be a special token's name."""
+        if self.holds_stop(tokens, until):
+            shortest = bisect_left(range(len(tokens)), True, key=lambda count: self.holds_stop(tokens[:count], until))
+            tokens = tokens[:shortest]
+        return cut_at(self.tok_decode(tokens), until)
 
     # What both have in common
 
@@ -308,3 +331,8 @@ class BatchedLM(HFLM):
             "speed": self.speed.table(),
             "truncated": {task: count for task, count in self.truncated.items() if count},
         }
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop sequence in it."""
+    return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]

@@ -11,9 +11,8 @@ from transformers import LlamaForCausalLM
 from ..adapters import read_config
 from ..likelihood import token_log_probs
 from ..orders import seed_of
-from ..templates import decode_after, encode_piece
+from ..templates import decode_after, encode_piece, special_token_ids
 from .batched import BatchedLM, Scored, Written
-from .harness import cut_at
 from .requests import Blank
 from .running_text import pad_left, pad_right
 
@@ -24,7 +23,7 @@ SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 @register_model("a3_ar")
 class CausalLM(BatchedLM):
     """A LLaMA for lm-eval, or the content stream of an A3 checkpoint, which is one. Without text behind what is asked its
-    answers are those of lm-eval's `hf`.
+    answers are those of lm-eval's `hf` for texts that begin with BOS (see `BatchedLM`).
 
     Args:
         pretrained: a folder or a hub id of a LLaMA or A3 checkpoint; or a model, beside `tokenizer`.
@@ -70,6 +69,7 @@ class CausalLM(BatchedLM):
             "pretrained": self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name_or_path,
             "dtype": str(self.model.dtype),
             "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
             "infilling": self._infilling,
             **(sampling if self._infilling == "best_of" else {}),
         }
@@ -122,7 +122,7 @@ class CausalLM(BatchedLM):
         for tokens in output:
             if self.eot_token_id in tokens:
                 tokens = tokens[: tokens.index(self.eot_token_id) + 1]
-            written.append(Written(cut_at(self.tok_decode(tokens), until), len(tokens), len(output[0])))
+            written.append(Written(self.text_until(tokens, until), len(tokens), len(output[0])))
         return written
 
     def fill_batch(self, contexts: Sequence[str], blanks: Sequence[Blank], **sampling) -> list[Written]:
@@ -149,14 +149,13 @@ class CausalLM(BatchedLM):
     def _generate(self, prompts: Sequence[list[int]], length: int, **sampling) -> list[list[int]]:
         """`length` tokens behind each prompt."""
         ids, real = pad_left(prompts)
-        ends = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         with torch.no_grad():
             output = self.model.generate(
                 ids.to(self.device),
                 attention_mask=real.to(self.device),
                 max_new_tokens=length,
                 min_new_tokens=length,
-                suppress_tokens=ends or None,
+                suppress_tokens=special_token_ids(self.tokenizer, self.model.config.vocab_size) or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **sampling,
             )

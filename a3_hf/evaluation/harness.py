@@ -118,6 +118,7 @@ class A3LM(BatchedLM):
             "peft": self.peft,
             "dtype": str(self.model.dtype),
             "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
             **{key: value for key, value in likelihood.items() if value is not None},
             "decoding": {key: value for key, value in self._decoding.items() if value is not None},
             "block_length": self._block_length,
@@ -163,6 +164,7 @@ class A3LM(BatchedLM):
         written: list[list[int]] = [[] for _ in contexts]
         passes = [0] * len(contexts)
         open_rows = list(range(len(contexts)))
+        ends = self._end_token_ids()
         while open_rows:
             texts = [[*contexts[row], *written[row]] for row in open_rows]
             ids, real = pad_left(texts)
@@ -172,7 +174,7 @@ class A3LM(BatchedLM):
                 ids.to(self.device),
                 max_new_tokens=block,
                 attention_mask=real.to(self.device),
-                eos_token_id=self.eot_token_id,
+                eos_token_id=ends,
                 pad_token_id=self.tokenizer.pad_token_id,
                 seed=self._seed,
                 **self._decoding,
@@ -183,14 +185,20 @@ class A3LM(BatchedLM):
                 fresh = output.sequences[place, width:][output.commit_step[place, width:] >= 0].tolist()
                 written[row] += fresh
                 passes[row] += int(output.commit_step[place].max()) + 1
-                ended = len(fresh) < block or fresh[-1] == self.eot_token_id or len(written[row]) >= max_tokens
-                if not ended and not any(stop in self.tok_decode(written[row]) for stop in until if stop):
+                ended = len(fresh) < block or fresh[-1] in ends or len(written[row]) >= max_tokens
+                if not ended and not self.holds_stop(written[row], until):
                     still_open.append(row)
             open_rows = still_open
         return [
-            Written(cut_at(self.tok_decode(tokens), until), len(tokens), spent)
+            Written(self.text_until(tokens, until), len(tokens), spent)
             for tokens, spent in zip(written, passes, strict=True)
         ]
+
+    def _end_token_ids(self) -> list[int]:
+        """What ends a continuation, as in `generate`: the tokenizer's EOS and those that the model names."""
+        named = self.model.generation_config.eos_token_id
+        named = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
+        return sorted({self.eot_token_id, *named})
 
     def fill_batch(self, contexts: Sequence[str], blanks: Sequence[Blank], **sampling) -> list[Written]:
         """See `BatchedLM`. A length that is not given is chosen by exact likelihood (`lengths.choose_lengths`), and its
@@ -200,10 +208,7 @@ class A3LM(BatchedLM):
             Template((context, blank.suffix), (blank.lengths or self.tokens_of(blank.length_of, context),))
             for context, blank in zip(contexts, blanks, strict=True)
         ]
-        ends = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        output = self.model.fill_templates(
-            self.tokenizer, templates, seed=self._seed, suppress_tokens=ends or None, **self._decoding, **sampling
-        )
+        output = self.model.fill_templates(self.tokenizer, templates, seed=self._seed, **self._decoding, **sampling)
         done = output.generation
         texts = []
         for tokens, steps, groups in zip(done.sequences, done.commit_step, done.group_ids, strict=True):
@@ -240,8 +245,3 @@ def _check_architecture(architecture: str, *, decoding: str, group_size: int, nu
         )
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; it takes at least 1")
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop sequence in it."""
-    return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
