@@ -305,10 +305,21 @@ def test_no_text_at_all(mixture_of, tmp_path, texts):
         mixture_of({"none": {"path": path}})
 
 
-def test_fewer_documents_than_shards_are_named(mixture_of, tmp_path):
-    mixture, _ = mixture_of({"few": {"path": write(tmp_path / "few.jsonl", documents("a", 3))}})
-    with pytest.raises(SourceError, match="source 'few', shard 3 of 4: no document.*num_shards lower"):
-        next(mixture.rows(3))
+def test_fewer_documents_than_shards_are_named(mixture_of, tmp_path, words):
+    few = {"few": {"path": write(tmp_path / "few.jsonl", documents("a", 3))}}
+    with pytest.raises(SourceError, match="few.jsonl has 3 documents.*the 4 shards.*num_shards=4 takes less, 3 at most"):
+        mixture_of(few)
+    with pytest.raises(SourceError, match="has 2 documents to train on.*num_shards=3 takes less, 2 at most"):
+        mixture_of(few, num_shards=3, validation_documents=1)
+    names = names_in([row for shard in range(3) for row, _ in take(mixture_of(few, num_shards=3)[0].rows(shard), 2)], words)
+    assert {"a0", "a1", "a2"} <= set(names)
+
+
+def test_a_file_of_no_text_for_a_whole_shard_is_named(mixture_of, tmp_path):
+    for number, texts in enumerate([["a1"], [" "], ["a2"]]):
+        write(tmp_path / "c" / f"{number}.jsonl", texts)
+    with pytest.raises(SourceError, match="source 'c', shard 1 of 3: no document to train on holds text"):
+        mixture_of({"c": {"path": str(tmp_path / "c/*")}}, num_shards=3)
 
 
 @pytest.mark.parametrize(
@@ -335,13 +346,13 @@ def test_files_of_a_source_are_of_one_kind(mixture_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("column", "message"), [("body", "not in source 'a'"), ("number", "holds int64 there, not text")]
+    ("column", "message"), [("body", "not in it, which has text, number"), ("number", "line 1 holds 3 there, not text")]
 )
 def test_a_column_that_is_not_text(mixture_of, tmp_path, column, message):
     path = write(tmp_path / "a.jsonl", [])
     with open(path, "w") as file:
         file.write('{"text": "a1", "number": 3}\n')
-    with pytest.raises(SourceError, match=f"text_column='{column}': .*{message}"):
+    with pytest.raises(SourceError, match=f"source 'a': .*a.jsonl: text_column='{column}': .*{message}"):
         mixture_of({"a": {"path": path, "text_column": column}})
 
 
@@ -386,12 +397,14 @@ def test_a_source_that_fails_for_a_while_loses_nothing(mixture_of, monkeypatch, 
     assert failing.times == 0
 
 
-def test_a_damaged_file_is_named(mixture_of, tmp_path, no_waits):
+def test_a_damaged_file_is_named_and_not_tried_again(mixture_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(a3_hf.streaming.time, "sleep", None)
     path = write(tmp_path / "a.jsonl", documents("a", 50))
     with open(path, "a") as file:
         file.write("{nonsense\n")
-    with pytest.raises(SourceError, match=r"source 'a' can't be read on at or after document 0 of .*a\.jsonl.*tried 3"):
-        mixture_of({"a": {"path": path}})
+    mixture, _ = mixture_of({"a": {"path": path}}, num_shards=1)
+    with pytest.raises(SourceError, match=r"source 'a': .*a\.jsonl: line 51 is not JSON"):
+        take(mixture.rows(0), 100)
 
 
 def trainer_of(mixture, output_dir, words, **settings) -> StreamTrainer:
