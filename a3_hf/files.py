@@ -81,11 +81,12 @@ def _naming(file: str | os.PathLike, kind: str | None) -> Iterator[None]:
     except EOFError as error:
         raise FileError(f"{file}: is cut off: its compressed data ends before its end") from error
     except (zlib.error, zstandard.ZstdError, gzip.BadGzipFile, pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise FileError(f"{file}: can't be read as {kind.lstrip('.')}: {error}") from error
+        raise FileError(f"{file}: can't be read as {kind.lstrip('.')}: {' '.join(str(error).split())}") from error
     except OSError as error:
         if error.errno is not None:
             raise
-        raise FileError(f"{file}: can't be read as {kind.lstrip('.')}: {error}") from error  # pyarrow's, of a bad page
+        # pyarrow's, of a damaged page
+        raise FileError(f"{file}: can't be read as {kind.lstrip('.')}: {' '.join(str(error).split())}") from error
 
 
 class _Frames(io.RawIOBase):
