@@ -542,7 +542,11 @@ class StreamTrainer(A3Trainer):
         step = self.state.global_step
         if step > 0 and self._saved_step != step:
             self._save_checkpoint(self.model, trial=None)
-        kept = f"Stopped after step {step}, whose checkpoint is in {self.args.output_dir}" if step else "Nothing is trained"
+        kept = (
+            f"Stopped after step {step}, whose checkpoint is in {self.args.output_dir}"
+            if step
+            else "Nothing is trained"
+        )
         raise SourceError(
             f"{failures[0]}. {kept}; once the source can be read, the same command goes on from there (with "
             "--accept_changed_inputs true, where a file had to change)"

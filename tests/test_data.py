@@ -254,7 +254,12 @@ def test_a_file_name_is_not_a_pattern(write, arguments):
         ("blank.jsonl", '{"text": ""}\n', {}, r"blank\.jsonl', to train on: no document holds text"),
         ("latin.txt", "the d\xf6g".encode("latin-1"), {}, r"train_file: .*latin\.txt: not UTF-8: .* at byte 5"),
         ("cut.txt", "the d\xf6".encode()[:-1], {}, r"train_file: .*cut\.txt: not UTF-8: .* at byte 5"),
-        ("latin.jsonl", '{"text": "\xf6"}'.encode("latin-1"), {}, r"train_file: .*latin\.jsonl: not UTF-8: .* at byte 10"),
+        (
+            "latin.jsonl",
+            '{"text": "\xf6"}'.encode("latin-1"),
+            {},
+            r"train_file: .*latin\.jsonl: not UTF-8: .* at byte 10",
+        ),
         ("late.txt", b"\xef\xbb\xbf" + b"a " * (1 << 23) + b"\xff", {}, r"not UTF-8: .* at byte 16777219"),
         ("a.csv", "text\nhome\n", {}, r"a\.csv': takes a file that ends in \.txt, \.jsonl, \.json, \.parquet \("),
         ("a.jsonl", '{"body": "home", "n": 1}\n', {}, r"a\.jsonl: text_column='text': not in it, which has body, n"),

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from a3_hf.arguments import DataArguments
-from a3_hf.data import encode_documents, load_rows
+from a3_hf.data import load_rows
 from a3_hf.files import FileError, fingerprint, kind_of, read_documents
 
 TEXTS = [f"document {number} of them" for number in range(300)]
@@ -69,7 +69,9 @@ def test_a_compressed_file_that_is_cut_off_anywhere_is_named(write, compression)
     cuts = [at for at in random.Random(0).sample(range(1, len(whole)), 150) if at != len(first)]
     for cut in [*cuts, len(first) + 1, len(whole) - 1, len(first) - 1]:
         path = write(f"a.jsonl{compression}", whole[:cut])
-        with pytest.raises(FileError, match=rf"a\.jsonl{compression}: (is cut off: its compressed data ends before its end|can't be read as jsonl: Not a gzipped file)"):
+        with pytest.raises(
+            FileError, match=rf"a\.jsonl{compression}: (is cut off: its compressed|.*Not a gzipped file)"
+        ):
             list(read_documents(path))
 
 
@@ -85,7 +87,9 @@ def test_a_frame_cut_at_a_flush_that_ends_a_line_is_named(write):
 
 def test_frames_that_are_to_be_skipped_are_skipped(write):
     note = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
-    path = write("a.jsonl.zst", note + zstandard.compress(lines(TEXTS[:5])) + note + zstandard.compress(lines(TEXTS[5:9])))
+    path = write(
+        "a.jsonl.zst", note + zstandard.compress(lines(TEXTS[:5])) + note + zstandard.compress(lines(TEXTS[5:9]))
+    )
     assert list(read_documents(path)) == TEXTS[:9]
 
 
@@ -135,7 +139,9 @@ ODD_FILES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "message"), [(name, *odd) for name, odds in ODD_FILES.items() for odd in odds], ids=lambda value: ""
+    ("name", "data", "message"),
+    [(name, *odd) for name, odds in ODD_FILES.items() for odd in odds],
+    ids=lambda value: "",
 )
 def test_an_odd_file_is_named(write, name, data, message):
     path = write(name, data)

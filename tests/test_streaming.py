@@ -307,11 +307,15 @@ def test_no_text_at_all(mixture_of, tmp_path, texts):
 
 def test_fewer_documents_than_shards_are_named(mixture_of, tmp_path, words):
     few = {"few": {"path": write(tmp_path / "few.jsonl", documents("a", 3))}}
-    with pytest.raises(SourceError, match="few.jsonl has 3 documents.*the 4 shards.*num_shards=4 takes less, 3 at most"):
+    with pytest.raises(
+        SourceError, match="few.jsonl has 3 documents.*the 4 shards.*num_shards=4 takes less, 3 at most"
+    ):
         mixture_of(few)
     with pytest.raises(SourceError, match="has 2 documents to train on.*num_shards=3 takes less, 2 at most"):
         mixture_of(few, num_shards=3, validation_documents=1)
-    names = names_in([row for shard in range(3) for row, _ in take(mixture_of(few, num_shards=3)[0].rows(shard), 2)], words)
+    names = names_in(
+        [row for shard in range(3) for row, _ in take(mixture_of(few, num_shards=3)[0].rows(shard), 2)], words
+    )
     assert {"a0", "a1", "a2"} <= set(names)
 
 
