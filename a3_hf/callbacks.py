@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .curriculum import AdaptiveSchedule, Schedule
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 LARGEST_WEIGHT = torch.finfo(torch.float16).max  # those of LLaMAs are below 100
 
 
@@ -78,22 +79,23 @@ class InterruptCallback(TrainerCallback):
         self._pressed_at: float | None = None
         self._got = 0
         self._previous_handlers = {}
+        self._is_training = False
         self._process = os.getpid()
         os.register_at_fork(after_in_child=self._leave_to_the_parent)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.stopped_at = self.stopped_by = self._pressed_at = None
-        self._got = 0
+        self._got, self._is_training = 0, True
         # Python lets the main thread alone set handlers.
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in STOPPING:
                 if signal.getsignal(signum) != signal.SIG_IGN:
                     self._previous_handlers[signum] = signal.signal(signum, self._handle)
 
     def _leave_to_the_parent(self) -> None:
         # A data loader's worker: signals to the whole group reach it too, and the main process needs it to the step's end.
-        if self._previous_handlers:
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._previous_handlers)
+        if self._is_training:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
     def _handle(self, signum: int, frame) -> None:
         if os.getpid() != self._process:
@@ -136,7 +138,7 @@ class InterruptCallback(TrainerCallback):
         """Gives the signals back to whom they belonged before; needed only where training ended by an exception."""
         for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
-        self._previous_handlers = {}
+        self._previous_handlers, self._is_training = {}, False
 
 
 class WeightsCallback(TrainerCallback):
@@ -150,8 +152,8 @@ class WeightsCallback(TrainerCallback):
 
 
 def check_weights(model: nn.Module, args: TrainingArguments, *, step: int) -> None:
-    """Raises a ValueError, on all ranks alike, where weights are not finite, or larger than any that a model has. (Of ZeRO-3's,
-    which no rank holds, nothing is seen.)
+    """Raises a ValueError, on all ranks alike, where weights are not finite, or larger than any that a model has. (ZeRO-3's,
+    of which no rank holds one, are not seen.)
     """
     found = next((name for name, weight in model.named_parameters() if not _is_sane(weight)), None)
     is_bad = found is not None
