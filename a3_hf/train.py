@@ -23,6 +23,7 @@ from .checkpoints import is_disk_full, last_whole_checkpoint, set_aside
 from .curriculum import RECORD, AdaptiveSchedule, Schedule
 from .data import RowCollator, load_rows
 from .diffusion_trainer import DiffusionTrainer
+from .even_rows import EvenRowsTrainer
 from .locking import sole_use
 from .plan import print_plan
 from .plot import loss_names, plot_losses
@@ -302,7 +303,7 @@ def _make_trainer(
         "processing_class": tokenizer,
     }
     if recipe.model.architecture == "llama":
-        return Trainer(model, training, **shared)
+        return EvenRowsTrainer(model, training, **shared)
     if recipe.model.architecture == "masked_diffusion":
         model.set_mask_token(tokenizer)
         return DiffusionTrainer(

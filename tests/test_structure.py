@@ -21,7 +21,7 @@ LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
     | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
     | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "files", "locking"}
-    | {"training_fields"},
+    | {"training_fields", "even_rows"},
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
