@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import zstandard
@@ -122,11 +123,17 @@ class _Frames(io.RawIOBase):
         super().close()
 
 
+def is_remote(file: str | os.PathLike) -> bool:
+    """Whether it is the URL of a file, of the hub (hf://…) or any other that fsspec opens."""
+    return "://" in str(file)
+
+
 def _open(file: str | os.PathLike) -> BinaryIO:
+    stream = io.BufferedReader(fsspec.open(str(file), "rb").open()) if is_remote(file) else open(file, "rb")
     suffix = Path(file).suffix
     if suffix == ".gz":
-        return gzip.open(file, "rb")
-    return io.BufferedReader(_Frames(open(file, "rb"))) if suffix == ".zst" else open(file, "rb")
+        return gzip.GzipFile(fileobj=stream)
+    return io.BufferedReader(_Frames(stream)) if suffix == ".zst" else stream
 
 
 def _decoded(content: bytes, at: int = 0) -> str:

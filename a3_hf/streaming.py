@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset_builder
+from datasets.packaged_modules.json.json import Json
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
@@ -31,7 +32,7 @@ from .data import (
     pad_id,
     tokenize,
 )
-from .files import TAKES, FileError, kind_of, read_documents
+from .files import TAKES, FileError, fingerprint, is_remote, kind_of, read_documents
 from .trainer import A3Trainer
 
 logger = logging.get_logger(__name__)
@@ -111,6 +112,7 @@ class Source:
 
     Args:
         files: what its files are called; each is read alone.
+        versions: what tells each file from another of its name; see `_versions`.
         dataset: of the hub, one shard for each file; None for local files.
         held_out: the (file, document) at which training begins.
     """
@@ -118,6 +120,7 @@ class Source:
     name: str
     arguments: SourceArguments
     files: Sequence[str]
+    versions: Sequence[list]
     dataset: IterableDataset | None = None
     separator: str | None = None
     held_out: tuple[int, int] = (0, 0)
@@ -150,11 +153,15 @@ def open_source(name: str, arguments: SourceArguments, *, separator: str | None 
         ValueError: a path that fits no file, or files of an unknown kind or of several.
     """
     if arguments.dataset_name is not None:
-        dataset = load_dataset(
-            arguments.dataset_name, arguments.dataset_config_name, split=arguments.dataset_split, streaming=True
-        )
+        builder = load_dataset_builder(arguments.dataset_name, arguments.dataset_config_name)
+        own = (builder.config.data_files or {}).get(arguments.dataset_split, [])
+        if isinstance(builder, Json) and own and all(kind_of(path) and "::" not in path for path in own):
+            # Not through datasets, which takes the columns and their types from the first block of the first file.
+            return Source(name, arguments, list(own), _versions(own))
+        dataset = builder.as_streaming_dataset(split=arguments.dataset_split)
         files = [f"{arguments.dataset_name}, file {number}" for number in range(dataset.num_shards)]
-        return Source(name, arguments, files, dataset)
+        paths = [path for split in (builder.config.data_files or {}).values() for path in split]
+        return Source(name, arguments, files, _versions(paths), dataset=dataset)
     pattern = arguments.path
     # A file's own name comes first, where it looks like a pattern.
     files = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
@@ -164,7 +171,12 @@ def open_source(name: str, arguments: SourceArguments, *, separator: str | None 
     kinds = {kind_of(file) for file in files}
     if None in kinds or len(kinds) > 1:
         raise ValueError(f"sources: {name}: path={pattern!r}: takes files of one kind, which end in one of {TAKES}")
-    return Source(name, arguments, files, separator=separator)
+    return Source(name, arguments, files, _versions(files), separator=separator)
+
+
+def _versions(paths: Sequence[str]) -> list[list]:
+    """Of each local file its name, size and the hash of its ends; of each of the hub's, its path, which has the revision."""
+    return [[path] if is_remote(path) else [Path(path).name, *fingerprint(path)] for path in paths]
 
 
 def source_choices(weights: Sequence[float], *, seed: Sequence[int], start: int = 0) -> Iterator[int]:
@@ -250,7 +262,8 @@ def _check_shards(source: Source, num_shards: int) -> None:
     """
     num_files = len(source.files)
     if num_files >= num_shards:
-        for shard in range(num_shards if source.dataset is None else 0):
+        is_local = source.dataset is None and not is_remote(source.files[0])
+        for shard in range(num_shards if is_local else 0):
             _Documents(source, shard=shard, num_shards=num_shards).next_document()
         return
     for file in range(num_files):

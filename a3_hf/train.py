@@ -27,7 +27,7 @@ from .even_rows import EvenRowsTrainer
 from .locking import sole_use
 from .plan import print_plan
 from .plot import loss_names, plot_losses
-from .record import check_resume, write_record
+from .record import check_inputs, check_resume, describe_inputs, write_record
 from .settings import check_attention, check_settings
 from .streaming import StreamTrainer, open_mixture
 from .trainer import A3Trainer
@@ -150,6 +150,12 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         if is_main and changes:
             print(f"Changed since the run was started, without effect on its result: {'; '.join(changes)}.")
     train_rows, eval_rows = _load_rows(recipe, tokenizer, config)
+    inputs = describe_inputs(recipe, train_rows)
+    if checkpoint is not None:
+        with training.main_process_first(local=False, desc="comparing inputs"):
+            changes = check_inputs(recipe, inputs)
+        if is_main and changes:
+            print(f"Read on although it was changed since the run was started: {'; '.join(changes)}.")
     if is_main and eval_rows is not None and training.eval_strategy == IntervalStrategy.NO:
         print("eval_strategy is 'no': losses are not measured; 'steps' measures them at the end of each stage as well.")
 
@@ -176,7 +182,7 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     trainer.add_callback(MetricsFileCallback(output_dir / METRICS_FILE, schedule))
 
     if is_main and checkpoint is None:
-        write_record(recipe, tokenizer)
+        write_record(recipe, tokenizer, inputs)
 
     # 3. Training.
     if steps_are_done:

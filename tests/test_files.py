@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -99,6 +100,17 @@ def test_only_the_column_of_the_text_matters(write):
     path = write("a.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
     assert [text for text in read_documents(path) if text] == ["a", "b"]
     assert list(read_documents(path, start=2001)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_file_of_an_url_is_read_as_a_local_one(compression):
+    filesystem = fsspec.filesystem("memory")
+    whole = COMPRESS[compression](lines(TEXTS))
+    filesystem.pipe("/repository/a.jsonl" + compression, whole)
+    assert list(read_documents(f"memory://repository/a.jsonl{compression}", start=7)) == TEXTS[7:]
+    filesystem.pipe("/repository/a.jsonl" + compression, whole[:-20])
+    with pytest.raises(FileError, match="^memory://repository/a.jsonl"):
+        list(read_documents(f"memory://repository/a.jsonl{compression}"))
 
 
 ODD_FILES = {

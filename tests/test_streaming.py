@@ -470,17 +470,42 @@ def test_a_failure_reaches_the_trainer_in_place_of_a_batch(mixture_of, monkeypat
     assert "the line is dead" in batches[-1][FAILURE] and not any(FAILURE in batch for batch in batches[:-1])
 
 
-def test_sources_of_the_hub_are_opened_as_streams(monkeypatch, tmp_path, words):
-    from datasets import load_dataset
+def test_sources_of_the_hub_are_opened_as_streams(monkeypatch, tmp_path):
+    from datasets import load_dataset_builder
 
     for number in range(3):
         write(tmp_path / f"{number}.jsonl", documents("a", 90)[number * 30 : (number + 1) * 30])
 
-    def hub(name, config, *, split, streaming):
-        assert (name, config, split, streaming) == ("some/data", "part", "train", True)
-        return load_dataset("json", data_files=str(tmp_path / "*.jsonl"), split="train", streaming=True)
+    def hub(name, config):
+        assert (name, config) == ("some/data", "part")
+        return load_dataset_builder("json", data_files=str(tmp_path / "*.jsonl"))
 
-    monkeypatch.setattr(a3_hf.streaming, "load_dataset", hub)
-    source = a3_hf.streaming.open_source("hub", SourceArguments(dataset_name="some/data", dataset_config_name="part"))
+    monkeypatch.setattr(a3_hf.streaming, "load_dataset_builder", hub)
+    arguments = SourceArguments(dataset_name="some/data", dataset_config_name="part")
+    source = a3_hf.streaming.open_source("hub", arguments)
     assert [text for file in range(3) for text in source.texts(file)] == documents("a", 90)
     assert list(source.texts(1, start=25)) == documents("a", 90)[55:60]
+    before = source.versions
+    write(tmp_path / "1.jsonl", documents("b", 30))
+    assert [
+        one == other for one, other in zip(before, a3_hf.streaming.open_source("hub", arguments).versions, strict=True)
+    ] == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_a_source_of_the_hub_is_read_by_its_column_alone(monkeypatch, tmp_path):
+    """Another column comes, or changes its type, behind datasets' first block, and texts are null before."""
+    from datasets import load_dataset_builder
+
+    records = [{"text": None, "n": 1}] * 400 + [{"text": f"a{n}", "n": "one", "new": [n]} for n in range(50)]
+    (tmp_path / "0.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr(
+        a3_hf.streaming,
+        "load_dataset_builder",
+        lambda name, config: load_dataset_builder("json", data_files=str(tmp_path / "*.jsonl"), chunksize=1 << 10),
+    )
+    source = a3_hf.streaming.open_source("hub", SourceArguments(dataset_name="some/data"))
+    assert [text for text in source.texts(0) if text] == [f"a{n}" for n in range(50)]
