@@ -202,8 +202,8 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
     if refused:
         raise ValueError(
             f"{Path(recipe.training.output_dir) / RECORD_FILE}: the run was started with other settings: "
-            f"{'; '.join(refused)}. It would not go on to the same result: put them back, or give another output_dir (where the same text now lies elsewhere, correct "
-            f"{RECORD_FILE})"
+            f"{'; '.join(refused)}. It would not go on to the same result: put them back, or give another "
+            f"output_dir (where the same text now lies elsewhere, correct {RECORD_FILE})"
         )
     return list(changes.values())
 

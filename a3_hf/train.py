@@ -250,12 +250,22 @@ def losses_table(state: TrainerState, schedule: Schedule | AdaptiveSchedule | No
     return table if table.row_count else None
 
 
+@contextmanager
+def _naming(argument: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # the libraries' messages go over several lines, and may not say which model
+        raise ValueError(f"{argument}={path!r}: can't be loaded: {' '.join(str(error).split())}") from error
+
+
 def _load_tokenizer_and_config(
     recipe: Recipe,
 ) -> tuple[PreTrainedTokenizerBase, LlamaConfig]:
-    path = recipe.model.model_name_or_path
-    tokenizer = load_tokenizer(recipe.model.tokenizer_name_or_path or path)
-    config = read_model_config(base_of(path), recipe.model.architecture)
+    path, tokenizer_path = recipe.model.model_name_or_path, recipe.model.tokenizer_name_or_path
+    with _naming("tokenizer_name_or_path" if tokenizer_path else "model_name_or_path", tokenizer_path or path):
+        tokenizer = load_tokenizer(tokenizer_path or path)
+    with _naming("model_name_or_path", path):
+        config = read_model_config(base_of(path), recipe.model.architecture)
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ValueError(
