@@ -57,7 +57,7 @@ class MetricsFileCallback(TrainerCallback):
 def _step_of(line: str) -> float:
     try:
         step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         step = None
     # Cut off while it was written, or nothing that was written here.
     return step if isinstance(step, int) and not isinstance(step, bool) else float("inf")

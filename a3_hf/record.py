@@ -135,10 +135,8 @@ def _file_changes(before: list[list] | None, now: list[list]) -> str | None:
     old, new = {file[0]: file[1:] for file in before}, {file[0]: file[1:] for file in now}
     gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
     changed = [name for name in old if name in new and old[name] != new[name]]
-    parts = [
-        f"without {', '.join(gone[:3])}" if gone else "",
-        f"with {', '.join(added[:3])}, which is new" if added else "",
-    ]
+    parts = [f"{', '.join(gone[:3])} is gone"] if gone else []
+    parts += [f"{', '.join(added[:3])} is new"] if added else []
     for name in changed[:3]:
         sizes = f"had {old[name][0]} bytes and has {new[name][0]}"
         parts.append(f"{name} {sizes if old[name][0] != new[name][0] else 'holds something else'}")

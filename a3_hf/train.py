@@ -349,13 +349,12 @@ def _is_finished(training: A3TrainingArguments, output_dir: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        state = TrainerState.load_from_json(str(path))
+        return _are_done(training, TrainerState.load_from_json(str(path)))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path}: is damaged, so that it can't be told whether the run is finished: {error}; remove it, and the same "
             "command goes on from the last checkpoint"
         ) from error
-    return _are_done(training, state)
 
 
 def _are_done(training: A3TrainingArguments, state: TrainerState) -> bool:
