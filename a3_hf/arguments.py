@@ -3,12 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from transformers import TrainingArguments
 
 from .checking import check_keys, checked_value, shown_value
 from .curriculum import Curriculum
+from .training_fields import check_fields
 
 
 @dataclass
@@ -51,7 +53,7 @@ class SourceArguments:
     `stories: {path: stories/*.jsonl.zst}`; see `a3_hf.streaming`.
 
     Args:
-        path: a file, or a pattern of files that are of one kind: .jsonl, .jsonl.zst, .json, .parquet or .txt.
+        path: a file, or a pattern of files that are of one kind: .jsonl, .json or .txt, plain or as .gz or .zst; .parquet.
         dataset_name: a dataset of the hub, in place of `path`; with its configuration and split.
         text_column: column of the text; .txt files have 'text' only.
         weight: the share of its documents among those drawn; weights need not sum to 1.
@@ -109,7 +111,9 @@ class DataArguments:
             effect beside the others.
     """
 
-    train_file: str | None = field(default=None, metadata={"help": "A .txt, .jsonl, .json or .parquet file."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "A .txt, .jsonl, .json or .parquet file; the first three also as .gz or .zst."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the hub, in place of train_file."})
     sources: dict | None = field(
         default=None,
@@ -143,6 +147,9 @@ class DataArguments:
     max_train_rows: int | None = field(default=None, metadata={"help": "Pack no more than that many rows to train on."})
     max_eval_rows: int | None = field(
         default=None, metadata={"help": "Pack no more than that many rows to evaluate on."}
+    )
+    accept_changed_inputs: bool = field(
+        default=False, metadata={"help": "Go on although files were changed since the run was started."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps its files, if not as usual."})
 
@@ -235,7 +242,7 @@ class LoraArguments:
 
 @dataclass
 class A3TrainingArguments(TrainingArguments):
-    # Identical to TrainingArguments except: the defaults below, and a setting that would lose columns is refused.
+    # Identical to TrainingArguments except: the defaults below, and what `a3_hf.training_fields` refuses.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Stays false: the trainer draws the orders from the rows' own columns."}
     )
@@ -243,6 +250,9 @@ class A3TrainingArguments(TrainingArguments):
         default="none", metadata={"help": "Where to report to; nowhere unless asked."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of the logs."}
+    )
     loss: Literal["plain", "chunked"] = field(
         default="plain", metadata={"help": "chunked never holds all logits of a batch: less memory, the same values."}
     )
@@ -278,7 +288,13 @@ class A3TrainingArguments(TrainingArguments):
             raise ValueError(f"loss={self.loss!r}: takes 'plain' or 'chunked'")
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ValueError(f"peak_flops={self.peak_flops}: takes a number above 0")
-        super().__post_init__()
+        check_fields(self)
+        if isinstance(self.deepspeed, str) and not Path(self.deepspeed).is_file():
+            raise ValueError(f"deepspeed={self.deepspeed!r}: there is no such file (relative to {Path.cwd()})")
+        try:
+            super().__post_init__()
+        except ImportError as error:
+            raise ValueError(f"a setting needs a package that is not installed: {error}") from error
 
     @property
     def rows_per_step(self) -> int:

@@ -9,8 +9,9 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .even_rows import EvenRowsTrainer
 from .throughput import Meter, peak_memory_mib
 
 # Apart from the run's seed, so that the losses of two runs are taken under the same orders.
@@ -48,7 +49,7 @@ class BeforeTheStepCallback(TrainerCallback):
         self.check()
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(EvenRowsTrainer):
     """A `Trainer` for losses whose labels stand where they are predicted, under draws that are its own.
 
     Identical to `Trainer` except:

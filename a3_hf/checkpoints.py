@@ -1,5 +1,6 @@
 """Which checkpoints of a run are whole, and what becomes of those that were cut off."""
 
+import errno
 import json
 import os
 import re
@@ -74,6 +75,15 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> tuple[Path | None, l
             logger.warning(f"{path} is half-written ({reason}): not used")
             skipped.append(path)
     return whole, skipped
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of room, as the system says it, or safetensors or torch, which have errors of their
+    own.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(words in str(error) for words in (os.strerror(errno.ENOSPC), "PytorchStreamWriter failed writing"))
 
 
 def set_aside(checkpoint: Path) -> Path:

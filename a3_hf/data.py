@@ -1,7 +1,5 @@
 """From files to rows: text becomes rows of `block_size` tokens that start with BOS, and rows become batches."""
 
-import codecs
-import glob
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +10,9 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments
+from .files import CODE, TAKES, FileError, fingerprint, kind_of, read_documents
 
 IGNORED_LABEL = -100
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # 9 bytes per token on disk, where the widths that lists of Python integers get would make 24.
 ROW_FEATURES = Features(
     {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": List(Value("int32"))}
@@ -94,7 +92,7 @@ def load_documents(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
     files = {name: Path(file) for name, file in files.items() if file is not None}
     for name, file in files.items():
         _check_file(name, file)
-    if arguments.document_separator is not None and not any(file.suffix == ".txt" for file in files.values()):
+    if arguments.document_separator is not None and not any(kind_of(file) == ".txt" for file in files.values()):
         raise ValueError(
             f"document_separator={arguments.document_separator!r} has no effect: it is for .txt files, and elsewhere a "
             "document is a row of the source"
@@ -111,12 +109,12 @@ def load_documents(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
         train = _text_column(train, arguments.text_column, source)
     else:
         source = f"train_file={arguments.train_file!r}"
-        train = _read_documents(source, files["train_file"], arguments)
+        train = _read_documents("train_file", files["train_file"], arguments)
 
     evaluation, evaluation_source, held_out = None, source, arguments.validation_documents
     if arguments.validation_file is not None:
         evaluation_source = f"validation_file={arguments.validation_file!r}"
-        evaluation = _read_documents(evaluation_source, files["validation_file"], arguments)
+        evaluation = _read_documents("validation_file", files["validation_file"], arguments)
     elif held_out:
         num_train = len(train) - held_out
         if num_train < 1:
@@ -307,9 +305,37 @@ def _tokenized(documents: Dataset, tokenizer: PreTrainedTokenizerBase, boundary_
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, boundary_id: int) -> list[list[int]]:
     """The ids of each text, without special tokens, and its boundary."""
+    return [[*ids, boundary_id] for ids in encode_documents(texts, tokenizer)]
+
+
+def encode_documents(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of each text, without special tokens: where it spells one ("</s>" in HTML), those are letters like others.
+
+    Raises:
+        ValueError: a special token in a text, with a tokenizer that has no other way to write its letters.
+    """
     # `verbose` would warn that a document is longer than the context, which is what packing is for.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [[*ids, boundary_id] for ids in encoded]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return [ids if special.isdisjoint(ids) else _spelled(ids, special, tokenizer) for ids in encoded]
+
+
+def _spelled(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`ids` with special tokens, which the tokenizer's own merges may make of their letters, letter by letter."""
+    pieces = [tokenizer.convert_ids_to_tokens(token) if token in special else None for token in ids]
+    letters = tokenizer.backend_tokenizer.model.tokenize if tokenizer.is_fast else None
+    spelled = [
+        [token] if piece is None else [part.id for letter in piece for part in letters(letter)] if letters else [token]
+        for token, piece in zip(ids, pieces, strict=True)
+    ]
+    flat = [token for part in spelled for token in part]
+    if not special.isdisjoint(flat):
+        found = next(piece for piece in pieces if piece is not None)
+        raise ValueError(
+            f"a document holds {found!r}, which the tokenizer of {tokenizer.name_or_path!r} takes for a special token "
+            "whatever it is told: take it out of the text, or take another tokenizer"
+        )
+    return flat
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -324,60 +350,45 @@ def _texts(batch: Mapping[str, list[str | None]]) -> list[str]:
 
 
 def _check_file(name: str, file: Path):
-    """Raises ValueError unless `file` exists, is of a known kind, and holds text in UTF-8 (.parquet: some bytes)."""
+    """Raises ValueError unless `file` exists, is of a known kind, and holds something."""
     if not file.is_file():
         raise ValueError(f"{name}={str(file)!r}: there is no such file (relative paths start at {Path.cwd()})")
-    if file.suffix not in BUILDERS:
-        raise ValueError(f"{name}={str(file)!r}: takes a file that ends in {', '.join(BUILDERS)}")
+    if kind_of(file) is None:
+        raise ValueError(f"{name}={str(file)!r}: takes a file that ends in {TAKES}")
     if file.stat().st_size == 0:
         raise ValueError(f"{name}={str(file)!r}: the file is empty")
-    if file.suffix == ".parquet":
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position, has_text = 0, False
-    with file.open("rb") as stream:
-        while True:
-            chunk = stream.read(1 << 24)
-            pending = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{name}={str(file)!r}: not UTF-8: {error.reason} at byte {position - pending + error.start}"
-                ) from error
-            has_text = has_text or bool(text.lstrip("\ufeff").strip())
-            if not chunk:
-                break
-            position += len(chunk)
-    if not has_text:
-        raise ValueError(f"{name}={str(file)!r}: the file holds no text")
 
 
-def _read_documents(source: str, file: Path, arguments: DataArguments) -> Dataset:
-    """The documents of `file`, a dataset of one column; `source` is what a message calls it."""
-    builder = BUILDERS[file.suffix]
-    options = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
+def _read_documents(name: str, file: Path, arguments: DataArguments) -> Dataset:
+    """The documents of `file`, a dataset of one column; `name` is the argument's."""
+    separator = arguments.document_separator if kind_of(file) == ".txt" else None
     try:
-        dataset = load_dataset(
-            builder,
-            data_files={"train": glob.escape(str(file.resolve()))},
-            split="train",
+        return Dataset.from_generator(
+            _documents,
+            features=Features({arguments.text_column: Value("large_string")}),
             cache_dir=arguments.cache_dir,
-            **options,
+            gen_kwargs={
+                "file": str(file.resolve()),
+                "column": arguments.text_column,
+                "separator": separator,
+                "version": f"{fingerprint(file)} {file.stat().st_mtime_ns} {CODE}",  # a list would be taken for shards
+            },
         )
-    except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{source}: can't be read as {builder}: {error.__cause__ or error}") from error
-    dataset = _text_column(dataset, arguments.text_column, source)
-    if builder == "text":
-        # In memory, where nothing stale can be found again.
-        dataset = dataset.map(
-            _split_documents,
-            batched=True,
-            fn_kwargs={"separator": arguments.document_separator},
-            keep_in_memory=True,
-            desc="Splitting documents",
-        )
-    return dataset
+    except (FileError, DatasetGenerationError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if not isinstance(cause, (FileError, OSError)):
+            raise
+        raise ValueError(f"{name}: {cause}") from error
+
+
+def _documents(file: str, column: str, separator: str | None, version: str) -> Iterator[dict[str, str]]:
+    """Yields the documents of a file. `version` is read by nobody: the documents are cached under a hash of these."""
+    is_empty = True
+    for text in read_documents(file, column=column, separator=separator):
+        is_empty = False
+        yield {column: text}
+    if is_empty:  # of which datasets would say: Instruction "train" corresponds to no data
+        raise FileError(f"{file}: holds no text")
 
 
 def _text_column(dataset: Dataset, column: str, source: str) -> Dataset:
@@ -387,13 +398,3 @@ def _text_column(dataset: Dataset, column: str, source: str) -> Dataset:
     if feature not in (Value("string"), Value("large_string")):
         raise ValueError(f"text_column={column!r}: {source} holds {feature} there, not text")
     return dataset.select_columns([column])
-
-
-def _split_documents(batch: dict[str, list[str]], separator: str | None) -> dict[str, list[str]]:
-    return {"text": [piece for text in batch["text"] for piece in split_text(text, separator)]}
-
-
-def split_text(text: str, separator: str | None) -> list[str]:
-    """The documents of a .txt file, without the white space around them and without those that hold none."""
-    pieces = text.split(separator) if separator is not None else [text]
-    return [piece.strip() for piece in pieces if piece.strip()]

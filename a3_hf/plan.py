@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 from rich.console import Console
@@ -46,9 +45,10 @@ class ModelSize:
     @classmethod
     def of(cls, config: A3LlamaConfig, lora: LoraArguments | None = None) -> "ModelSize":
         """Counted on a model that takes no memory."""
-        with init_empty_weights():
+        with torch.device("meta"):
             model = A3LlamaForCausalLM(config)
-            total = model.num_parameters()
+            model.tie_weights()  # a tied weight is one: parameters() has it once
+            total = sum(weight.numel() for weight in model.parameters())
             layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
             trained = total if lora is None else attach(model, lora).num_parameters(only_trainable=True)
         return cls(

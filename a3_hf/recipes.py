@@ -136,7 +136,7 @@ def read_settings(path: str | PathLike) -> dict[str, Any]:
     try:
         values = yaml.load(text, Loader=_RecipeLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: not a recipe: {error}") from error
+        raise ValueError(f"{path}: not a recipe: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of settings, got {shown_value(values)}")
     return values
@@ -146,7 +146,7 @@ def _inline_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_RecipeLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ArgumentTypeError(f"not YAML: {error}") from error
+        raise ArgumentTypeError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
 def _curriculum(config: Any, path: str | PathLike) -> Curriculum:

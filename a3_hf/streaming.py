@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import transformers
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset_builder
+from datasets.packaged_modules.json.json import Json
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .arguments import DataArguments, SourceArguments
+from .checking import shown_value
 from .data import (
-    BUILDERS,
     ISOLATED_ROW_FEATURES,
     ROW_FEATURES,
     RowCollator,
@@ -31,14 +31,15 @@ from .data import (
     load_rows,
     pack_rows,
     pad_id,
-    split_text,
     tokenize,
 )
+from .files import TAKES, FileError, fingerprint, is_remote, kind_of, read_documents
 from .trainer import A3Trainer
 
 logger = logging.get_logger(__name__)
 
 RETRY_WAITS = (1.0, 5.0, 25.0)  # seconds before each new try of a source that failed
+PERMANENT = (FileError, FileNotFoundError, PermissionError, IsADirectoryError)  # trying again would not help
 POSITION_FILE = "stream_position.json"
 # Columns of a batch that the trainer takes out before anything else sees it.
 POSITION, FAILURE = "stream_position", "stream_failure"
@@ -64,14 +65,14 @@ def open_mixture(
     Raises:
         ValueError: a path that fits no file or files of several kinds; a source with no document left to train on; a
             separator where no file is .txt; and what `check_tokens` refuses.
-        SourceError: a source that can't be read or holds no text.
+        SourceError: a source that can't be read or holds no text, or too little for a document in each shard.
     """
     boundary_id = check_tokens(arguments, tokenizer, context_length=context_length)
     sources = [
         open_source(name, source, separator=arguments.document_separator) for name, source in arguments.sources.items()
     ]
     files = [*(file for source in sources for file in source.files), arguments.validation_file or ""]
-    if arguments.document_separator is not None and not any(file.endswith(".txt") for file in files):
+    if arguments.document_separator is not None and not any(kind_of(file) == ".txt" for file in files):
         raise ValueError(
             f"document_separator={arguments.document_separator!r} has no effect: it is for .txt files, and elsewhere a "
             "document is a row of the source"
@@ -86,6 +87,8 @@ def open_mixture(
         num_shards=arguments.num_shards,
         seed=seed,
     )
+    for source in mixture.sources:
+        _check_shards(source, arguments.num_shards)
     if arguments.validation_file is not None:
         alone = replace(
             arguments,
@@ -93,7 +96,7 @@ def open_mixture(
             num_shards=16,
             train_file=arguments.validation_file,
             validation_file=None,
-            document_separator=arguments.document_separator if files[-1].endswith(".txt") else None,
+            document_separator=arguments.document_separator if kind_of(files[-1]) == ".txt" else None,
             max_train_rows=arguments.max_eval_rows,
             max_eval_rows=None,
         )
@@ -110,6 +113,7 @@ class Source:
 
     Args:
         files: what its files are called; each is read alone.
+        versions: what tells each file from another of its name; see `_versions`.
         dataset: of the hub, one shard for each file; None for local files.
         held_out: the (file, document) at which training begins.
     """
@@ -117,6 +121,7 @@ class Source:
     name: str
     arguments: SourceArguments
     files: Sequence[str]
+    versions: Sequence[list]
     dataset: IterableDataset | None = None
     separator: str | None = None
     held_out: tuple[int, int] = (0, 0)
@@ -125,44 +130,21 @@ class Source:
         """The documents of the file of that number, from document `start` on; blank ones are empty texts.
 
         Raises:
-            SourceError: no column `text_column`, or one that is not text. Others: whatever reading raises.
+            FileError: reading it again would not help; see `read_documents`. Others: whatever reading raises.
         """
         column = self.arguments.text_column
-        dataset = self._open_local(self.files[file]) if self.dataset is None else self._open_hub(file)
-        if dataset is None:
+        if self.dataset is None:
+            yield from read_documents(self.files[file], column=column, separator=self.separator, start=start)
             return
-        for table in dataset.with_format("arrow").iter(batch_size=100):
-            if column not in table.column_names:
-                has = ", ".join(table.column_names)
-                raise SourceError(
-                    f"text_column={column!r}: not in source {self.name!r}, whose {self.files[file]} has {has}"
-                )
-            values = table.column(column)
-            if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-                raise SourceError(f"text_column={column!r}: source {self.name!r} holds {values.type} there, not text")
-            texts = values
-            if self.files[file].endswith(".txt"):  # a file is one value, and may be many documents
-                texts = [piece for text in values.to_pylist() for piece in split_text(text, self.separator)]
-            skipped = min(start, len(texts))
-            start -= skipped
-            texts = texts[skipped:]
-            yield from (text or "" for text in (texts.to_pylist() if isinstance(texts, pa.ChunkedArray) else texts))
-
-    def _open_local(self, file: str) -> IterableDataset | None:
-        builder, options = _builder(file), {}
-        if builder == "text":
-            options = {"sample_by": "document", "encoding": "utf-8-sig"}
-        if builder == "parquet":
-            options = {"columns": [self.arguments.text_column]}
-        try:
-            return load_dataset(
-                builder, data_files={"train": glob.escape(file)}, split="train", streaming=True, **options
-            )
-        except StopIteration:  # datasets looks at the first line of a .jsonl file for its columns, and there is none
-            return None
-
-    def _open_hub(self, file: int) -> IterableDataset:
-        return self.dataset.shard(len(self.files), file)
+        # Example by example: tables of a stream may differ in columns and types, which nobody asks for.
+        dataset = self.dataset.shard(len(self.files), file).skip(start)
+        for example in dataset:
+            if column not in example:
+                raise FileError(f"text_column={column!r}: not in {self.files[file]}, which has {', '.join(example)}")
+            text = example[column]
+            if not isinstance(text, str | None):
+                raise FileError(f"text_column={column!r}: {self.files[file]} holds {shown_value(text)} there, not text")
+            yield text or ""
 
 
 def open_source(name: str, arguments: SourceArguments, *, separator: str | None = None) -> Source:
@@ -172,26 +154,30 @@ def open_source(name: str, arguments: SourceArguments, *, separator: str | None 
         ValueError: a path that fits no file, or files of an unknown kind or of several.
     """
     if arguments.dataset_name is not None:
-        dataset = load_dataset(
-            arguments.dataset_name, arguments.dataset_config_name, split=arguments.dataset_split, streaming=True
-        )
+        builder = load_dataset_builder(arguments.dataset_name, arguments.dataset_config_name)
+        own = (builder.config.data_files or {}).get(arguments.dataset_split, [])
+        if isinstance(builder, Json) and own and all(kind_of(path) and "::" not in path for path in own):
+            # Not through datasets, which takes the columns and their types from the first block of the first file.
+            return Source(name, arguments, list(own), _versions(own))
+        dataset = builder.as_streaming_dataset(split=arguments.dataset_split)
         files = [f"{arguments.dataset_name}, file {number}" for number in range(dataset.num_shards)]
-        return Source(name, arguments, files, dataset)
+        paths = [path for split in (builder.config.data_files or {}).values() for path in split]
+        return Source(name, arguments, files, _versions(paths), dataset=dataset)
     pattern = arguments.path
     # A file's own name comes first, where it looks like a pattern.
     files = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not files:
         raise ValueError(f"sources: {name}: path={pattern!r}: there is no such file (relative to {Path.cwd()})")
     files = [str(Path(file).resolve()) for file in files]
-    builders = {_builder(file) for file in files}
-    if None in builders or len(builders) > 1:
-        kinds = ", ".join([*BUILDERS, ".jsonl.zst"])
-        raise ValueError(f"sources: {name}: path={pattern!r}: takes files of one kind, which end in one of {kinds}")
-    return Source(name, arguments, files, separator=separator)
+    kinds = {kind_of(file) for file in files}
+    if None in kinds or len(kinds) > 1:
+        raise ValueError(f"sources: {name}: path={pattern!r}: takes files of one kind, which end in one of {TAKES}")
+    return Source(name, arguments, files, _versions(files), separator=separator)
 
 
-def _builder(file: str) -> str | None:
-    return BUILDERS.get(Path(file.removesuffix(".zst") if file.endswith(".jsonl.zst") else file).suffix)
+def _versions(paths: Sequence[str]) -> list[list]:
+    """Of each local file its name, size and the hash of its ends; of each of the hub's, its path, which has the revision."""
+    return [[path] if is_remote(path) else [Path(path).name, *fingerprint(path)] for path in paths]
 
 
 def source_choices(weights: Sequence[float], *, seed: Sequence[int], start: int = 0) -> Iterator[int]:
@@ -217,7 +203,7 @@ class _Documents:
     """
 
     def __init__(self, source: Source, *, shard: int = 0, num_shards: int = 1, place: Sequence[int] = (0, 0, 0)):
-        self.source = source
+        self.source, self.num_shards = source, num_shards
         num_files = len(source.files)
         self.files = range(shard, num_files, num_shards) or range(shard % num_files, shard % num_files + 1)
         self.stride = len(range(self.files[0], num_shards, num_files)) if num_files < num_shards else 1
@@ -227,7 +213,7 @@ class _Documents:
         self._texts = self._read(*self.place)
 
     def next_document(self) -> str:
-        """The next text that is not blank. What fails is tried again after each of `RETRY_WAITS`.
+        """The next text that is not blank. What fails is tried again after each of `RETRY_WAITS`, unless that can't help.
 
         Raises:
             SourceError: it failed each time, or no document of the shard holds text.
@@ -238,13 +224,15 @@ class _Documents:
                 return text
             except SourceError:
                 raise
-            except Exception as error:  # the network, a damaged file, a column that is not there: any library's error
+            except Exception as error:  # the network, a disk: any library's error
                 _, number, document = self.place
                 file = self.source.files[self.files[min(number, len(self.files) - 1)]]
-                what = f"{self.whose} can't be read on at or after document {document} of {file}: {error!r}"
+                what = f"{self.whose} can't be read on at or after document {document} of {file}: "
+                if isinstance(error, PERMANENT):
+                    raise SourceError(f"{self.whose}: {error}") from error
                 if wait is None:
-                    raise SourceError(f"{what} (tried {tries} times)") from error
-                logger.warning(f"{what}; trying again in {wait:g} s")
+                    raise SourceError(f"{what}{error!r} (tried {tries} times)") from error
+                logger.warning(f"{what}{error!r}; trying again in {wait:g} s")
                 time.sleep(wait)
                 self._texts = self._read(*self.place)
 
@@ -263,10 +251,36 @@ class _Documents:
                     logger.warning(f"{self.whose}: {self.source.files[file]} is empty")
                 start = 0
             if not found:
-                advice = "; with so few documents, set num_shards lower" if self.stride > 1 else ""
+                advice = "; with so few documents, set num_shards lower" if self.num_shards > 1 else ""
                 raise SourceError(f"{self.whose}: no document to train on holds text{advice}")
             logger.warning(f"{self.whose}: read to its end {passes + 1} times; goes on at its first document")
             passes, number, found = passes + 1, 0, False
+
+
+def _check_shards(source: Source, num_shards: int) -> None:
+    """Raises SourceError unless each shard has a document to train on. Of the hub's files, those are opened that shards
+    share; a file for each takes too many requests.
+    """
+    num_files = len(source.files)
+    if num_files >= num_shards:
+        is_local = source.dataset is None and not is_remote(source.files[0])
+        for shard in range(num_shards if is_local else 0):
+            _Documents(source, shard=shard, num_shards=num_shards).next_document()
+        return
+    for file in range(num_files):
+        shards = range(file, num_shards, num_files)
+        missing, found = set(range(len(shards))), 0
+        for index, text in enumerate(source.texts(file)):
+            if (file, index) >= source.held_out and text.strip():
+                missing.discard(index % len(shards))
+                found += 1
+            if not missing:
+                break
+        if missing:
+            raise SourceError(
+                f"source {source.name!r}: {source.files[file]} has {found} documents to train on, too few for the "
+                f"{len(shards)} shards that share it: num_shards={num_shards} takes less, {max(found, 1) * num_files} at most"
+            )
 
 
 def _hold_out(sources: Sequence[Source], count: int) -> tuple[list[str], list[tuple[int, int]]]:
@@ -563,7 +577,10 @@ class StreamTrainer(A3Trainer):
             if step
             else "Nothing is trained"
         )
-        raise SourceError(f"{failures[0]}. {kept}; the same command goes on from there.")
+        raise SourceError(
+            f"{failures[0]}. {kept}; once the source can be read, the same command goes on from there (with "
+            "--accept_changed_inputs true, where a file had to change)"
+        )
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Here and not in a callback: a checkpoint counts as whole once `Trainer` has written its state, which comes next.

@@ -1,29 +1,36 @@
 """One recipe, one run: from the files it names to a model, with resumes on the way."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import is_bitsandbytes_available, is_matplotlib_available
+from transformers.utils import is_matplotlib_available
 
 from .adapters import base_of, check_same, check_start, four_bits, load_to_train, load_tokenizer
 from .architectures import read_model_config
 from .arguments import A3TrainingArguments, Recipe
-from .callbacks import InterruptCallback, MetricsFileCallback
-from .checkpoints import last_whole_checkpoint, set_aside
+from .callbacks import InterruptCallback, MetricsFileCallback, WeightsCallback, check_weights
+from .checkpoints import is_disk_full, last_whole_checkpoint, set_aside
 from .curriculum import RECORD, AdaptiveSchedule, Schedule
 from .data import RowCollator, load_rows
 from .diffusion_trainer import DiffusionTrainer
+from .even_rows import EvenRowsTrainer
+from .locking import sole_use
 from .plan import print_plan
 from .plot import loss_names, plot_losses
-from .record import check_resume, write_record
-from .streaming import StreamTrainer, check_readers, open_mixture
-from .trainer import A3Trainer, check_one_stream
+from .record import check_inputs, check_resume, describe_inputs, write_record
+from .settings import check_attention, check_settings
+from .streaming import StreamTrainer, open_mixture
+from .trainer import A3Trainer
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "losses.png"
@@ -39,19 +46,51 @@ def run(recipe: Recipe, *, resume: bool = True) -> int:
         resume: go on from the last whole checkpoint of `output_dir`, if there is one.
 
     Returns:
-        The exit code: 0 when the run is finished (now or earlier), 130 after Ctrl-C.
+        The exit code: 0 when the run is finished (now or earlier), 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
-        ValueError: settings, files or a curriculum that can't be used, or checkpoints where the run must not resume.
+        ValueError: settings, files or a curriculum that can't be used, checkpoints where the run must not resume, or
+            another run in `output_dir`.
+        OSError: the disk is full.
     """
+    training = recipe.training
+    check_settings(recipe)
     try:
-        return _run(recipe, resume=resume)
+        with _output_dir(training):
+            return _run(recipe, resume=resume)
     except KeyboardInterrupt:
-        if recipe.training.process_index == 0:
-            checkpoint, _ = last_whole_checkpoint(recipe.training.output_dir)
-            kept = "there is no checkpoint yet" if checkpoint is None else f"the last whole one is {checkpoint}"
-            print(f"Stopped at once, without a checkpoint of this step; {kept}.")
+        if training.process_index == 0:
+            print(f"Stopped at once, without a checkpoint of this step; {_what_is_kept(training)}.")
         return INTERRUPTED
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_disk_full(error):
+            raise
+        raise OSError(
+            f"output_dir={training.output_dir!r}: the disk is full; {_what_is_kept(training)}. With more room, the same "
+            "command goes on from there"
+        ) from error
+
+
+@contextmanager
+def _output_dir(training: A3TrainingArguments) -> Iterator[None]:
+    """The folder is this run's alone; its main process holds it for all."""
+    refusal, lock = None, ExitStack()
+    with lock:
+        if training.process_index == 0:
+            try:
+                lock.enter_context(sole_use(training.output_dir))
+            except ValueError as error:
+                refusal = error
+        if training.world_size > 1:
+            (refusal,) = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise refusal
+        yield
+
+
+def _what_is_kept(training: A3TrainingArguments) -> str:
+    checkpoint, _ = last_whole_checkpoint(training.output_dir)
+    return "there is no checkpoint yet" if checkpoint is None else f"the last whole one is {checkpoint}"
 
 
 def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
@@ -70,7 +109,7 @@ def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
         raise ValueError(
             f"architecture={recipe.model.architecture!r}: the plan's formulas are those of architecture 'a3'"
         )
-    _check_settings(recipe)
+    check_settings(recipe)
     tokenizer, config = _load_tokenizer_and_config(recipe)
     train_rows, _ = _load_rows(recipe, tokenizer, config)
     training = recipe.training
@@ -96,7 +135,6 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     is_main = training.process_index == 0
 
     # 1. What needs no model.
-    _check_settings(recipe)
     if resume and _is_finished(training, output_dir):
         if is_main:
             print(f"The run in {output_dir} is finished: nothing to do. A new run takes another output_dir.")
@@ -112,6 +150,12 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         if is_main and changes:
             print(f"Changed since the run was started, without effect on its result: {'; '.join(changes)}.")
     train_rows, eval_rows = _load_rows(recipe, tokenizer, config)
+    inputs = describe_inputs(recipe, train_rows)
+    if checkpoint is not None:
+        with training.main_process_first(local=False, desc="comparing inputs"):
+            changes = check_inputs(recipe, inputs)
+        if is_main and changes:
+            print(f"Read on although it was changed since the run was started: {'; '.join(changes)}.")
     if is_main and eval_rows is not None and training.eval_strategy == IntervalStrategy.NO:
         print("eval_strategy is 'no': losses are not measured; 'steps' measures them at the end of each stage as well.")
 
@@ -133,11 +177,12 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     trainer = _make_trainer(recipe, model, tokenizer, train_rows, eval_rows, is_resumed=checkpoint is not None)
     interrupt = InterruptCallback()
     trainer.add_callback(interrupt)
+    trainer.add_callback(WeightsCallback())
     schedule = None if recipe.curriculum is None else trainer.schedule
     trainer.add_callback(MetricsFileCallback(output_dir / METRICS_FILE, schedule))
 
     if is_main and checkpoint is None:
-        write_record(recipe, tokenizer)
+        write_record(recipe, tokenizer, inputs)
 
     # 3. Training.
     if steps_are_done:
@@ -150,14 +195,16 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            interrupt.restore_handler()
+            interrupt.restore_handlers()
     if interrupt.stopped_at is not None:
         if is_main:
             print(
                 f"Stopped after step {interrupt.stopped_at} of {trainer.state.max_steps}; its checkpoint is in {output_dir}."
             )
             print("The same command goes on from there.")
-        return INTERRUPTED
+        return 128 + interrupt.stopped_by
+
+    check_weights(trainer.model, training, step=trainer.state.global_step)
 
     # 4. The model, and last the state, which says that the run is finished.
     trainer.save_model(str(output_dir))
@@ -203,18 +250,29 @@ def losses_table(state: TrainerState, schedule: Schedule | AdaptiveSchedule | No
     return table if table.row_count else None
 
 
+@contextmanager
+def _naming(argument: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # the libraries' messages go over several lines, and may not say which model
+        raise ValueError(f"{argument}={path!r}: can't be loaded: {' '.join(str(error).split())}") from error
+
+
 def _load_tokenizer_and_config(
     recipe: Recipe,
 ) -> tuple[PreTrainedTokenizerBase, LlamaConfig]:
-    path = recipe.model.model_name_or_path
-    tokenizer = load_tokenizer(recipe.model.tokenizer_name_or_path or path)
-    config = read_model_config(base_of(path), recipe.model.architecture)
+    path, tokenizer_path = recipe.model.model_name_or_path, recipe.model.tokenizer_name_or_path
+    with _naming("tokenizer_name_or_path" if tokenizer_path else "model_name_or_path", tokenizer_path or path):
+        tokenizer = load_tokenizer(tokenizer_path or path)
+    with _naming("model_name_or_path", path):
+        config = read_model_config(base_of(path), recipe.model.architecture)
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, and the model {path} embeds those below "
             f"{config.vocab_size}: they don't belong together; set tokenizer_name_or_path to the model's own"
         )
+    check_attention(recipe, config)
     check_start(path, recipe.lora, config)
     slot_start = recipe.model.slot_start
     if recipe.lora is not None and slot_start not in (None, config.slot_start):
@@ -261,7 +319,7 @@ def _make_trainer(
         "processing_class": tokenizer,
     }
     if recipe.model.architecture == "llama":
-        return Trainer(model, training, **shared)
+        return EvenRowsTrainer(model, training, **shared)
     if recipe.model.architecture == "masked_diffusion":
         model.set_mask_token(tokenizer)
         return DiffusionTrainer(
@@ -286,76 +344,17 @@ def _make_trainer(
     )
 
 
-def _check_settings(recipe: Recipe) -> None:
-    training = recipe.training
-    if training.save_only_model:
-        raise ValueError("save_only_model=True: such checkpoints can't be resumed from; leave it out")
-    if recipe.model.load_in_4bit and recipe.lora is None:
-        raise ValueError("load_in_4bit=True: weights in 4 bits can't be trained; set lora, whose adapters can")
-    if recipe.model.load_in_4bit and not is_bitsandbytes_available():
-        raise ValueError("load_in_4bit=True needs bitsandbytes: pip install bitsandbytes")
-    if recipe.data.sources is not None:
-        if training.max_steps <= 0:
-            raise ValueError(f"max_steps={training.max_steps}: sources have no end; set how many steps the run has")
-        check_readers(
-            recipe.data.num_shards, world_size=training.world_size, num_workers=training.dataloader_num_workers
-        )
-    if training.content_loss_weight and recipe.lora is not None and recipe.lora.rows == "slots":
-        raise ValueError(
-            f"content_loss_weight={training.content_loss_weight}: with lora.rows 'slots' the content stream is not "
-            "trained; leave it out"
-        )
-    _check_architecture(recipe)
-    for name, path in (("train_file", recipe.data.train_file), ("validation_file", recipe.data.validation_file)):
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{name}={path!r}: there is no such file (relative paths start at {Path.cwd()})")
-    if training.max_steps > 0 and recipe.curriculum is not None:
-        recipe.curriculum.resolve(
-            max_steps=training.max_steps, tokens_per_step=training.rows_per_step * recipe.data.block_size
-        )
-
-
-def _check_architecture(recipe: Recipe) -> None:
-    """Refuses settings that would have no effect on a model of the recipe's architecture, or that it can't follow."""
-    training, architecture = recipe.training, recipe.model.architecture
-    weights = {
-        "content_loss_weight": training.content_loss_weight,
-        "distillation_weight": training.distillation_weight,
-    }
-    if architecture == "decoupled_rope":
-        check_one_stream(recipe.curriculum.stages, **weights)
-    own = {
-        "a3": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},
-        "decoupled_rope": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},
-        "masked_diffusion": {
-            "masking": training.masking,
-            "low_discrepancy": training.low_discrepancy,
-            "anneal_steps": training.anneal_steps,
-        },
-        "llama": {},
-    }
-    for name in dict.fromkeys(name for settings in own.values() for name in settings):
-        value = getattr(training, name)
-        if name not in own[architecture] and value != A3TrainingArguments.__dataclass_fields__[name].default:
-            raise ValueError(f"{name}={value!r} has no effect with architecture {architecture!r}; leave it out")
-    if architecture != "a3" and recipe.model.slot_start is not None:
-        raise ValueError(
-            f"slot_start={recipe.model.slot_start!r} has no effect with architecture {architecture!r}; leave it out"
-        )
-    if architecture in ("decoupled_rope", "llama") and recipe.data.documents == "isolated":
-        raise ValueError(
-            f"documents='isolated': architecture {architecture!r} keeps no documents of one row apart; it takes 'joined'"
-        )
-    if recipe.curriculum is None and recipe.data.sources is not None:
-        raise ValueError(
-            f"sources: architecture {architecture!r} is trained on train_file or dataset_name; mixtures are for those with a "
-            "curriculum"
-        )
-
-
 def _is_finished(training: A3TrainingArguments, output_dir: Path) -> bool:
     path = output_dir / STATE_FILE
-    return path.is_file() and _are_done(training, TrainerState.load_from_json(str(path)))
+    if not path.is_file():
+        return False
+    try:
+        return _are_done(training, TrainerState.load_from_json(str(path)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: is damaged, so that it can't be told whether the run is finished: {error}; remove it, and the same "
+            "command goes on from the last checkpoint"
+        ) from error
 
 
 def _are_done(training: A3TrainingArguments, state: TrainerState) -> bool:

@@ -112,6 +112,65 @@ def test_two_processes_train_as_one(source, one_process, tmp_path, checkpointing
     assert_same_run(output_dir, one_process)
 
 
+UNEVEN = {"max_train_rows": 17, "max_steps": -1, "num_train_epochs": 3.0, "train_file": None}
+MIXED = {
+    "unit": "steps",
+    "stages": [
+        {"name": "ar", "until": 5},
+        {
+            "name": "permute",
+            "group_size": {"draw": [1, 3]},
+            "shapes": {"scattered": 1, "spans": 1, "infilling": 1},
+            "span_length": 2,
+            "rehearsal": 0.2,
+        },
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (
+            2,
+            {
+                "curriculum": {
+                    **RECIPE["curriculum"],
+                    "stages": [{"name": "ar", "until": 4}, {"name": "permute", "group_size": 2}],
+                }
+            },
+        ),
+        (2, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "curriculum": MIXED}),
+        (2, {"documents": "isolated", "loss": "chunked", "curriculum": MIXED}),
+        (2, {"architecture": "masked_diffusion", "curriculum": None, "low_discrepancy": True}),
+        (2, {"architecture": "llama", "curriculum": None}),
+        pytest.param(
+            3,
+            {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "curriculum": MIXED},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["a3", "mixture", "isolated", "masked_diffusion", "llama", "three"],
+)
+def test_rows_that_do_not_divide_come_once_an_epoch(source, tmp_path, processes, settings):
+    """17 rows, 3 epochs, 8 rows a step (12 with three processes): two processes as one. With accelerate's even_batches the
+    losses differ from the first epoch's last step on, and the weights by 0.1.
+    """
+    uneven = {**UNEVEN, "train_file": str(source / "train.txt"), **settings}
+    many = adapt(source, tmp_path / "many", processes=processes, **uneven)
+    rows = 8 if processes == 2 else 12
+    one = adapt(
+        source,
+        tmp_path / "one",
+        processes=1,
+        **uneven | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": rows // 4},
+    )
+    assert len(losses(one)) == 3 * -(-17 // rows)
+    assert losses(many) == pytest.approx(losses(one), abs=1e-4)
+    weights, others = (load_file(folder / "model.safetensors") for folder in (many, one))
+    assert max((weights[name] - others[name]).abs().max() for name in others) < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_checkpoint_goes_on_with_another_number_of_processes(source, one_process, tmp_path, first, then):

@@ -221,9 +221,11 @@ if __name__ == "__main__":
 """
 
 
-def test_a_worker_stops_where_its_parent_was_killed(tmp_path):
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["", "under nohup"])
+def test_a_worker_stops_where_its_parent_was_killed(tmp_path, is_ignored):
     script = tmp_path / "parent.py"
-    script.write_text(PARENT)
+    ignored = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    script.write_text(ignored * is_ignored + PARENT)
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     parent = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import tiny_config
+from conftest import tiny_config, tiny_model
 from typer.testing import CliRunner
 
 from a3_hf import A3LlamaConfig
@@ -126,8 +126,29 @@ def test_a_dry_run_refuses_what_it_cannot_tell(recipe, arguments, message):
     assert shown.exit_code == 2 and message in shown.output
 
 
-def test_the_tiny_models_size_is_counted_as_it_is():
-    from tests.conftest import tiny_model
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_tiny_models_size_is_counted_as_it_is(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    assert ModelSize.of(tiny_config(tie_word_embeddings=tied)).total == sum(w.numel() for w in model.parameters())
+    adapted = ModelSize.of(tiny_config(tie_word_embeddings=tied), LoraArguments(r=2, target=["q_proj"]))
+    assert adapted.trained == 3 * 2 * (32 + 32) + 32
 
-    model = tiny_model()
-    assert ModelSize.of(tiny_config()).total == sum(weight.numel() for weight in model.parameters())
+
+def test_tied_embeddings_are_counted_once():
+    """SmolLM2-135M's shape has 134.5 million parameters; counted twice, its embeddings made 162.8 of them."""
+    shape = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    size = ModelSize.of(A3LlamaConfig(**shape))
+    assert size.total == 134_515_008 + 576
+    assert size.outside == 49152 * 576 + 576 + 576
+    ddp = load_config_from_file(str(ROOT / "accelerate_configs/ddp.yaml"))
+    assert state_bytes(size, ddp, weight_bytes=4, pass_bytes=2)["weights"] == 4 * size.total

@@ -2,6 +2,7 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -108,14 +109,19 @@ def test_hub_recipes_make_steps_of_half_a_million_tokens():
 def test_hub_recipes_stream_the_papers_two_sources(path, monkeypatch):
     opened = []
 
-    def stream(name, config, *, split, streaming):
-        assert streaming
-        opened.append((name, config, split))
-        return IterableDataset.from_generator(lambda: iter([{"text": "the dog " * 1000}] * 200))
+    class Builder:
+        config = SimpleNamespace(data_files=None)
+
+        def __init__(self, name, config):
+            self.names = (name, config)
+
+        def as_streaming_dataset(self, *, split):
+            opened.append((*self.names, split))
+            return IterableDataset.from_generator(lambda: iter([{"text": "the dog " * 1000}] * 200))
 
     recipe = parse_recipe(path, ["--validation_documents", "10"])
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.model_name_or_path)
-    monkeypatch.setattr(a3_hf.streaming, "load_dataset", stream)
+    monkeypatch.setattr(a3_hf.streaming, "load_dataset_builder", Builder)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")),
         bos_token="<s>",

@@ -207,11 +207,13 @@ def test_a_killed_run_ends_in_the_same_weights(source, unbroken, tmp_path, num_w
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_ctrl_c_saves_and_the_same_command_goes_on(source, unbroken, tmp_path, num_workers):
+@pytest.mark.parametrize(("signum", "times", "expected"), [(signal.SIGINT, 1, 130), (signal.SIGTERM, 3, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(source, unbroken, tmp_path, num_workers, signum, times, expected):
+    """Ctrl-C, and SIGTERM as SLURM and Kubernetes send it, to the loader's workers as well."""
     step = random.randrange(MAX_STEPS - 1)
     print(f"interrupted in step {step}")
-    code, said = run(source, tmp_path / "out", num_workers=num_workers, accident=At(step, signal.SIGINT))
-    assert code == 130, said
+    code, said = run(source, tmp_path / "out", num_workers=num_workers, accident=At(step, signum, times=times))
+    assert code == expected, said
     assert f"Stopped after step {step + 1} of {MAX_STEPS}" in said and "Traceback" not in said
     assert (tmp_path / "out" / f"checkpoint-{step + 1}" / "trainer_state.json").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -221,6 +223,40 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(source, unbroken, tmp_path, n
     assert f"step {step + 1} of {MAX_STEPS}" in said
     assert_same_weights(tmp_path / "out", unbroken)
     assert_same_metrics(tmp_path / "out", unbroken)
+
+
+class Ignoring:
+    """As under `nohup`: the signals are ignored when the run starts, and come in the middle of it."""
+
+    def __init__(self, step: int, *signums: int):
+        self.step, self.signums = step, signums
+
+    def __call__(self) -> None:
+        for signum in self.signums:
+            signal.signal(signum, signal.SIG_IGN)
+            At(self.step, signum)()
+
+
+class NohupThenTerminated:
+    def __call__(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        At(4, signal.SIGTERM)()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_signals_that_were_ignored_stay_ignored(source, unbroken, tmp_path, num_workers):
+    accident = Ignoring(4, signal.SIGINT, signal.SIGTERM)
+    code, said = run(source, tmp_path / "out", num_workers=num_workers, accident=accident)
+    assert code == 0 and "saving at the end of this step" not in said, said
+    assert_same_weights(tmp_path / "out", unbroken)
+
+
+def test_sigterm_saves_where_ctrl_c_is_ignored(source, unbroken, tmp_path):
+    code, said = run(source, tmp_path / "out", accident=NohupThenTerminated())
+    assert code == 143 and "Stopped after step 5" in said, said
+    code, said = run(source, tmp_path / "out")
+    assert code == 0, said
+    assert_same_weights(tmp_path / "out", unbroken)
 
 
 def test_a_second_ctrl_c_stops_at_once(source, tmp_path):
@@ -288,7 +324,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(source, tmp_path, monk
 def test_a_full_disk_leaves_the_checkpoint_before_whole(source, unbroken, tmp_path):
     output_dir = tmp_path / "out"
     code, said = run(source, output_dir, accident=WhileSaving(6, disk_full=True))
-    assert code == 1 and os.strerror(errno.ENOSPC) in said
+    assert code == 1 and f"the disk is full; the last whole one is {output_dir / 'checkpoint-3'}" in said, said
     whole, half_written = last_whole_checkpoint(output_dir)
     assert whole == output_dir / "checkpoint-3" and half_written == [output_dir / "checkpoint-6"]
     code, said = run(source, output_dir)

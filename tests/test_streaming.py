@@ -305,10 +305,25 @@ def test_no_text_at_all(mixture_of, tmp_path, texts):
         mixture_of({"none": {"path": path}})
 
 
-def test_fewer_documents_than_shards_are_named(mixture_of, tmp_path):
-    mixture, _ = mixture_of({"few": {"path": write(tmp_path / "few.jsonl", documents("a", 3))}})
-    with pytest.raises(SourceError, match="source 'few', shard 3 of 4: no document.*num_shards lower"):
-        next(mixture.rows(3))
+def test_fewer_documents_than_shards_are_named(mixture_of, tmp_path, words):
+    few = {"few": {"path": write(tmp_path / "few.jsonl", documents("a", 3))}}
+    with pytest.raises(
+        SourceError, match="few.jsonl has 3 documents.*the 4 shards.*num_shards=4 takes less, 3 at most"
+    ):
+        mixture_of(few)
+    with pytest.raises(SourceError, match="has 2 documents to train on.*num_shards=3 takes less, 2 at most"):
+        mixture_of(few, num_shards=3, validation_documents=1)
+    names = names_in(
+        [row for shard in range(3) for row, _ in take(mixture_of(few, num_shards=3)[0].rows(shard), 2)], words
+    )
+    assert {"a0", "a1", "a2"} <= set(names)
+
+
+def test_a_file_of_no_text_for_a_whole_shard_is_named(mixture_of, tmp_path):
+    for number, texts in enumerate([["a1"], [" "], ["a2"]]):
+        write(tmp_path / "c" / f"{number}.jsonl", texts)
+    with pytest.raises(SourceError, match="source 'c', shard 1 of 3: no document to train on holds text"):
+        mixture_of({"c": {"path": str(tmp_path / "c/*")}}, num_shards=3)
 
 
 @pytest.mark.parametrize(
@@ -335,13 +350,13 @@ def test_files_of_a_source_are_of_one_kind(mixture_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("column", "message"), [("body", "not in source 'a'"), ("number", "holds int64 there, not text")]
+    ("column", "message"), [("body", "not in it, which has text, number"), ("number", "line 1 holds 3 there, not text")]
 )
 def test_a_column_that_is_not_text(mixture_of, tmp_path, column, message):
     path = write(tmp_path / "a.jsonl", [])
     with open(path, "w") as file:
         file.write('{"text": "a1", "number": 3}\n')
-    with pytest.raises(SourceError, match=f"text_column='{column}': .*{message}"):
+    with pytest.raises(SourceError, match=f"source 'a': .*a.jsonl: text_column='{column}': .*{message}"):
         mixture_of({"a": {"path": path, "text_column": column}})
 
 
@@ -386,12 +401,14 @@ def test_a_source_that_fails_for_a_while_loses_nothing(mixture_of, monkeypatch, 
     assert failing.times == 0
 
 
-def test_a_damaged_file_is_named(mixture_of, tmp_path, no_waits):
+def test_a_damaged_file_is_named_and_not_tried_again(mixture_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(a3_hf.streaming.time, "sleep", None)
     path = write(tmp_path / "a.jsonl", documents("a", 50))
     with open(path, "a") as file:
         file.write("{nonsense\n")
-    with pytest.raises(SourceError, match=r"source 'a' can't be read on at or after document 0 of .*a\.jsonl.*tried 3"):
-        mixture_of({"a": {"path": path}})
+    mixture, _ = mixture_of({"a": {"path": path}}, num_shards=1)
+    with pytest.raises(SourceError, match=r"source 'a': .*a\.jsonl: line 51 is not JSON"):
+        take(mixture.rows(0), 100)
 
 
 def trainer_of(mixture, output_dir, words, **settings) -> StreamTrainer:
@@ -453,17 +470,42 @@ def test_a_failure_reaches_the_trainer_in_place_of_a_batch(mixture_of, monkeypat
     assert "the line is dead" in batches[-1][FAILURE] and not any(FAILURE in batch for batch in batches[:-1])
 
 
-def test_sources_of_the_hub_are_opened_as_streams(monkeypatch, tmp_path, words):
-    from datasets import load_dataset
+def test_sources_of_the_hub_are_opened_as_streams(monkeypatch, tmp_path):
+    from datasets import load_dataset_builder
 
     for number in range(3):
         write(tmp_path / f"{number}.jsonl", documents("a", 90)[number * 30 : (number + 1) * 30])
 
-    def hub(name, config, *, split, streaming):
-        assert (name, config, split, streaming) == ("some/data", "part", "train", True)
-        return load_dataset("json", data_files=str(tmp_path / "*.jsonl"), split="train", streaming=True)
+    def hub(name, config):
+        assert (name, config) == ("some/data", "part")
+        return load_dataset_builder("json", data_files=str(tmp_path / "*.jsonl"))
 
-    monkeypatch.setattr(a3_hf.streaming, "load_dataset", hub)
-    source = a3_hf.streaming.open_source("hub", SourceArguments(dataset_name="some/data", dataset_config_name="part"))
+    monkeypatch.setattr(a3_hf.streaming, "load_dataset_builder", hub)
+    arguments = SourceArguments(dataset_name="some/data", dataset_config_name="part")
+    source = a3_hf.streaming.open_source("hub", arguments)
     assert [text for file in range(3) for text in source.texts(file)] == documents("a", 90)
     assert list(source.texts(1, start=25)) == documents("a", 90)[55:60]
+    before = source.versions
+    write(tmp_path / "1.jsonl", documents("b", 30))
+    assert [
+        one == other for one, other in zip(before, a3_hf.streaming.open_source("hub", arguments).versions, strict=True)
+    ] == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_a_source_of_the_hub_is_read_by_its_column_alone(monkeypatch, tmp_path):
+    """Another column comes, or changes its type, behind datasets' first block, and texts are null before."""
+    from datasets import load_dataset_builder
+
+    records = [{"text": None, "n": 1}] * 400 + [{"text": f"a{n}", "n": "one", "new": [n]} for n in range(50)]
+    (tmp_path / "0.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr(
+        a3_hf.streaming,
+        "load_dataset_builder",
+        lambda name, config: load_dataset_builder("json", data_files=str(tmp_path / "*.jsonl"), chunksize=1 << 10),
+    )
+    source = a3_hf.streaming.open_source("hub", SourceArguments(dataset_name="some/data"))
+    assert [text for text in source.texts(0) if text] == [f"a{n}" for n in range(50)]

@@ -104,7 +104,15 @@ def recipe(source: Path, output_dir: Path, *, num_ranks: int) -> Recipe:
     )
 
 
-def _child(source: Path, output_dir: Path, rank: int, num_ranks: int, port: int, dying_rank: int | None) -> None:
+def _child(
+    source: Path,
+    output_dir: Path,
+    rank: int,
+    num_ranks: int,
+    port: int,
+    dying_rank: int | None,
+    ended_in_step: tuple[int, ...],
+) -> None:
     os.setsid()  # its group: itself and its loader's workers
     if num_ranks > 1:
         os.environ |= {
@@ -127,6 +135,8 @@ def _child(source: Path, output_dir: Path, rank: int, num_ranks: int, port: int,
     def recorded(trainer, model, inputs, *args, **kwargs):
         with consumed(output_dir, rank).open("a") as file:
             file.write(json.dumps([trainer.state.global_step, inputs["input_ids"].tolist()]) + "\n")
+        if (rank, trainer.state.global_step) == ended_in_step:
+            os.killpg(0, signal.SIGTERM)
         return compute_loss(trainer, model, inputs, *args, **kwargs)
 
     A3Trainer.compute_loss = recorded
@@ -154,16 +164,22 @@ def consumed(output_dir: Path, rank: int) -> Path:
 
 
 def run(
-    source: Path, output_dir: Path, *, num_ranks: int, kill_in_step: int | None = None, dying_rank: int | None = None
+    source: Path,
+    output_dir: Path,
+    *,
+    num_ranks: int,
+    kill_in_step: int | None = None,
+    dying_rank: int | None = None,
+    ended_in_step: tuple[int, ...] = (),
 ) -> bool:
     """Runs the recipe; whether it came to its end. Killed are all processes at once, somewhere in a step or the next; of
-    `dying_rank` a source dies.
+    `dying_rank` a source dies; `ended_in_step`, a rank and a step, gets SIGTERM, its loader's workers too.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        processes.Process(target=_child, args=(source, output_dir, rank, num_ranks, port, dying_rank))
+        processes.Process(target=_child, args=(source, output_dir, rank, num_ranks, port, dying_rank, ended_in_step))
         for rank in range(num_ranks)
     ]
     for process in ranks:
@@ -188,6 +204,9 @@ def run(
     assert None not in codes, f"still running: {text}"
     if dying_rank is not None:
         assert codes == [1] * num_ranks, text
+        return False
+    if ended_in_step:
+        assert codes == [143] * num_ranks, text
         return False
     assert set(codes) <= {0, -signal.SIGKILL}, text
     return codes == [0] * num_ranks
@@ -277,6 +296,18 @@ def test_a_killed_run_reads_on_and_ends_in_the_same_weights(source, unbroken, tm
     steps = [random.randrange(STEPS - 2)] if moment == 0 else [(moment - 1) * 4 + random.randrange(4)]
     print(f"killed in step {steps[0]}")
     assert not run(source, output_dir, num_ranks=num_ranks, kill_in_step=steps[0])
+    assert run(source, output_dir, num_ranks=num_ranks)
+    assert_same(output_dir, unbroken(num_ranks), num_ranks=num_ranks)
+
+
+@pytest.mark.parametrize(("num_ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(source, unbroken, tmp_path, num_ranks, rank):
+    output_dir = tmp_path / "out"
+    step = random.randrange(STEPS - 1)
+    print(f"ended in step {step}")
+    assert not run(source, output_dir, num_ranks=num_ranks, ended_in_step=(rank, step))
+    assert f"Stopped after step {step + 1} of {STEPS}" in said(output_dir, 0).read_text()
+    assert (output_dir / f"checkpoint-{step + 1}" / "trainer_state.json").is_file()
     assert run(source, output_dir, num_ranks=num_ranks)
     assert_same(output_dir, unbroken(num_ranks), num_ranks=num_ranks)
 

@@ -20,7 +20,8 @@ PACKAGE = ROOT / "a3_hf"
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
     | {"inputs", "rope", "chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
-    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "versions"},
+    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "versions", "files", "locking"}
+    | {"training_fields", "even_rows"},
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
@@ -37,6 +38,7 @@ LAYERS = [
     {"recipes"},
     {"data", "adapters", "record", "plot"},
     {"streaming", "plan", "commands"},
+    {"settings"},
     {"train"},
     {"evaluation"},
     {"experiments"},

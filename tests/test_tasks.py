@@ -17,7 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from a3_hf.evaluation import tasks
 from a3_hf.evaluation.requests import LogLikelihood, take_blank
-from a3_hf.evaluation.running_code import FINISHED, run_program
+from a3_hf.evaluation.running_code import run_program
 from tests.test_sources import COUNT, LOCAL, STOCK, write_all, write_items
 
 PACK = Path(__file__).parents[1] / "eval" / "tasks"
@@ -465,10 +465,23 @@ def test_written_code_is_not_run_unless_it_is_confirmed(ten, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "passed", "exit_code"),
     [
-        ("x = 1", True, FINISHED),
+        ("x = 1", True, 0),
         ("assert 1 == 2", False, 1),
         ("raise SystemExit(0)", False, 0),
         ("import os\nos._exit(7)", False, 7),
+        ("import os\nos._exit(93)", False, 93),  # once the code that a program ends with behind its last line
+        ("import os\nos._exit(0)", False, 0),
+        ("exit()", False, 0),
+        (
+            "import os\nfor pipe in range(3, 60):\n  try: os.write(pipe, b'passed')\n  except OSError: pass\nos._exit(0)",
+            False,
+            0,
+        ),
+        ("import os\nopen(__file__, 'a').write('x')\nos._exit(0)", False, 0),
+        ("import atexit, os\natexit.register(os._exit, 3)", False, 3),
+        ("import threading, time\nthreading.Thread(target=time.sleep, args=(0.1,)).start()", True, 0),
+        ("class A: pass\nimport pickle\nassert type(pickle.loads(pickle.dumps(A()))) is A", True, 0),
+        ("if __name__ == '__main__':\n    raise ValueError", False, 1),
         ("x = (", False, 1),
         ("x = '\ud800'", False, 1),
         ("x = '\0'", False, 1),

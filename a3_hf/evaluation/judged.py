@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data import encode_documents
 from ..generation_config import A3GenerationConfig
 from ..likelihood import token_log_probs
 from ..orders import seed_of
@@ -67,7 +68,8 @@ def judge_rows(
         if number < 1:
             raise ValueError(f"{name}={number}; it takes at least 1")
     check_length("prompt_tokens + new_tokens + 1", prompt_tokens + new_tokens + 1, model.config)
-    encoded = (encode_prompt(tokenizer, document) for document in documents)
+    bos = encode_prompt(tokenizer, "")
+    encoded = (bos + encode_documents([document], tokenizer)[0] for document in documents)
     length = 1 + prompt_tokens + new_tokens
     references = []
     for ids in encoded:

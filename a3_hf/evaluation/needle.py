@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..data import encode_documents
 from ..orders import GroupOrder, seed_of
 from ..templates import encode_piece, encode_prompt
 from .running_text import SCALE, Track, check_length, pad_right, silently
@@ -139,7 +140,7 @@ def needle_rows(
         once = encode_piece(tokenizer, FILLER, is_start=False)
         hay = once * (max(lengths) // len(once) + 2)
     else:
-        hay = encode_prompt(tokenizer, haystack)[1:]
+        (hay,) = encode_documents([haystack], tokenizer)
     hidden = {
         (length, depth): [
             make_needle(

@@ -1,14 +1,14 @@
 """Runs a program that a model has written, in a process of its own with limits."""
 
+import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-FINISHED = 93  # exit code of a program that ran past its last line; 0 it could choose in the middle
 
 # The limits are set in the new process, which the program's own then replaces: a function that runs between fork and exec
 # could hang where the parent has threads, as torch has.
@@ -19,7 +19,24 @@ resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 resource.setrlimit(resource.RLIMIT_AS, (megabytes * 2**20, megabytes * 2**20))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-os.execv(sys.executable, [sys.executable, "-I", "-X", "utf8", program])
+os.execv(sys.executable, [sys.executable, "-I", "-X", "utf8", "-c", *sys.argv[4:], program])
+"""
+# Runs the program as a script, and behind its last line says the word that it was given, into a pipe: a program that ends
+# before that, with whatever exit code, does not know the word.
+RUNNER = """
+import os, sys, types
+def run(pipe, program):
+    word = os.read(0, 64)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.set_inheritable(pipe, False)
+    with open(program, "rb") as file:
+        source = file.read()
+    sys.argv = [program]
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__file__ = program
+    exec(compile(source, program, "exec", dont_inherit=True), main.__dict__)
+    os.write(pipe, word)
+run(int(sys.argv[1]), sys.argv[2])
 """
 
 
@@ -28,8 +45,8 @@ class Outcome:
     """How a program ended.
 
     Attributes:
-        passed: it ran past its last line.
-        exit_code: of its process: `FINISHED`, the program's own, or the negative number of the signal that ended it.
+        passed: it ran past its last line, and its process ended with the exit code 0.
+        exit_code: of its process, or the negative number of the signal that ended it.
         timed_out: it was ended because `wall_seconds` had passed.
     """
 
@@ -63,25 +80,38 @@ def run_program(
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "program.py"
         # characters that UTF-8 does not have make a file that Python refuses, so that the program fails and not this one
-        program.write_bytes(f"{source}\nraise SystemExit({FINISHED})\n".encode("utf-8", errors="surrogatepass"))
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", LAUNCHER, str(cpu_seconds), str(memory_megabytes), str(program)],
-            cwd=folder,
-            env={"HOME": folder, "TMPDIR": folder},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        timed_out = False
+        program.write_bytes(source.encode("utf-8", errors="surrogatepass"))
+        word = secrets.token_bytes(32)
+        said, pipe = os.pipe()
+        limits = [str(cpu_seconds), str(memory_megabytes), str(program)]
         try:
-            process.wait(wall_seconds)
-        except subprocess.TimeoutExpired:
-            timed_out = True
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-c", LAUNCHER, *limits, RUNNER, str(pipe)],
+                cwd=folder,
+                env={"HOME": folder, "TMPDIR": folder},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=(pipe,),
+            )
+            timed_out = False
+            try:
+                with contextlib.suppress(BrokenPipeError):  # it ended before it began, for want of memory
+                    process.communicate(word, timeout=wall_seconds)
+            except subprocess.TimeoutExpired:
+                timed_out = True
+            finally:
+                _end_group(process.pid)
+            exit_code = process.wait()
+            os.set_blocking(said, False)
+            answer = b""
+            with contextlib.suppress(BlockingIOError):  # nothing was said
+                answer = os.read(said, 64)
         finally:
-            _end_group(process.pid)
-        exit_code = process.wait()
-    return Outcome(exit_code == FINISHED and not timed_out, exit_code, timed_out)
+            os.close(said)
+            os.close(pipe)
+    return Outcome(answer == word and exit_code == 0 and not timed_out, exit_code, timed_out)
 
 
 def _end_group(leader: int) -> None:

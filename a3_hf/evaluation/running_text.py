@@ -7,6 +7,7 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from ..data import encode_documents
 from ..templates import encode_prompt
 
 # The kinds of RoPE scaling that turn a position by the same angle whatever else is in the batch, and what each needs
@@ -51,7 +52,8 @@ def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], le
         raise ValueError("documents is empty; it takes at least one text")
     windows = []
     for number, document in enumerate(documents, start=1):
-        bos, *ids = encode_prompt(tokenizer, document)
+        (bos,) = encode_prompt(tokenizer, "")
+        (ids,) = encode_documents([document], tokenizer)
         if not ids:
             raise ValueError(f"document {number} is empty; it takes at least one token to score")
         for pair in get_rolling_token_windows(token_list=ids, prefix_token=bos, max_seq_len=length, context_len=1):

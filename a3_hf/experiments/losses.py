@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..base_trainer import row_generator
+from ..data import encode_documents
 from ..orders import GroupOrder
 from ..templates import encode_prompt
 from .subjects import NEXT_TOKEN_ARCHITECTURES, check_counts, check_max_length, next_token_log_probs, padded
@@ -78,7 +79,8 @@ def measure_losses(
         )
     if len(trained.documents) < num_documents:
         raise ValueError(f"num_documents={num_documents}; there are {len(trained.documents)} held-out documents")
-    rows = [encode_prompt(trained.tokenizer, text)[:max_length] for text in trained.documents[:num_documents]]
+    bos, documents = encode_prompt(trained.tokenizer, ""), trained.documents[:num_documents]
+    rows = [(bos + ids)[:max_length] for ids in encode_documents(documents, trained.tokenizer)]
     for number, row in enumerate(rows):
         if len(row) < 2:
             raise ValueError(f"held-out document {number} is empty; it takes at least one token to score")

@@ -206,9 +206,10 @@ def _start_worker(threads: int) -> None:
 
 
 def _stop_with_parent() -> None:
-    # A parent that is killed would leave its workers training for hours. They stop as by Ctrl-C, with a checkpoint.
+    # A parent that is killed would leave its workers training for hours. They stop with a checkpoint. (Not by SIGINT, which
+    # is ignored in what `nohup` starts.)
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run_in_worker(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
