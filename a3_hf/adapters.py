@@ -20,6 +20,7 @@ from .architectures import ARCHITECTURES, architecture_of, read_model_config
 from .arguments import LoraArguments
 from .configuration_a3_llama import A3LlamaConfig
 from .modeling_a3_llama import A3LlamaForCausalLM
+from .places import check_is_there
 
 ADAPTER = "default"  # peft's name of the one adapter
 # In adapter_config.json, where peft writes LORA: peft alone would adapt all rows, and so it must not load such a file.
@@ -192,8 +193,9 @@ def read_config(path: str | PathLike) -> LoraConfig | None:
     """The settings of an adapter, in a folder or on the hub; None where there is none.
 
     Raises:
-        ValueError: an adapter that is not LoRA, or a file that is cut off.
+        ValueError: nothing there; an adapter that is not LoRA, or a file that is cut off.
     """
+    check_is_there(str(path))
     file = find_adapter_config_file(str(path))
     if file is None:
         return None
@@ -210,9 +212,17 @@ def read_config(path: str | PathLike) -> LoraConfig | None:
 
 
 def base_of(path: str) -> str:
-    """Where the base of the adapter at `path` is; `path` itself where there is a whole model."""
+    """Where the base of the adapter at `path` is; `path` itself where there is a whole model. A folder that is not where the
+    adapter says, seen from the current directory, is looked for as seen from the adapter's own and those above it, and
+    beside the adapter.
+    """
     stored = read_config(path)
-    return path if stored is None else stored.base_model_name_or_path
+    if stored is None:
+        return path
+    named = stored.base_model_name_or_path
+    own = Path(path).absolute()
+    places = [named, *(folder / named for folder in (own, *own.parents)), own.parent / Path(named).name]
+    return next((str(place) for place in places if Path(place).is_dir()), named)
 
 
 def load_model(
@@ -245,11 +255,12 @@ def load_model(
         return ARCHITECTURES[architecture].model.from_pretrained(path, **settings)
     if architecture not in (None, "a3"):
         raise ValueError(f"{path} holds an adapter, which belongs to architecture 'a3', not {architecture!r}")
-    base = base or config.base_model_name_or_path
+    base = base or base_of(path)
     try:
-        model = A3LlamaForCausalLM.from_pretrained(base, **settings)
-    except OSError as error:
-        raise ValueError(f"{path}: its base {base!r} can't be loaded (relative to {Path.cwd()}): {error}") from error
+        check_is_there(base)
+    except ValueError as error:
+        raise ValueError(f"{path}: its base {error}; say where the base is: base (--base)") from error
+    model = A3LlamaForCausalLM.from_pretrained(base, **settings)
     return put_on(model, path, trainable=trainable)
 
 
@@ -319,10 +330,17 @@ def load_weights(adapted: PeftModel, path: str | PathLike) -> None:
             )
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, and for an adapter without one that of its base."""
-    has_own = read_config(path) is None or Path(path, "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(path if has_own else base_of(path))
+def load_tokenizer(path: str, *, base: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, and for an adapter without one that of its base.
+
+    Raises:
+        ValueError: a base where there is no adapter.
+    """
+    is_adapter = read_config(path) is not None
+    if base is not None and not is_adapter:
+        raise ValueError(f"base={base!r}: {path} is a whole model and needs none; leave it out")
+    has_own = not is_adapter or Path(path, "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(path if has_own else base or base_of(path))
 
 
 def merge(path: str, output: str | PathLike, *, base: str | None = None) -> None:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "a3_hf"
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
     | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
-    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking"},
+    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "places"},
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
@@ -40,6 +40,7 @@ LAYERS = [
     {"train"},
     {"evaluation"},
     {"experiments"},
+    {"registration"},
     {"cli"},
     {"__init__", "__main__"},
 ]
