@@ -47,7 +47,7 @@ LAYERS = [
 # The same within each folder, whose files may also import from those of the layers before it.
 FOLDERS = {
     "evaluation": [
-        {"requests", "results", "runs", "speed", "running_code", "running_text", "published", "__init__"},
+        {"requests", "results", "identity", "runs", "speed", "running_code", "running_text", "published", "__init__"},
         {"batched", "sources", "drawing"},
         {"harness", "tasks"},
         {"causal", "perplexity", "judged", "needle", "calibration"},

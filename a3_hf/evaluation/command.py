@@ -37,6 +37,7 @@ def run(args: list[str]) -> None:
         raise ValueError("a3 eval needs lm-eval: pip install 'a3-hf[eval]'")
     from .measure import app
 
+    args = [_spelled_as_lm_evals(arg) for arg in args]
     if args[0] in {command.name or command.callback.__name__ for command in app.registered_commands}:
         app(args=args, prog_name="a3 eval")
         return
@@ -52,3 +53,9 @@ def run(args: list[str]) -> None:
         args = [*args, "--device", "cpu"]  # lm-eval's own default is a GPU
     sys.argv = ["lm_eval", *args]
     cli_evaluate()
+
+
+def _spelled_as_lm_evals(arg: str) -> str:
+    """--model-args as --model_args."""
+    name, equals, value = arg.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else arg
