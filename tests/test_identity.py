@@ -29,7 +29,7 @@ def made(kind, path, **settings):
 
 
 def fill(cache, lm):
-    return CachingLM(lm, str(cache)).loglikelihood(asking(PAIRS), disable_tqdm=True)
+    return CachingLM(lm, str(cache)).loglikelihood(asking(PAIRS))
 
 
 def other_weights(path):
