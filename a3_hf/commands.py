@@ -81,11 +81,11 @@ def _check_slot_start(slot_start: str, path: str) -> None:
     from .adapters import base_of
 
     config = LlamaConfig.get_config_dict(base_of(path))[0]
-    model_type, own = config.get("model_type"), config.get("slot_start", slot_start)
+    model_type = config.get("model_type")
     if model_type not in ("llama", "a3_llama"):
         raise ValueError(f"--slot-start {slot_start}: a model of type {model_type!r} has no slots that start; leave it out")
-    if own != slot_start:
-        raise ValueError(f"--slot-start {slot_start}: {path} was trained with {own}; leave it out")
+    if model_type == "a3_llama" and config.get("slot_start", slot_start) != slot_start:
+        raise ValueError(f"--slot-start {slot_start}: {path} was trained with {config['slot_start']}; leave it out")
 
 
 def check_page(path: Path | None) -> None:
