@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +66,23 @@ class SlotLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "peft_type": SLOT_ADAPTER_TYPE}
+
+
+class _LoadedByA3Alone:
+    """Stands where peft and transformers look up what to make of a slots adapter: they would put it on all rows."""
+
+    def __init__(self, **settings):
+        raise ValueError(
+            f"an adapter of type {SLOT_ADAPTER_TYPE} acts on the query slots of an A3 model alone, which peft and the Auto "
+            "classes don't know: load it by a3_hf.adapters.load_model(path), whose model has all of peft's methods"
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args, **settings):
+        return cls()
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SLOT_ADAPTER_TYPE] = _LoadedByA3Alone
 
 
 def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
@@ -215,6 +233,9 @@ def base_of(path: str) -> str:
     """Where the base of the adapter at `path` is; `path` itself where there is a whole model. A folder that is not where the
     adapter says, seen from the current directory, is looked for as seen from the adapter's own and those above it, and
     beside the adapter.
+
+    Raises:
+        ValueError: it is nowhere; or as `read_config`.
     """
     stored = read_config(path)
     if stored is None:
@@ -222,7 +243,12 @@ def base_of(path: str) -> str:
     named = stored.base_model_name_or_path
     own = Path(path).absolute()
     places = [named, *(folder / named for folder in (own, *own.parents)), own.parent / Path(named).name]
-    return next((str(place) for place in places if Path(place).is_dir()), named)
+    found = next((str(place) for place in places if Path(place).is_dir()), named)
+    try:
+        check_is_there(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: its base {error}; say where the base is: base (--base)") from error
+    return found
 
 
 def load_model(
@@ -256,10 +282,7 @@ def load_model(
     if architecture not in (None, "a3"):
         raise ValueError(f"{path} holds an adapter, which belongs to architecture 'a3', not {architecture!r}")
     base = base or base_of(path)
-    try:
-        check_is_there(base)
-    except ValueError as error:
-        raise ValueError(f"{path}: its base {error}; say where the base is: base (--base)") from error
+    check_is_there(base)
     model = A3LlamaForCausalLM.from_pretrained(base, **settings)
     return put_on(model, path, trainable=trainable)
 

@@ -65,7 +65,7 @@ def load(path: str, *, base: str | None = None, slot_start: str | None = None, *
     from .adapters import load_model, load_tokenizer
 
     if slot_start is not None:
-        _check_slot_start(slot_start, path)
+        _check_slot_start(slot_start, path, base)
         settings["slot_start"] = slot_start
     try:
         tokenizer = load_tokenizer(path, base=base)
@@ -75,12 +75,12 @@ def load(path: str, *, base: str | None = None, slot_start: str | None = None, *
     return load_model(path, base=base, **settings).to(device).eval(), tokenizer
 
 
-def _check_slot_start(slot_start: str, path: str) -> None:
+def _check_slot_start(slot_start: str, path: str, base: str | None) -> None:
     from transformers import LlamaConfig
 
     from .adapters import base_of
 
-    config = LlamaConfig.get_config_dict(base_of(path))[0]
+    config = LlamaConfig.get_config_dict(base or base_of(path))[0]
     model_type = config.get("model_type")
     if model_type not in ("llama", "a3_llama"):
         raise ValueError(f"--slot-start {slot_start}: a model of type {model_type!r} has no slots that start; leave it out")
@@ -105,5 +105,5 @@ def or_exit(action: Callable[[], Any]) -> Any:
 
         return action()
     except (ValueError, OSError) as error:
-        print(f"a3: {error}", file=sys.stderr)
+        print("a3:", " ".join(str(error).split()), file=sys.stderr)
         raise typer.Exit(2) from error

@@ -18,9 +18,9 @@ def check_is_there(path: str) -> None:
     Raises:
         ValueError: it is not. A name whose first part is a folder here is a mistyped path, and the hub is not asked.
     """
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():
         return
-    if Path(path).exists():
+    if path and Path(path).exists():
         raise ValueError(f"{path!r} is a file; it takes a folder, or a model's name on the hub")
     missing = f"{path!r}: there is no such folder (relative to {Path.cwd()})"
     is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)

@@ -1,9 +1,10 @@
-"""Registers `a3_llama`, and the controls `decoupled_rope_llama` and `masked_diffusion_llama`, with the Auto classes; and
-holds the package's public names, which `a3_hf` hands on.
+"""Registers `a3_llama`, and the controls `decoupled_rope_llama` and `masked_diffusion_llama`, with the Auto classes, and the
+adapters with peft; and holds the package's public names, which `a3_hf` hands on.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from . import adapters  # noqa: F401  (it registers them)
 from .configuration_a3_llama import A3LlamaConfig
 from .configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
 from .configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig

@@ -37,6 +37,8 @@ def clone(tmp_path_factory, tokenizer):
         (folder / name).symlink_to(ROOT / name)
     demo = [sys.executable, str(ROOT / "examples" / "demo.py"), "--smoke", "--output-dir", "runs/demo"]
     subprocess.run(demo, cwd=folder, check=True, capture_output=True)
+    stories = folder / "runs" / "demo" / "stories.txt"
+    stories.write_text("\n".join([stories.read_text()] * 20))
     config = tiny_config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, max_position_embeddings=256).to_dict()
     del config["model_type"], config["slot_start"]
     LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder / "models" / "smollm2-135m")
@@ -54,7 +56,7 @@ def stand_in(words: list[str], clone: Path) -> list[str]:
     if words[0] == "adapt":
         sources = ("fineweb", "slimpajama")
         return [
-            *("--model_name_or_path", "models/smollm2-135m", "--block_size", "64", "--max_steps", "3"),
+            *("--model_name_or_path", "models/smollm2-135m", "--block_size", "64"),
             *(word for name in sources for word in (f"--sources.{name}.path", "texts.jsonl")),
             *("--validation_documents", "5", "--use_cpu", "true", "--num_shards", "1", "--dataloader_num_workers", "0"),
             "--dry-run",
