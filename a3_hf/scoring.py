@@ -9,6 +9,8 @@ from transformers.utils import ModelOutput
 from .orders import RANDOM_ORDERS, GroupOrder
 from .templates import encode_prompt
 
+MOST_ORDERS = 10_000
+
 
 @dataclass
 class A3ScoreOutput(ModelOutput):
@@ -29,6 +31,14 @@ class A3ScoreOutput(ModelOutput):
     mean: torch.FloatTensor | None = None
     spread: torch.FloatTensor | None = None
     totals: torch.FloatTensor | None = None
+
+
+def check_num_orders(num_orders: int, order: str) -> None:
+    """Raises a ValueError for less than one order, several where nothing is drawn, and more than a pass can hold."""
+    if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
+        raise ValueError(f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'")
+    if num_orders > MOST_ORDERS:
+        raise ValueError(f"num_orders={num_orders}: it takes at most {MOST_ORDERS}, which are scored at once")
 
 
 class A3ScoringMixin:
@@ -57,10 +67,7 @@ class A3ScoringMixin:
             ValueError: an empty text, an unknown order, a text longer than the model's context, several orders where
                 nothing is drawn, a tokenizer without BOS.
         """
-        if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
-            raise ValueError(
-                f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'"
-            )
+        check_num_orders(num_orders, order)
         ids = torch.tensor([encode_prompt(tokenizer, text)])
         context = self.config.max_position_embeddings
         if ids.shape[1] == 1:
