@@ -363,7 +363,12 @@ def load_tokenizer(path: str, *, base: str | None = None) -> PreTrainedTokenizer
     if base is not None and not is_adapter:
         raise ValueError(f"base={base!r}: {path} is a whole model and needs none; leave it out")
     has_own = not is_adapter or Path(path, "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(path if has_own else base or base_of(path))
+    place = path if has_own else base or base_of(path)
+    check_is_there(place)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:  # the library's message may not say which
+        raise ValueError(f"model={path!r}: the tokenizer at {place} can't be loaded: {error}") from error
 
 
 def merge(path: str, output: str | PathLike, *, base: str | None = None) -> None:

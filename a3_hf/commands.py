@@ -1,6 +1,7 @@
 """What the commands share: how they are spelled, loading a model, and saying what is wrong in a line."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,10 +68,7 @@ def load(path: str, *, base: str | None = None, slot_start: str | None = None, *
     if slot_start is not None:
         _check_slot_start(slot_start, path, base)
         settings["slot_start"] = slot_start
-    try:
-        tokenizer = load_tokenizer(path, base=base)
-    except OSError as error:  # the library's message may not say which model
-        raise ValueError(f"model={path!r} can't be loaded: {error}") from error
+    tokenizer = load_tokenizer(path, base=base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(path, base=base, **settings).to(device).eval(), tokenizer
 
@@ -79,6 +77,10 @@ def _check_slot_start(slot_start: str, path: str, base: str | None) -> None:
     from transformers import LlamaConfig
 
     from .adapters import base_of
+    from .configuration_a3_llama import SLOT_STARTS
+
+    if slot_start not in SLOT_STARTS:
+        raise ValueError(f"--slot-start {slot_start}: it takes {' or '.join(SLOT_STARTS)}")
 
     config = LlamaConfig.get_config_dict(base or base_of(path))[0]
     model_type = config.get("model_type")
@@ -103,7 +105,9 @@ def or_exit(action: Callable[[], Any]) -> Any:
     try:
         from . import registration  # noqa: F401
 
-        return action()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # to developers, of what libraries will rename
+            return action()
     except (ValueError, OSError) as error:
         print("a3:", " ".join(str(error).split()), file=sys.stderr)
         raise typer.Exit(2) from error

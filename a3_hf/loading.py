@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
+from safetensors import SafetensorError
+
 
 class WholeCheckpointMixin:
     """`from_pretrained` for a model whose weights are a LLaMA's and perhaps a few more."""
@@ -22,10 +24,13 @@ class WholeCheckpointMixin:
             ValueError: the checkpoint is of another model type, or lacks a weight that a LLaMA has, or has one that the model
                 does not, or one of another shape.
         """
-        with _without_report():
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+        try:
+            with _without_report():
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                )
+        except SafetensorError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: its weights are cut off or no safetensors: {error}") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = sorted(str(key) for key in info[kind] if kind != "missing_keys" or not cls._is_own(key))
             if wrong:

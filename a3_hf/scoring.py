@@ -10,6 +10,7 @@ from .orders import RANDOM_ORDERS, GroupOrder
 from .templates import encode_prompt
 
 MOST_ORDERS = 10_000
+MOST_SEED = 2**43  # a generator takes 64 bits, and each order has a seed of its own
 
 
 @dataclass
@@ -68,6 +69,8 @@ class A3ScoringMixin:
                 nothing is drawn, a tokenizer without BOS.
         """
         check_num_orders(num_orders, order)
+        if abs(seed) >= MOST_SEED:
+            raise ValueError(f"seed={seed}: it takes an integer between -{MOST_SEED} and {MOST_SEED}")
         ids = torch.tensor([encode_prompt(tokenizer, text)])
         context = self.config.max_position_embeddings
         if ids.shape[1] == 1:

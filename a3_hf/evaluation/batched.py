@@ -66,7 +66,7 @@ class BatchedLM(HFLM):
             if kwargs.get(name, harmless[0]) not in harmless:
                 raise ValueError(f"{name}={kwargs[name]!r} has no effect on this model; leave it out")
         try:
-            super().__init__(pretrained, **kwargs)
+            super().__init__(pretrained, **{"backend": "causal", **kwargs})  # lm-eval does not know the model types
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or unknown[1] not in kwargs:
