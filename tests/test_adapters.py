@@ -1,16 +1,17 @@
 """LoRA on all rows or on the query slots alone: what it leaves untouched, what it learns, and how it is kept."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHARED, tiny_model
-from peft import PeftModel
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import is_bitsandbytes_available
 from typer.testing import CliRunner
 
@@ -304,10 +305,17 @@ def test_adapters_of_slots_do_not_merge_nor_load_where_they_would_act_on_all_row
     with pytest.raises(ValueError, match="rows: slots can't be merged"):
         model.merge_and_unload()
     assert not (tmp_path / "merged").exists()
-    with pytest.raises(KeyError, match="A3_SLOT_LORA"):
-        A3LlamaForCausalLM.from_pretrained(path)
-    with pytest.raises(KeyError, match="A3_SLOT_LORA"):
-        PeftModel.from_pretrained(tiny_model(), path)
+    for load in (
+        A3LlamaForCausalLM.from_pretrained,
+        AutoModelForCausalLM.from_pretrained,
+        AutoPeftModel.from_pretrained,
+        AutoPeftModelForCausalLM.from_pretrained,
+        PeftConfig.from_pretrained,
+        partial(PeftModel.from_pretrained, tiny_model()),
+        tiny_model().load_adapter,
+    ):
+        with pytest.raises(ValueError, match=r"load it by a3_hf.adapters.load_model\(path\)"):
+            load(path)
 
 
 def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
@@ -321,7 +329,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
     settings = json.loads(config.read_text())
 
     config.write_text(json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(ValueError, match=r"its base '.*gone' can't be loaded"):
+    with pytest.raises(ValueError, match=r"its base '.*gone': there is no such folder .*--base"):
         load_model(path)
     assert isinstance(load_model(path, base=base), PeftModel)
 

@@ -228,7 +228,7 @@ def test_the_command_line_replaces_a_source(recipe):
         (["--sources.web.path"], "--sources.web.path: expected one argument"),
         (["--sources.web.weight", "much"], "sources: web: weight takes a number, got 'much'"),
         (["--sources.web.weight", "0"], "sources: web: weight=0.0: takes a number above 0"),
-        (["--sources", "[a]"], "sources: takes a mapping"),
+        (["--sources", "[a]"], "sources takes a mapping"),
     ],
 )
 def test_bad_overrides_of_sources_are_named(recipe, overrides, message):

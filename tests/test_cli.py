@@ -1,3 +1,9 @@
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -6,9 +12,11 @@ from typer.testing import CliRunner
 
 from a3_hf import A3LlamaForCausalLM
 from a3_hf.cli import app
+from a3_hf.commands import or_exit
 from a3_hf.orders import GroupOrder
 from tests.conftest import tiny_model
 
+ROOT = Path(__file__).parents[1]
 WORDS = ["<s>", "</s>", "<unk>", *"the a dog cat ran sat home mat on was happy .".split()]
 
 
@@ -111,3 +119,63 @@ def test_mistakes_are_said_in_a_line(checkpoint, arguments, message):
     assert result.exit_code == 2
     assert any(line.startswith("a3: ") for line in result.stderr.splitlines()) and message in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["infill", "--help"], ["infill"], ["nonsense"]])
+def test_help_waits_for_no_library(arguments):
+    """The console script, in a process of its own: neither torch nor transformers is imported. `make bench-start` times it."""
+    code = "import sys, a3_command\ntry: a3_command.main()\nexcept SystemExit: print(sorted({'torch', 'transformers'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import a3_hf, transformers as t",
+        "import transformers as t, a3_hf",
+        "from transformers import AutoModelForCausalLM; import transformers as t, a3_hf",
+        "import a3_command, a3_hf, transformers as t; from a3_hf import A3LlamaForCausalLM",
+        "import a3_command, transformers as t; from a3_hf.commands import or_exit; or_exit(lambda: None)",
+    ],
+)
+def test_models_are_registered_in_any_order_of_imports(checkpoint, first):
+    code = (
+        f"{first}\nmodel = t.AutoModelForCausalLM.from_pretrained({checkpoint!r})\n"
+        "from a3_hf import GroupOrder, Curriculum, A3LlamaForCausalLM\nprint(type(model) is A3LlamaForCausalLM)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_version():
+    assert run("--version").stdout == f"a3 {version('a3-hf')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["infill", "MODEL", "the <blank:2> .", "--group_size", "2", "--do_sample", "--top_k=3"],
+        ["infill", "MODEL", "the <blank:auto> .", "--auto_lengths", "1..2", "--slot_start", "query_embed"],
+        ["generate", "MODEL", "the", "--max_new_tokens", "3", "--draft_tokens=2", "--strategy", "speculative"],
+        ["score", "MODEL", "the dog", "--num_orders=2", "--order", "random"],
+    ],
+)
+def test_options_take_hyphens_and_underscores(checkpoint, arguments):
+    words = [checkpoint if word == "MODEL" else word for word in arguments]
+    spelled = [word.replace("_", "-") if word.startswith("--") else word for word in words]
+    one, other = run(*words, "--seed", "3"), run(*spelled, "--seed", "3")
+    assert one.exit_code == other.exit_code == 0, one.output
+    assert one.stdout == other.stdout
+
+
+def test_the_prompt_is_shown_as_it_was_given(checkpoint):
+    """In `generate` as in `infill`, white space and unknown words included."""
+    prompt = "the  dog zebra\n"
+    assert run("generate", checkpoint, prompt, "--max-new-tokens", "3").stdout.startswith(prompt)
+    assert run("infill", checkpoint, f"{prompt}<blank:3>").stdout.startswith(prompt)
+
+
+def test_warnings_to_developers_are_not_shown(checkpoint, recwarn):
+    or_exit(lambda: warnings.warn("x is deprecated", FutureWarning, stacklevel=1))
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]

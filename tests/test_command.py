@@ -1,6 +1,7 @@
 """`a3 eval` and `a3 report` as they are typed: every task of the pack on ten items, and a page of what came out."""
 
 import json
+import logging
 import sys
 from functools import partial
 
@@ -65,3 +66,23 @@ def test_what_is_wrong_is_said_in_a_line(source, own_tasks_alone, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     result = run("eval", "--tasks", "a3_piqa")
     assert result.exit_code == 2 and "pip install 'a3-hf[eval]'" in result.stderr
+
+
+def test_what_is_meant_is_no_warning(caplog):
+    command.leave_out_what_is_meant()
+    index, task = logging.getLogger("lm_eval.tasks._index"), logging.getLogger("lm_eval.api.task")
+    index.warning("Task 'piqa' from %s/stock/piqa.yaml overrides existing task from there", command.task_folder())
+    task.warning("a3_piqa: Custom kwargs can be passed to `--metadata` in console")
+    index.warning("Task 'piqa' from mine/piqa.yaml overrides existing task from there")
+    task.warning("a3_piqa: something else")
+    assert [record.getMessage().split()[-1] for record in caplog.records] == ["there", "else"]
+
+
+def test_options_take_hyphens(source, tmp_path, own_tasks_alone):
+    write_all(tmp_path / "data")
+    settings = ["--model-args", f"pretrained={source},slot_start=left_token", "--include-path", str(command.task_folder())]
+    command.run(
+        ["--model", "a3", *settings, "--tasks", "a3_piqa", f"--metadata=data_dir={tmp_path / 'data'}", "--limit=2"]
+        + ["--output-path", str(tmp_path / "results-of-a-run")]
+    )
+    assert list((tmp_path / "results-of-a-run").rglob("results_*.json"))

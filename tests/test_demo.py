@@ -115,6 +115,7 @@ def test_the_demo_runs(tmp_path):
     assert run.returncode == 0, run.stderr
     for said in ("blanks settled", "tokens/s", "A3, groups of 8", "the true story", "a3 adapt recipes/"):
         assert said in run.stdout
+    assert len((tmp_path / "stories.txt").read_text().splitlines()) == 24
     for name in ("base", "a3"):
         assert (tmp_path / name / "model.safetensors").exists()
         assert (tmp_path / name / "tokenizer.json").exists()

@@ -408,7 +408,7 @@ def test_a_killed_run_goes_on_from_lm_evals_cache(source, tmp_path, monkeypatch)
     unused = like(source)
     unused.continue_batch = None
     assert CachingLM(unused, path).generate_until(asking([("w1", kwargs)], kind="generate_until")) == texts
-    with pytest.raises(ValueError, match="filled with other settings"):
+    with pytest.raises(ValueError, match="another model filled, or the same with other settings: .*order was"):
         CachingLM(like(source, order="right_to_left"), path)
 
 

@@ -20,7 +20,16 @@ PACKAGE = ROOT / "a3_hf"
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
     | {"inputs", "rope", "chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
-    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "versions", "files", "locking"}
+    | {
+        "configuration_masked_diffusion_llama",
+        "corruption",
+        "loading",
+        "checking",
+        "versions",
+        "files",
+        "locking",
+        "places",
+    }
     | {"training_fields", "even_rows"},
     {"mixtures"},
     {"stages"},
@@ -42,13 +51,14 @@ LAYERS = [
     {"train"},
     {"evaluation"},
     {"experiments"},
+    {"registration"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 # The same within each folder, whose files may also import from those of the layers before it.
 FOLDERS = {
     "evaluation": [
-        {"requests", "results", "runs", "speed", "running_code", "running_text", "published", "__init__"},
+        {"requests", "results", "identity", "runs", "speed", "running_code", "running_text", "published", "__init__"},
         {"batched", "sources", "drawing"},
         {"harness", "tasks"},
         {"causal", "perplexity", "judged", "needle", "calibration"},

@@ -1,7 +1,9 @@
 """lm-eval's requests in batches: encoded, cut where they are too long, cached, timed."""
 
 import abc
+import inspect
 import json
+import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,13 +16,27 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..checking import nearest
+from ..generation_config import OWN_OPTIONS
 from ..templates import decode_after, encode_piece
+from .identity import identity_of
 from .requests import Blank, LogLikelihood, take_blank
 from .speed import Speed
 
 logger = logging.get_logger(__name__)
 
 SETTINGS_KEY = "settings of the model"  # in lm-eval's cache, beside the answers
+# Arguments of HFLM that would change nothing here, with the values that ask for nothing.
+WITHOUT_EFFECT = {
+    "backend": ("default", "causal"),
+    "truncation": (False, None),
+    "logits_cache": (True,),
+    "softmax_dtype": (None,),
+    "think_end_token": (None,),
+    "enable_thinking": (False, None),
+    "autogptq": (False, None),
+    "gptqmodel": (False, None),
+}
 
 
 class Scored(NamedTuple):
@@ -50,18 +66,36 @@ class BatchedLM(HFLM):
     """
 
     def __init__(self, pretrained, **kwargs):
-        super().__init__(pretrained, **kwargs)
+        for name, harmless in WITHOUT_EFFECT.items():
+            if kwargs.get(name, harmless[0]) not in harmless:
+                raise ValueError(f"{name}={kwargs[name]!r} has no effect on this model; leave it out")
+        try:
+            super().__init__(pretrained, **{"backend": "causal", **kwargs})  # lm-eval does not know the model types
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in kwargs:
+                raise
+            known = {*inspect.signature(type(self)).parameters, *inspect.signature(HFLM).parameters, *OWN_OPTIONS}
+            raise ValueError(f"model_args: unknown option {unknown[1]!r}{nearest(unknown[1], known)}") from error
         accelerator = vars(self).get("accelerator")
         if accelerator is not None:  # HFLM shares the work among GPUs only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self.prefix_token_id is None:
             raise ValueError("tokenizer has neither BOS nor EOS; give prefix_token_id, the token that begins a text")
+        given = {"pretrained": pretrained, **kwargs}
+        self.identity = {
+            **identity_of(self.model, self.tokenizer, given),
+            "dtype": str(self.model.dtype),
+            "max_length": self.max_length,
+            "prefix_token_id": self.prefix_token_id,
+            "add_bos_token": self.add_bos_token,
+        }
         self.speed = Speed()
         self.truncated: defaultdict[str, int] = defaultdict(int)
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides the answers, beside the requests."""
+        """The model's own settings, those that decide the answers beside the requests and `identity`."""
 
     @abc.abstractmethod
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
@@ -308,18 +342,21 @@ class BatchedLM(HFLM):
         """As in lm-eval.
 
         Raises:
-            ValueError: the cache holds answers of a model with other settings, which lm-eval would take for these.
+            ValueError: the cache holds answers of another model, or under other settings, which lm-eval would take for these.
         """
         super().set_cache_hook(cache_hook)
         cache = cache_hook.dbdict
         if cache is None:
             return
-        now = json.dumps(self.settings(), sort_keys=True, default=str)
-        before = cache.setdefault(SETTINGS_KEY, now)
+        now = {**self.identity, **self.settings()}
+        before = json.loads(cache.setdefault(SETTINGS_KEY, json.dumps(now, default=str)))
         cache.commit()
-        if before != now:
+        now = json.loads(json.dumps(now, default=str))
+        changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        if changed:
+            told = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
             raise ValueError(
-                f"use_cache names a cache that was filled with other settings, {before}; these are {now}: give another "
+                f"use_cache names a cache that another model filled, or the same with other settings: {told}. Give another "
                 "path, or delete that one"
             )
 
@@ -328,6 +365,7 @@ class BatchedLM(HFLM):
         return {
             **super().get_model_info(),
             "settings": self.settings(),
+            "identity": self.identity,
             "speed": self.speed.table(),
             "truncated": {task: count for task, count in self.truncated.items() if count},
         }

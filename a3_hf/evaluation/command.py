@@ -1,5 +1,6 @@
 """`a3 eval`: lm-eval's command line with the models `a3` and `a3_ar` and the task pack, and the measurements beyond tasks."""
 
+import logging
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,7 @@ def run(args: list[str]) -> None:
         raise ValueError("a3 eval needs lm-eval: pip install 'a3-hf[eval]'")
     from .measure import app
 
+    args = [_spelled_as_lm_evals(arg) for arg in args]
     if args[0] in {command.name or command.callback.__name__ for command in app.registered_commands}:
         app(args=args, prog_name="a3 eval")
         return
@@ -45,6 +47,7 @@ def run(args: list[str]) -> None:
 
     from . import causal, harness  # noqa: F401  (they register their models)
 
+    leave_out_what_is_meant()
     given = {arg.split("=")[0] for arg in args}
     if "--include_path" not in given:
         args = [*args, "--include_path", str(task_folder())]
@@ -52,3 +55,26 @@ def run(args: list[str]) -> None:
         args = [*args, "--device", "cpu"]  # lm-eval's own default is a GPU
     sys.argv = ["lm_eval", *args]
     cli_evaluate()
+
+
+def leave_out_what_is_meant() -> None:
+    """lm-eval warns of what this command does on purpose: that its tasks stand in for lm-eval's own, and that they take
+    `--metadata`.
+    """
+    own = str(task_folder())
+
+    def is_news(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return not (
+            ("overrides existing task" in said and own in said)
+            or said.partition(": ")[2].startswith("Custom kwargs can")
+        )
+
+    for name in ("lm_eval.tasks._index", "lm_eval.api.task"):
+        logging.getLogger(name).addFilter(is_news)
+
+
+def _spelled_as_lm_evals(arg: str) -> str:
+    """--model-args as --model_args."""
+    name, equals, value = arg.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else arg

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ..adapters import base_of, load_tokenizer, put_on, read_config
 from ..architectures import ARCHITECTURES, architecture_of
 from ..generation_config import OWN_OPTIONS, A3GenerationConfig
-from ..orders import ORDERS, RANDOM_ORDERS, GroupOrder, seed_of
+from ..orders import ORDERS, GroupOrder, seed_of
+from ..scoring import check_num_orders
 from ..templates import Template, decode_after
 from .batched import BatchedLM, Scored, Written
 from .requests import Blank
@@ -44,6 +45,7 @@ class A3LM(BatchedLM):
             scored is then said to be greedy nowhere.
         block_length: a continuation is written in blocks of so many tokens, and ends after the block that holds a stop
             sequence. Left to right the result does not depend on it; `dynamic` and `refine` choose within a block.
+        base: of an adapter, where its base is no longer where it was.
         **kwargs: options of the strategy by their own names (`criterion`, `threshold`, `draft_tokens`, …), and the
             arguments of `HFLM` (`dtype`, `revision`, `peft`, `max_length`, …).
 
@@ -65,9 +67,10 @@ class A3LM(BatchedLM):
         decoding: str | None = None,
         num_samples: int | None = None,
         block_length: int = 32,
+        base: str | None = None,
         **kwargs: Any,
     ):
-        architecture = _architecture(pretrained)
+        architecture = _architecture(base or pretrained)
         is_diffusion = architecture == "masked_diffusion"
         if decoding is None:
             decoding = "dynamic" if is_diffusion else "groupwise"
@@ -82,10 +85,7 @@ class A3LM(BatchedLM):
         own = {name: kwargs.pop(name) for name in OWN_OPTIONS if name in kwargs and name not in SHARED}
         if order not in ORDERS:
             raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
-        if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
-            raise ValueError(
-                f"num_orders={num_orders} with order={order!r}; it takes more than 1 with {' and '.join(RANDOM_ORDERS)}"
-            )
+        check_num_orders(num_orders, order)
         if block_length < 1:
             raise ValueError(f"block_length={block_length}; it takes at least 1 token")
         GroupOrder.infilling(torch.ones(1, 2).bool(), order=order, group_size=group_size, span_length=span_length)
@@ -99,8 +99,10 @@ class A3LM(BatchedLM):
             self._decoding.update(group_size=group_size)
         A3GenerationConfig(**self._decoding)
         if isinstance(pretrained, str) and read_config(pretrained) is not None:  # an adapter
-            kwargs = {"tokenizer": load_tokenizer(pretrained), **kwargs, "peft": pretrained}
-            pretrained = base_of(pretrained)
+            kwargs = {"tokenizer": load_tokenizer(pretrained, base=base), **kwargs, "peft": pretrained}
+            pretrained = base or base_of(pretrained)
+        elif base is not None:
+            raise ValueError(f"base={base!r}: pretrained is a whole model and needs none; leave it out")
         super().__init__(pretrained, **kwargs)
 
     def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs) -> None:

@@ -11,17 +11,17 @@ import typer
 
 from ..adapters import base_of
 from ..architectures import architecture_of, read_model_config
-from ..commands import ModelPath, load, or_exit
+from ..commands import Commands, ModelPath, load, or_exit
+from ..places import check_is_there
 from .results import write_result
 
 app = typer.Typer(
+    cls=Commands,
     help="Measurements of an A3 model beyond lm-eval's tasks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# --num-orders, as the other commands of a3 have it, is --num_orders too, as lm-eval has it.
-EITHER_DASH = {"token_normalize_func": lambda name: name.replace("-", "_")}
 WIDTH = 160  # of a table that goes to a file or a pipe
 
 TextPath = Annotated[Path, typer.Argument(help="A plain text file, UTF-8.", show_default=False)]
@@ -44,7 +44,7 @@ Output = Annotated[Path | None, typer.Option("--output", help="Write what came o
 Seed = Annotated[int, typer.Option("--seed", help="Of all that is drawn.")]
 
 
-@app.command(context_settings=EITHER_DASH)
+@app.command()
 def ppl(
     model: ModelPath,
     text: TextPath,
@@ -127,7 +127,7 @@ def ppl(
     or_exit(measure)
 
 
-@app.command(context_settings=EITHER_DASH)
+@app.command()
 def judge(
     model: ModelPath,
     text: TextPath,
@@ -198,7 +198,7 @@ def judge(
     or_exit(measure)
 
 
-@app.command(context_settings=EITHER_DASH)
+@app.command()
 def needle(
     model: ModelPath,
     haystack: Annotated[
@@ -264,7 +264,7 @@ def needle(
     or_exit(measure)
 
 
-@app.command(context_settings=EITHER_DASH)
+@app.command()
 def calibration(
     model: ModelPath,
     text: TextPath,
@@ -467,6 +467,7 @@ def _load_base(path: str, scaling: dict[str, Any] | None):
 
     from .running_text import scale_rope
 
+    check_is_there(path)
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
@@ -481,6 +482,7 @@ def _load_base(path: str, scaling: dict[str, Any] | None):
 def _load_judge(path: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_is_there(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path)

@@ -1,0 +1,45 @@
+"""What makes a model's answers its own: its weights, its tokenizer, and every argument that it was made with."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Of an evaluation, these decide how fast its answers come, and where they are computed.
+SPEED_ALONE = ("batch_size", "max_batch_size", "device")
+ABOUT_FILES = ("_name_or_path", "transformers_version")
+
+
+def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the answers of `model`, which was made from the arguments `given`, as JSON can hold it."""
+    arguments = {name: value for name, value in given.items() if name not in SPEED_ALONE}
+    return {
+        "arguments": json.loads(json.dumps(arguments, sort_keys=True, default=lambda value: type(value).__name__)),
+        "weights": _of_weights(model),
+        "config": _of_text(_without_files(model.config.to_dict()), _without_files(model.generation_config.to_dict())),
+        "tokenizer": _of_text(
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
+            tokenizer.special_tokens_map,
+            tokenizer.chat_template,
+        ),
+    }
+
+
+def _of_weights(model: PreTrainedModel) -> str:
+    """SHA-256 of all weights: a few seconds for 8B parameters, and less than they took to read."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _without_files(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in ABOUT_FILES}
+
+
+def _of_text(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
