@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.trainer_utils import set_seed
 from transformers.utils import find_adapter_config_file
 
@@ -60,8 +67,15 @@ _NOT_MERGED = (
 
 
 @dataclass
-class SlotLoraConfig(LoraConfig):
-    # Identical to LoraConfig except: linear layers become `SlotLinear`, and the file says so.
+class A3LoraConfig(LoraConfig):
+    # Identical to LoraConfig except: it says what slots start as in the model that the adapter was trained in. None: it was
+    # saved when that was left to its base.
+    slot_start: str | None = None
+
+
+@dataclass
+class SlotLoraConfig(A3LoraConfig):
+    # Identical to A3LoraConfig except: linear layers become `SlotLinear`, and the file says so.
     def __post_init__(self):
         super().__post_init__()
         self._register_custom_module({nn.Linear: SlotLinear})
@@ -94,7 +108,7 @@ def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
     Raises:
         ValueError: a target that matches nothing, or that no slot passes where `rows` is `"slots"`.
     """
-    kind = SlotLoraConfig if lora.rows == "slots" else LoraConfig
+    kind = SlotLoraConfig if lora.rows == "slots" else A3LoraConfig
     return _wrap(
         model,
         kind(
@@ -103,11 +117,12 @@ def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
             lora_dropout=lora.dropout,
             target_modules=target_names(model, lora),
             modules_to_save=["query_embed"],
+            slot_start=model.config.slot_start,
         ),
     )
 
 
-def _wrap(model: A3LlamaForCausalLM, config: LoraConfig) -> PeftModel:
+def _wrap(model: A3LlamaForCausalLM, config: A3LoraConfig) -> PeftModel:
     adapted = get_peft_model(model, config, adapter_name=ADAPTER)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -229,11 +244,12 @@ def check_same(path: str | PathLike, lora: LoraArguments | None, config: LlamaCo
         raise ValueError(f"{path} holds other adapters than lora says: {'; '.join(changed)}")
 
 
-def read_config(path: str | PathLike) -> LoraConfig | None:
+def read_config(path: str | PathLike) -> A3LoraConfig | None:
     """The settings of an adapter, in a folder or on the hub; None where there is none.
 
     Raises:
-        ValueError: nothing there; an adapter that is not LoRA, or a file that is cut off.
+        ValueError: nothing there; an adapter that is not LoRA, or has settings that the installed peft doesn't know; a file
+            that is cut off.
     """
     check_is_there(str(path))
     file = find_adapter_config_file(str(path))
@@ -244,11 +260,32 @@ def read_config(path: str | PathLike) -> LoraConfig | None:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is cut off, or not JSON: {error}") from error
     kind = settings.get("peft_type") if isinstance(settings, Mapping) else None
-    if kind == SLOT_ADAPTER_TYPE:
-        return SlotLoraConfig(**{**settings, "peft_type": "LORA"})
-    if kind != "LORA":
+    if kind not in ("LORA", SLOT_ADAPTER_TYPE):
         raise ValueError(f"{path} holds an adapter of type {kind!r}; A3 takes LORA and its own {SLOT_ADAPTER_TYPE}")
-    return LoraConfig.from_pretrained(str(path))
+    unknown = sorted(set(settings) - {field.name for field in fields(SlotLoraConfig)})
+    if unknown:
+        raise ValueError(
+            f"{file} has settings that peft {peft.__version__} doesn't know: {', '.join(unknown)}; update peft"
+        )
+    of_kind = SlotLoraConfig if kind == SLOT_ADAPTER_TYPE else A3LoraConfig
+    return of_kind(**{**settings, "peft_type": "LORA"})
+
+
+def start_of(path: str, *, base: str, wanted: str | None = None) -> dict[str, str]:
+    """`slot_start` as `from_pretrained` takes it for the base of the adapter at `path`: the adapter's own, where there is one,
+    else `wanted`; empty where the base's is right.
+
+    Raises:
+        ValueError: another is wanted than the adapter's own.
+    """
+    stored = read_config(path)
+    own = None if stored is None else stored.slot_start
+    if stored is not None and own is None and PreTrainedConfig.get_config_dict(base)[0].get("model_type") == "llama":
+        own = "query_embed"  # which all slots in a LLaMA had when adapters did not say
+    if own is not None and wanted not in (None, own):
+        raise ValueError(f"slot_start={wanted!r}: the adapter {path} was trained with {own!r}; leave it out")
+    start = own or wanted
+    return {} if start is None else {"slot_start": start}
 
 
 def base_of(path: str) -> str:
@@ -305,7 +342,8 @@ def load_model(
         raise ValueError(f"{path} holds an adapter, which belongs to architecture 'a3', not {architecture!r}")
     base = base or base_of(path)
     check_is_there(base)
-    model = A3LlamaForCausalLM.from_pretrained(base, **settings)
+    start = start_of(path, base=base, wanted=settings.pop("slot_start", None))
+    model = A3LlamaForCausalLM.from_pretrained(base, **settings, **start)
     return put_on(model, path, trainable=trainable)
 
 
@@ -318,6 +356,12 @@ def put_on(model: A3LlamaForCausalLM, path: str, *, trainable: bool = False) -> 
     config = read_config(path)
     if config is None:
         raise ValueError(f"path={path!r} holds no adapter (adapter_config.json)")
+    if config.slot_start not in (None, model.config.slot_start):
+        raise ValueError(
+            f"path={path!r} holds an adapter trained with slot_start={config.slot_start!r}, and the model has "
+            f"{model.config.slot_start!r}; load its base with slot_start={config.slot_start!r}"
+        )
+    config.slot_start = model.config.slot_start
     config.base_model_name_or_path = model.name_or_path
     config.inference_mode = not trainable
     adapted = _wrap(model, config)
@@ -350,7 +394,9 @@ def load_to_train(
         if isinstance(model, PeftModel):
             model = model.merge_and_unload().requires_grad_(True)  # peft had frozen them
         return model
-    model = A3LlamaForCausalLM.from_pretrained(base_of(path), **settings)
+    base = base_of(path)
+    start = start_of(path, base=base, wanted=settings.pop("slot_start", None))
+    model = A3LlamaForCausalLM.from_pretrained(base, **settings, **start)
     set_seed(seed)
     adapted = attach(model, lora)
     if finished is not None or read_config(path) is not None:

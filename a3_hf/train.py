@@ -15,7 +15,7 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, 
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_matplotlib_available
 
-from .adapters import base_of, check_same, check_start, four_bits, load_to_train, load_tokenizer
+from .adapters import base_of, check_same, check_start, four_bits, load_to_train, load_tokenizer, start_of
 from .architectures import read_model_config
 from .arguments import A3TrainingArguments, Recipe
 from .callbacks import InterruptCallback, MetricsFileCallback, WeightsCallback, check_weights
@@ -274,12 +274,8 @@ def _load_tokenizer_and_config(
         )
     check_attention(recipe, config)
     check_start(path, recipe.lora, config)
-    slot_start = recipe.model.slot_start
-    if recipe.lora is not None and slot_start not in (None, config.slot_start):
-        raise ValueError(
-            f"slot_start={slot_start!r} with lora: an adapter does not hold it, and its base {base_of(path)} has "
-            f"{config.slot_start!r}; save the base with it first (A3LlamaForCausalLM.from_pretrained(…, slot_start=…))"
-        )
+    if recipe.lora is not None:
+        start_of(path, base=base_of(path), wanted=recipe.model.slot_start)
     return tokenizer, config
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import tiny_config
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
@@ -16,7 +17,6 @@ from a3_hf import (
     MaskedDiffusionLlamaForCausalLM,
 )
 from a3_hf.caching import CACHE, OTHER_WORD, take_cache
-from tests.conftest import tiny_config
 
 IDS = torch.tensor([[1, 5, 6, 7]])
 

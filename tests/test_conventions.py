@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -42,7 +43,6 @@ from a3_hf import (
 )
 from a3_hf.caching import CACHE
 from a3_hf.versions import warn_if_newer
-from tests.conftest import tiny_config
 
 IDS = torch.tensor([[1, 5, 9, 14, 3, 8]])
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}

@@ -1,19 +1,22 @@
 """Slots that start as the token on their left: LLaMA from left to right, no leak, sums to 1, cached as uncached, trained."""
 
 import itertools
+import json
 import math
 from fractions import Fraction
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from a3_hf import A3LlamaConfig, A3LlamaForCausalLM, GroupOrder
+from a3_hf import A3LlamaConfig, A3LlamaForCausalLM, GroupOrder, train
+from a3_hf.adapters import load_model, put_on
 from a3_hf.base_trainer import row_generator
 from a3_hf.masks import KeptViews, group_views
 from a3_hf.mixtures import RowKind, draw_rows
 from a3_hf.orders import left_tokens
+from a3_hf.recipes import parse_recipe
 from a3_hf.trainer import model_inputs
 
 
@@ -257,21 +260,49 @@ def test_what_cannot_be_found_is_asked_for():
     assert tiny_config().slot_start == "query_embed"
 
 
-def test_adapters_do_not_hold_it_so_that_their_base_must(source, tmp_path):
-    from a3_hf import train
-    from a3_hf.recipes import parse_recipe
-
-    path = tmp_path / "recipe.yaml"
+@pytest.mark.parametrize("rows", ["slots", "all"])
+def test_an_adapter_of_a_plain_llama_holds_it(source, tmp_path, rows):
+    out, path = tmp_path / "out", tmp_path / "recipe.yaml"
     path.write_text(
         f"model_name_or_path: {source}\ntrain_file: {source / 'train.txt'}\nblock_size: 8\nmax_steps: 2\nuse_cpu: true\n"
-        f"output_dir: {tmp_path / 'out'}\nlora: {{r: 2}}\nslot_start: left_token\ncurriculum: {{stages: [{{name: ar}}]}}\n"
+        f"output_dir: {out}\nlora: {{r: 2, rows: {rows}}}\nslot_start: left_token\ncurriculum: {{stages: [{{name: ar}}]}}\n"
     )
-    with pytest.raises(ValueError, match="slot_start='left_token' with lora: an adapter does not hold it"):
-        train.run(parse_recipe(path))
-    base = A3LlamaForCausalLM.from_pretrained(source, slot_start="left_token")
-    base.save_pretrained(tmp_path / "base")
-    arguments = ["--model_name_or_path", str(tmp_path / "base"), "--tokenizer_name_or_path", str(source)]
-    assert train.run(parse_recipe(path, arguments)) == 0
-    from a3_hf.adapters import load_model
+    assert train.run(parse_recipe(path)) == 0
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["slot_start"] == "left_token" == load_model(str(out)).config.slot_start
+    with pytest.raises(ValueError, match="slot_start='query_embed': the adapter .* was trained with 'left_token'"):
+        load_model(str(out), slot_start="query_embed")
+    base = A3LlamaForCausalLM.from_pretrained(source, slot_start="query_embed")
+    with pytest.raises(ValueError, match="trained with slot_start='left_token', and the model has 'query_embed'"):
+        put_on(base, str(out))
+    with pytest.raises(ValueError, match="slot_start='query_embed': the adapter .* was trained with 'left_token'"):
+        train.run(
+            parse_recipe(
+                path,
+                [
+                    *("--model_name_or_path", str(out), "--output_dir", str(tmp_path / "again")),
+                    *("--slot_start", "query_embed", "--tokenizer_name_or_path", str(source)),
+                ],
+            )
+        )
 
-    assert load_model(str(tmp_path / "out")).config.slot_start == "left_token"
+    del settings["slot_start"]  # as they were saved when a LLaMA's slots started as query_embed
+    (out / "adapter_config.json").write_text(json.dumps(settings))
+    assert load_model(str(out)).config.slot_start == "query_embed"
+
+
+def test_a_llamas_slots_start_as_the_token_on_the_left_and_every_config_says_it(source, tmp_path):
+    model = A3LlamaForCausalLM.from_pretrained(source)
+    for start in ("left_token", "query_embed"):
+        model = A3LlamaForCausalLM.from_pretrained(source, slot_start=start)
+        model.save_pretrained(tmp_path / start)
+        assert json.loads((tmp_path / start / "config.json").read_text())["slot_start"] == start
+        for load in (A3LlamaForCausalLM, AutoModelForCausalLM):
+            assert load.from_pretrained(tmp_path / start).config.slot_start == start
+    assert A3LlamaForCausalLM.from_pretrained(source).config.slot_start == A3LlamaConfig().slot_start == "left_token"
+
+    before = json.loads((tmp_path / "query_embed" / "config.json").read_text())
+    del before["slot_start"]  # an A3 checkpoint from before there was a choice
+    (tmp_path / "query_embed" / "config.json").write_text(json.dumps(before))
+    for load in (A3LlamaForCausalLM, AutoModelForCausalLM):
+        assert load.from_pretrained(tmp_path / "query_embed").config.slot_start == "query_embed"

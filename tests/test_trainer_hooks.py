@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_config
 from datasets import Dataset
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -16,7 +17,6 @@ from a3_hf.adapters import SlotLinear, SlotLoraConfig, attach
 from a3_hf.arguments import LoraArguments
 from a3_hf.chunked_loss import slot_cross_entropy
 from a3_hf.data import RowCollator
-from tests.conftest import tiny_config
 
 ROWS = [
     {"input_ids": ids, "attention_mask": [1] * 10, "labels": [-100, *ids[1:]]}

@@ -8,7 +8,7 @@ import torch
 from lm_eval.api.registry import register_model
 from transformers import PreTrainedModel
 
-from ..adapters import base_of, load_tokenizer, put_on, read_config
+from ..adapters import base_of, load_tokenizer, put_on, read_config, start_of
 from ..architectures import ARCHITECTURES, architecture_of
 from ..generation_config import OWN_OPTIONS, A3GenerationConfig
 from ..orders import ORDERS, GroupOrder, seed_of
@@ -106,6 +106,8 @@ class A3LM(BatchedLM):
         super().__init__(pretrained, **kwargs)
 
     def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs) -> None:
+        if peft is not None:
+            kwargs.update(start_of(peft, base=pretrained, wanted=kwargs.pop("slot_start", None)))
         super()._create_model(pretrained, **kwargs)
         if peft is not None:
             self._model = put_on(self._model, peft)
