@@ -244,7 +244,7 @@ def test_a_checkpoint_saved_before_transformers_renamed_the_cache_is_right_with_
         assert model.generate(ids, **greedy).tolist() == expected["greedy"]
     blanks = model.generate_any_order(ids, max_new_tokens=8, group_size=2)
     assert blanks.sequences.tolist() == expected["groups_of_2"]
-    log_probs = model.log_likelihood(ids, torch.tensor([[0, 3, 1, 4, 2]]))
+    log_probs = model.log_likelihood(ids, torch.tensor([[0, 3, 1, 4, 2]])).float()
     torch.testing.assert_close(log_probs, torch.tensor(expected["random_order_log_probs"]), rtol=0, atol=1e-4)
 
 
