@@ -72,12 +72,15 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[s
         others: the caller's other keyword arguments.
 
     Raises:
-        ValueError: both words at once, or a cache under a third.
+        ValueError: both words at once, a cache under a third, or what is no cache.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("past_key_values and cache are two words for the same; give one of them")
     refuse_other_words(others)
-    return cache if past_key_values is None else past_key_values
+    cache = cache if past_key_values is None else past_key_values
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}; it takes a transformers Cache")
+    return cache
 
 
 def take_cache(kwargs: dict[str, Any]) -> Cache | None:

@@ -130,11 +130,10 @@ class A3GenerationMixin:
             NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds what was committed before.
         """
         cache = one_cache(past_key_values, cache, overrides)
+        check_callables(logits_processor, logits_hook, commit_hook)
         config = resolve_config(generation_config, max_new_tokens, overrides, self.generation_config)
         self.check_generation(config)
         deadline = config.deadline()
-        if cache is not None and not isinstance(cache, Cache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; it takes a transformers Cache")
         if cache is not None and (not config.use_cache or config.cache_implementation == "static"):
             raise ValueError("past_key_values needs use_cache=True and no static cache")
         canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
@@ -189,6 +188,19 @@ class A3GenerationMixin:
             late.start()
             late.finish()
         return result
+
+
+def check_callables(logits_processor, logits_hook, commit_hook) -> None:
+    """Raises a ValueError for a hook that can't be called, or processors that are no list of such."""
+    for name, hook in (("logits_hook", logits_hook), ("commit_hook", commit_hook)):
+        if hook is not None and not callable(hook):
+            raise ValueError(f"{name} is a {type(hook).__name__}; it takes a function")
+    if logits_processor is not None and not (
+        isinstance(logits_processor, list) and all(callable(one) for one in logits_processor)
+    ):
+        raise ValueError(
+            f"logits_processor={logits_processor!r}; it takes a LogitsProcessorList, or a list of processors"
+        )
 
 
 def complete(

@@ -128,7 +128,11 @@ class A3GenerationConfig(GenerationConfig):
                 f"{', '.join((*SHARED_OPTIONS, *OWN_OPTIONS))}"
             )
         super().__init__(**kwargs)
+
+    def validate(self, *args, **kwargs) -> None:
+        """As transformers' own, after the checks of any-order generation: its comparisons take numbers for granted."""
         self.check_any_order()
+        super().validate(*args, **kwargs)
 
     def check_any_order(self) -> None:
         """Raises a ValueError for what any-order generation would otherwise ignore."""

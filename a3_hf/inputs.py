@@ -34,6 +34,91 @@ def check_in_vocabulary(name: str, ids: torch.Tensor, vocab_size: int, *, where:
         )
 
 
+def check_content(
+    input_ids: Any, inputs_embeds: Any, vocab_size: int, *, may_be_empty: bool = False
+) -> torch.LongTensor | None:
+    """The ids (B, C) of a pass as int64, None where embeddings (B, C, D) are given. Ids on a GPU are not looked at, which
+    would be a wait.
+
+    Raises:
+        ValueError: both or none of the two; another kind of tensor; no row, or no token unless there `may_be_empty`; ids that
+            are not in the vocabulary.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    name, content = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    if inputs_embeds is None:
+        check_integers(name, content, dimensions=2)
+    elif not isinstance(content, torch.Tensor) or content.ndim != 3 or not content.is_floating_point():
+        raise ValueError(f"{name} takes a tensor of floats (batch, sequence, hidden)")
+    if not content.shape[0] or not (content.shape[1] or may_be_empty):
+        raise ValueError(f"{name} has shape {tuple(content.shape)}; it takes at least one row and one token")
+    if input_ids is None:
+        return None
+    if looks_at_values(input_ids):
+        check_in_vocabulary(name, input_ids, vocab_size)
+    return input_ids.long()
+
+
+def check_numbers(name: str, ids: Any, *, at_least: int, at_most: int | None = None, but: int | None = None) -> None:
+    """Raises a ValueError for anything but a tensor of integers, or where it holds others than `at_least` .. `at_most` and
+    `but`. Those on a GPU are not looked at.
+    """
+    check_integers(name, ids)
+    if not looks_at_values(ids):
+        return
+    wrong = ids < at_least
+    if at_most is not None:
+        wrong = wrong | (ids > at_most)
+    if but is not None:
+        wrong = wrong & (ids != but)
+    if wrong.any():
+        upper = "" if at_most is None else f" and at most {at_most}"
+        other = "" if but is None else f", or {but}"
+        raise ValueError(f"{name} holds {int(ids[wrong][0])}; it takes integers of at least {at_least}{upper}{other}")
+
+
+def check_padding_mask(name: str, mask: Any, batch_size: int, num_cached: int, length: int) -> None:
+    """Raises a ValueError for a mask (B, cached + C) of another shape, or with other values than 0 and 1 (on a GPU they are
+    not looked at).
+    """
+    expected = (batch_size, num_cached + length)
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"{name} is a {type(mask).__name__}; it takes a tensor of booleans, or of 0 and 1")
+    if tuple(mask.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)}; it takes {expected}: batch, {num_cached} cached and {length} new tokens"
+        )
+    if looks_at_values(mask):
+        check_mask(name, mask, expected)
+
+
+def check_kept(kept: int | torch.Tensor, content_length: int) -> None:
+    """Raises a ValueError for anything but a number of last rows or a tensor of rows."""
+    if isinstance(kept, torch.Tensor):
+        check_numbers("logits_to_keep", kept, at_least=-content_length, at_most=content_length - 1)
+    elif not isinstance(kept, int) or isinstance(kept, bool) or kept < 0:
+        raise ValueError(
+            f"logits_to_keep={kept!r}; it takes a number of last rows, at least 0 (all), or a tensor of rows"
+        )
+
+
+def check_labels(labels: Any, content: Any, vocab_size: int, like_content: bool) -> None:
+    """Raises a ValueError for labels that are no ids of the vocabulary, nor −100, or with `like_content` of another shape
+    than content (B, C) or (B, C, D).
+    """
+    check_numbers("labels", labels, at_least=0, at_most=vocab_size - 1, but=-100)
+    if like_content and isinstance(content, torch.Tensor) and labels.shape != content.shape[:2]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; it takes that of input_ids, {tuple(content.shape[:2])}"
+        )
+
+
+def looks_at_values(tensor: torch.Tensor) -> bool:
+    """Whether values are checked: not on a GPU, where looking is a wait, nor in a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_integers(name: str, ids: Any, *, dimensions: int | None = None) -> None:
     """Raises a ValueError for anything but a tensor of integers, of so many dimensions."""
     if not isinstance(ids, torch.Tensor):

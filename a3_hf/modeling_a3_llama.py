@@ -6,6 +6,7 @@ from importlib import import_module
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -22,6 +23,7 @@ from .chunked_loss import chunked_cross_entropy, slot_cross_entropy
 from .configuration_a3_llama import A3LlamaConfig
 from .generation import A3GenerationMixin
 from .infilling import A3InfillingMixin
+from .inputs import check_content, check_integers, check_kept, check_labels, check_numbers, check_padding_mask
 from .likelihood import A3LikelihoodMixin
 from .loading import WholeCheckpointMixin
 from .masks import View, Views, group_views, repeat_rows, sees_something, slots_view
@@ -268,13 +270,14 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             RuntimeError: the layers did not fill the cache.
         """
         cache = one_cache(past_key_values, cache, kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        num_cached = cache.get_seq_length() if cache is not None else 0
+        input_ids = check_content(
+            input_ids, inputs_embeds, self.embed_tokens.num_embeddings, may_be_empty=cache is not None
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        num_cached = cache.get_seq_length() if cache is not None else 0
         implementation = self.config._attn_implementation
         content_length = inputs_embeds.shape[1]
         num_keys = content_length
@@ -294,6 +297,10 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             )
 
         # 1. Positions of the content.
+        position_ids, group_ids, target_position_ids, target_group_ids, target_input_ids = (
+            None if ids is None else ids.long()
+            for ids in (position_ids, group_ids, target_position_ids, target_group_ids, target_input_ids)
+        )
         has_groups = group_ids is not None
         rows_before = None  # in the causal contract: the content rows whose next tokens the slots ask for
         if position_ids is None and has_groups and isinstance(attention_mask, torch.Tensor):
@@ -332,6 +339,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 **{CACHE: cache},
             )
             if target_position_ids is None:
+                check_kept(slots_to_keep, content_length)
                 rows = torch.arange(content_length, device=inputs_embeds.device)
                 rows = rows[-slots_to_keep:] if isinstance(slots_to_keep, int) else rows[slots_to_keep]
                 views = repeat_rows(implementation, content_mask, rows, content_length, num_keys)
@@ -460,6 +468,11 @@ class A3LlamaForCausalLM(
         """
         cache = one_cache(past_key_values, cache, kwargs)
         causal_contract = group_ids is None and target_position_ids is None
+        if labels is not None:
+            check_labels(
+                labels, input_ids if inputs_embeds is None else inputs_embeds, self.vocab_size, causal_contract
+            )
+            labels = labels.long()
         if chunked_loss and (labels is None or causal_contract):
             raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
         if not causal_contract:
@@ -531,13 +544,14 @@ def _check_arguments(
     inputs_embeds, attention_mask, position_ids, group_ids, target_position_ids, target_group_ids, num_cached
 ) -> None:
     batch_size, content_length = inputs_embeds.shape[:2]
-    if isinstance(attention_mask, torch.Tensor) and group_ids is not None:
-        expected = (batch_size, num_cached + content_length)
-        if tuple(attention_mask.shape) != expected:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; with group_ids it takes {expected}: batch, "
-                f"{num_cached} cached and {content_length} new tokens"
-            )
+    prepared = isinstance(attention_mask, tuple | dict | BlockMask) or (
+        isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and group_ids is None
+    )
+    if attention_mask is not None and not prepared:
+        check_padding_mask("attention_mask", attention_mask, batch_size, num_cached, content_length)
+    for name, ids in (("position_ids", position_ids), ("target_position_ids", target_position_ids)):
+        if ids is not None:
+            check_numbers(name, ids, at_least=0)
     if position_ids is not None and tuple(position_ids.shape) not in {
         (batch_size, content_length),
         (1, content_length),
@@ -547,19 +561,19 @@ def _check_arguments(
             f"{(batch_size, content_length)}"
         )
     if group_ids is not None:
+        check_integers("group_ids", group_ids)
         if tuple(group_ids.shape) != (batch_size, content_length):
             raise ValueError(
                 f"group_ids has shape {tuple(group_ids.shape)}; it takes that of input_ids, {(batch_size, content_length)}"
             )
-        _check_integer("group_ids", group_ids)
     if target_group_ids is not None:
+        check_integers("target_group_ids", target_group_ids)
         if target_position_ids is None or target_position_ids.shape != target_group_ids.shape:
             shape = None if target_position_ids is None else tuple(target_position_ids.shape)
             raise ValueError(
                 f"target_group_ids has shape {tuple(target_group_ids.shape)} and target_position_ids {shape}; they take "
                 "the same, (batch, slots)"
             )
-        _check_integer("target_group_ids", target_group_ids)
     if target_position_ids is not None:
         if target_position_ids.ndim != 2 or target_position_ids.shape[0] != batch_size:
             raise ValueError(
@@ -570,17 +584,13 @@ def _check_arguments(
             raise ValueError("target_position_ids needs target_group_ids, of the same shape: what may each slot see?")
 
 
-def _check_integer(name: str, ids: torch.Tensor) -> None:
-    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise ValueError(f"{name} has dtype {ids.dtype}; it takes integers (lower = earlier)")
-
-
 def _check_left_tokens(
     config, input_ids, attention_mask, group_ids, target_position_ids, target_input_ids, num_cached
 ) -> None:
     if config.slot_start != "left_token":
         raise ValueError(f"target_input_ids has no effect with slot_start={config.slot_start!r}; leave it out")
     if target_input_ids is not None:
+        check_numbers("target_input_ids", target_input_ids, at_least=-1, at_most=config.vocab_size - 1)
         if target_position_ids is None or target_input_ids.shape != target_position_ids.shape:
             shape = None if target_position_ids is None else tuple(target_position_ids.shape)
             raise ValueError(
@@ -610,6 +620,9 @@ def _check_documents(
         raise ValueError(
             "document_ids takes group_ids, no cache and no prepared views: only the masks of groups keep documents apart"
         )
+    for name, ids in (("document_ids", document_ids), ("target_document_ids", target_document_ids)):
+        if ids is not None:
+            check_integers(name, ids)
     if document_ids.shape != group_ids.shape:
         raise ValueError(
             f"document_ids has shape {tuple(document_ids.shape)}; it takes that of input_ids, {tuple(group_ids.shape)}"
@@ -620,9 +633,6 @@ def _check_documents(
         raise ValueError(
             f"target_document_ids has shape {got} and target_position_ids {expected}; with document_ids they take the same"
         )
-    for name, ids in (("document_ids", document_ids), ("target_document_ids", target_document_ids)):
-        if ids is not None and (ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex()):
-            raise ValueError(f"{name} has dtype {ids.dtype}; it takes integers")
 
 
 def _check_labels(

@@ -3,6 +3,7 @@
 import torch
 import transformers
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -15,7 +16,8 @@ from .chunked_loss import chunked_cross_entropy, slot_cross_entropy
 from .configuration_decoupled_rope_llama import SINGLETONS_ONLY, DecoupledRopeLlamaConfig
 from .decoupled_generation import DecoupledRopeGenerationMixin
 from .infilling import A3InfillingMixin
-from .likelihood import A3LikelihoodMixin
+from .inputs import check_content, check_integers, check_kept, check_labels, check_numbers, check_padding_mask
+from .likelihood import A3LikelihoodMixin, checked_text
 from .loading import WholeCheckpointMixin
 from .masks import sees_something
 from .modeling_a3_llama import A3CausalLMOutput, A3LlamaModel, apply_rotary
@@ -142,11 +144,14 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
             RuntimeError: the layers did not fill the cache.
         """
         cache = one_cache(past_key_values, cache, kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        input_ids = check_content(
+            input_ids, inputs_embeds, self.embed_tokens.num_embeddings, may_be_empty=cache is not None
+        )
         _check_one_stream(document_ids, target_document_ids, content_hidden_state)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        num_cached = cache.get_seq_length() if cache is not None else 0
+        _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached)
         if group_ids is None and target_position_ids is None and target_group_ids is None:
             return self._llama(
                 inputs_embeds,
@@ -157,8 +162,6 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
                 rotations=None,
                 **kwargs,
             )
-        num_cached = cache.get_seq_length() if cache is not None else 0
-        _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached)
         if group_ids is None:
             _check_targets(inputs_embeds, position_ids, target_position_ids, target_group_ids)
             # LLaMA's causal mask serves, for rows are stored in generation order; their positions are for `rotations` alone.
@@ -213,10 +216,6 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
 
     def _llama(self, inputs_embeds: torch.Tensor, cache: Cache | None, **arguments) -> BaseModelOutputWithPast:
         """`LlamaModel.forward`, with the cache under its own word, and a look at what is in it after."""
-        if cache is not None and not isinstance(
-            cache, Cache
-        ):  # the paged one of continuous batching goes on as it came
-            return super().forward(inputs_embeds=inputs_embeds, return_dict=True, cache=cache, **arguments)
         filled = inputs_embeds.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         outputs = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **{CACHE: cache}, **arguments)
         if getattr(outputs, CACHE) is not None:
@@ -296,6 +295,11 @@ class DecoupledRopeLlamaForCausalLM(
         """
         cache = one_cache(past_key_values, cache, kwargs)
         causal_contract = group_ids is None and target_position_ids is None
+        if labels is not None:
+            check_labels(
+                labels, input_ids if inputs_embeds is None else inputs_embeds, self.vocab_size, causal_contract
+            )
+            labels = labels.long()
         if chunked_loss and (labels is None or causal_contract):
             raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
         if content_logits_at is not None:
@@ -351,10 +355,12 @@ class DecoupledRopeLlamaForCausalLM(
         """What `log_likelihood` returns, and (B, S) whether each scored token is the likeliest one at its place. A group of
         several tokens raises a ValueError.
         """
-        _check_groups(input_ids, group_ids, None, None)
-        if attention_mask is not None and attention_mask.shape == group_ids.shape:
+        input_ids, group_ids, attention_mask, scored_mask = checked_text(
+            input_ids, group_ids, attention_mask, scored_mask, vocab_size=self.config.vocab_size
+        )
+        if attention_mask is not None:
             # Rows with fewer tokens to score are filled up with others, padding included, which thus asks for nothing.
-            group_ids = group_ids.masked_fill(attention_mask == 0, torch.iinfo(group_ids.dtype).min)
+            group_ids = group_ids.masked_fill(~attention_mask, torch.iinfo(group_ids.dtype).min)
         return super().log_likelihood_and_greedy(input_ids, group_ids, attention_mask, scored_mask=scored_mask)
 
 
@@ -395,6 +401,7 @@ def _successors(
 
 
 def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    check_kept(logits_to_keep, hidden_states.shape[1])
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]
     if logits_to_keep.ndim == 1:
@@ -414,14 +421,15 @@ def _check_one_stream(document_ids, target_document_ids, content_hidden_state: b
 
 def _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached: int) -> None:
     batch_size, length = inputs_embeds.shape[:2]
-    expected = (batch_size, num_cached + length)
     if isinstance(attention_mask, tuple):
         raise ValueError("attention_mask holds views made for two streams; it takes a tensor, 0 at padding, or None")
-    if attention_mask is not None and tuple(attention_mask.shape) != expected:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; with groups or targets it takes {expected}: batch, "
-            f"{num_cached} cached and {length} new tokens"
-        )
+    prepared = isinstance(attention_mask, dict | BlockMask) or (
+        isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+    )
+    if attention_mask is not None and not prepared:
+        check_padding_mask("attention_mask", attention_mask, batch_size, num_cached, length)
+    if position_ids is not None:
+        check_numbers("position_ids", position_ids, at_least=0)
     if position_ids is not None and tuple(position_ids.shape) not in {(batch_size, length), (1, length)}:
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}; it takes that of input_ids, {(batch_size, length)}"
@@ -433,6 +441,7 @@ def _check_targets(inputs_embeds, position_ids, target_position_ids, target_grou
         raise ValueError("target_group_ids needs group_ids: what comes before a slot?")
     if position_ids is None:
         raise ValueError("target_position_ids needs position_ids: where does each token itself stand?")
+    check_numbers("target_position_ids", target_position_ids, at_least=0)
     shapes = {tuple(inputs_embeds.shape[:2]), (1, inputs_embeds.shape[1])}
     if tuple(target_position_ids.shape) not in shapes:
         raise ValueError(
@@ -442,6 +451,11 @@ def _check_targets(inputs_embeds, position_ids, target_position_ids, target_grou
 
 
 def _check_groups(content, group_ids, target_position_ids, target_group_ids) -> None:
+    for name, ids in (("group_ids", group_ids), ("target_group_ids", target_group_ids)):
+        if ids is not None:
+            check_integers(name, ids)
+    if target_position_ids is not None:
+        check_numbers("target_position_ids", target_position_ids, at_least=0)
     if group_ids.shape != content.shape[:2]:
         raise ValueError(
             f"group_ids has shape {tuple(group_ids.shape)}; it takes that of input_ids, {tuple(content.shape[:2])}"
@@ -452,9 +466,6 @@ def _check_groups(content, group_ids, target_position_ids, target_group_ids) -> 
             f"target_position_ids has shape {shapes[0]} and target_group_ids {shapes[1]}; with group_ids they take the same, "
             f"({len(content)}, slots)"
         )
-    for name, ids in (("group_ids", group_ids), ("target_group_ids", target_group_ids)):
-        if ids is not None and (ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex()):
-            raise ValueError(f"{name} has dtype {ids.dtype}; it takes integers (lower = earlier)")
 
 
 def _check_singletons(groups: torch.Tensor, real: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from .configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
 from .corruption import check_mask_token
 from .diffusion_likelihood import DiffusionLikelihoodMixin
 from .infilling import A3InfillingMixin
+from .inputs import check_content, check_integers, check_labels, check_numbers, check_padding_mask
 from .likelihood import SLOTS_PER_CHUNK
 from .loading import WholeCheckpointMixin
 from .rope import FixedRotaryEmbedding
@@ -129,17 +130,31 @@ class MaskedDiffusionLlamaForCausalLM(
             raise ValueError(
                 "masked diffusion sees both sides, so that no state lasts: it takes no cache, use_cache=False"
             )
+        input_ids = check_content(input_ids, inputs_embeds, self.model.embed_tokens.num_embeddings)
         content = input_ids if input_ids is not None else inputs_embeds
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
         if labels is not None and target_columns is not None:
             raise ValueError("give labels or target_columns: with labels there are no logits")
         if loss_weights is not None and labels is None:
             raise ValueError("loss_weights belongs to labels")
         shape = tuple(content.shape[:2])
+        if attention_mask is not None:
+            check_padding_mask("attention_mask", attention_mask, shape[0], 0, shape[1])
+        if labels is not None:
+            check_labels(labels, content, self.vocab_size, True)
+            labels = labels.long()
+        for name, ids, most in (
+            ("position_ids", position_ids, None),
+            ("target_columns", target_columns, shape[1] - 1),
+        ):
+            if ids is not None:
+                check_numbers(name, ids, at_least=0, at_most=most)
+        if document_ids is not None:
+            check_integers("document_ids", document_ids)
+        if target_columns is not None and (target_columns.ndim != 2 or target_columns.shape[0] != shape[0]):
+            raise ValueError(f"target_columns has shape {tuple(target_columns.shape)}; it takes ({shape[0]}, slots)")
+        if position_ids is not None and tuple(position_ids.shape) not in {shape, (1, shape[1])}:
+            raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it takes that of input_ids, {shape}")
         for name, tensor in {
-            "attention_mask": attention_mask,
-            "labels": labels,
             "document_ids": document_ids,
             "loss_weights": loss_weights,
         }.items():

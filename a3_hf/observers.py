@@ -15,10 +15,12 @@ class Observers:
         output_history: keep the text after each step.
 
     Raises:
-        ValueError: a streamer with more than one row.
+        ValueError: what is no streamer, or one with more than one row.
     """
 
     def __init__(self, canvas, *, streamer=None, commit_hook: Callable | None = None, output_history: bool = False):
+        if streamer is not None and not callable(getattr(streamer, "put", None)):
+            raise ValueError(f"streamer is a {type(streamer).__name__}; it takes a streamer of transformers (put, end)")
         if streamer is not None and canvas.sequences.shape[0] > 1:
             raise ValueError(f"streamer shows one text; it takes a batch of 1, got {canvas.sequences.shape[0]}")
         self.canvas, self.streamer, self.commit_hook = canvas, streamer, commit_hook

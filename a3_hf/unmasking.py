@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList
 
 from .canvas import Canvas, columns_of, pack
 from .corruption import check_mask_token, check_text, required_mask_token
-from .generation import A3GenerateOutput, complete, make_output
+from .generation import A3GenerateOutput, check_callables, complete, make_output
 from .generation_config import A3GenerationConfig, resolve_config
 from .infilling import A3InfillOutput
 from .observers import Observers
@@ -71,6 +71,7 @@ class UnmaskingMixin:
             NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds what was committed before.
         """
         mask_token_id = required_mask_token(self.config)
+        check_callables(logits_processor, logits_hook, commit_hook)
         config = _resolve(generation_config, max_new_tokens, steps, overrides, self.generation_config)
         canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
         config.check_vocabulary(self.config.vocab_size, has_blanks=canvas.has_blanks_inside(), never=(mask_token_id,))
