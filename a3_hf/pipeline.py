@@ -8,6 +8,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .modeling_a3_llama import A3LlamaForCausalLM
+from .templates import Template
 
 
 class A3InfillingPipeline(Pipeline):
@@ -28,9 +29,11 @@ class A3InfillingPipeline(Pipeline):
     _load_tokenizer = True
 
     def __call__(self, inputs, **settings):
-        if isinstance(inputs, (list, tuple)) and not inputs:
-            return []
-        return super().__call__(list(inputs) if isinstance(inputs, tuple) else inputs, **settings)
+        if isinstance(inputs, (list, tuple)):
+            inputs = list(inputs)
+            for text in inputs:
+                self.preprocess(text)  # a mistake in one is said before the work on the others
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **settings)
 
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
@@ -54,6 +57,7 @@ class A3InfillingPipeline(Pipeline):
                 f"inputs holds a {type(text).__name__}, {text!r:.60}; it takes a string, a list of strings, or a generator or "
                 'torch dataset of strings (KeyDataset(dataset, "text"))'
             )
+        Template.parse(text)
         return {"texts": [text]}
 
     def _forward(self, inputs: dict, **settings) -> dict:

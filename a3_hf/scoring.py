@@ -6,8 +6,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .orders import RANDOM_ORDERS, GroupOrder
+from .orders import ORDERS, RANDOM_ORDERS, GroupOrder
 from .templates import encode_prompt
+
+MOST_POSITIONS = 2**20  # of one pass over all orders
 
 
 @dataclass
@@ -50,13 +52,21 @@ class A3ScoringMixin:
         Args:
             order: `"left_to_right"`, `"right_to_left"`, `"random"` or `"spans"` (needs `span_length`).
             group_size: tokens predicted together.
-            num_orders: how many orders to draw; more than one with a random order.
+            num_orders: how many orders to draw; more than one with a random order. They are scored in one pass, of 2^20
+                tokens in all at most.
             seed: of the random orders; the first n orders of a seed are the same, whatever `num_orders`.
 
         Raises:
-            ValueError: an empty text, an unknown order, a text longer than the model's context, several orders where
+            ValueError: an empty text or none, an unknown order, a text longer than the model's context, several orders where
                 nothing is drawn, a tokenizer without BOS.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}; it takes a string")
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+        for name, value in {"group_size": group_size, "num_orders": num_orders, "seed": seed}.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}; it takes a whole number")
         if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
             raise ValueError(
                 f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'"
@@ -69,6 +79,11 @@ class A3ScoringMixin:
             raise ValueError(
                 f"text has {ids.shape[1]} tokens, {ids.shape[1] - context} more than the model's context "
                 f"(max_position_embeddings={context})"
+            )
+        if num_orders * ids.shape[1] > MOST_POSITIONS:
+            raise ValueError(
+                f"num_orders={num_orders}: orders of a text of {ids.shape[1]} tokens are scored in one pass; it takes at most "
+                f"{MOST_POSITIONS // ids.shape[1]}"
             )
         ids = ids.expand(num_orders, -1)
         group_ids = GroupOrder.infilling(
