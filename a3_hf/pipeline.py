@@ -3,7 +3,7 @@
 from collections.abc import Sized
 
 from torch.utils.data import DataLoader
-from transformers import Pipeline
+from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
@@ -18,6 +18,9 @@ class A3InfillingPipeline(Pipeline):
 
     A text gives its result, a list of texts a list of results; a generator or a torch dataset of texts (such as
     transformers' `KeyDataset(dataset, "text")`) gives an iterator over results, `batch_size` texts to a batch.
+
+    Its `save_pretrained` writes the model, the tokenizer and the code of all three, for use without this package:
+    `pipeline("infilling", model=FOLDER, trust_remote_code=True)`.
 
     Raises:
         ValueError: what is no text; `return_outputs`, which it sets itself; and what `infill` refuses.
@@ -94,3 +97,7 @@ PIPELINE_REGISTRY.register_pipeline(
     default=None,
     type="text",
 )
+# The name that a saved pipeline gives its model must be one of transformers' own.
+A3InfillingPipeline._registered_impl = {
+    "infilling": {"impl": A3InfillingPipeline, "pt": (AutoModelForCausalLM,), "type": "text"}
+}

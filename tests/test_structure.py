@@ -92,6 +92,7 @@ FLAT = {
     "masks",
     "orders",
     "decoding",
+    "pipeline",
 }
 
 
