@@ -156,6 +156,8 @@ class A3InfillingMixin:
             generation_config, overrides: as in `infill`.
         """
         templates = list(templates)
+        if not templates:
+            raise ValueError("templates is empty; it takes at least one Template")
         fields = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
         config = resolve_config(generation_config, None, fields)
         copies = config.num_return_sequences or 1
@@ -211,12 +213,12 @@ class A3InfillingMixin:
                 f"seed holds {len(config.seed)} seeds; it takes an integer or one for each sequence of each text, "
                 f"{len(templates) * copies}"
             )
-        context = self.config.max_position_embeddings
         for template in templates:
             if not isinstance(template, Template) or None in template.lengths:
                 raise ValueError(
                     f"templates holds {template!r:.200}; it takes Template, every length a number or a range"
                 )
+            context = self.config.max_position_embeddings
             given, _ = encode_template(tokenizer, replace(template, lengths=(1,) * len(template.lengths)))
             most = sum(one if isinstance(one, int) else one[1] for one in template.lengths)
             total = len(given) - len(template.lengths) + most

@@ -3,11 +3,12 @@
 from collections.abc import Sized
 
 from torch.utils.data import DataLoader
-from transformers import Pipeline
+from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .modeling_a3_llama import A3LlamaForCausalLM
+from .templates import Template
 
 
 class A3InfillingPipeline(Pipeline):
@@ -17,6 +18,9 @@ class A3InfillingPipeline(Pipeline):
 
     A text gives its result, a list of texts a list of results; a generator or a torch dataset of texts (such as
     transformers' `KeyDataset(dataset, "text")`) gives an iterator over results, `batch_size` texts to a batch.
+
+    Its `save_pretrained` writes the model, the tokenizer and the code of all three, for use without this package:
+    `pipeline("infilling", model=FOLDER, trust_remote_code=True)`.
 
     Raises:
         ValueError: what is no text; `return_outputs`, which it sets itself; and what `infill` refuses.
@@ -28,9 +32,11 @@ class A3InfillingPipeline(Pipeline):
     _load_tokenizer = True
 
     def __call__(self, inputs, **settings):
-        if isinstance(inputs, (list, tuple)) and not inputs:
-            return []
-        return super().__call__(list(inputs) if isinstance(inputs, tuple) else inputs, **settings)
+        if isinstance(inputs, (list, tuple)):
+            inputs = list(inputs)
+            for text in inputs:
+                self.preprocess(text)  # a mistake in one is said before the work on the others
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **settings)
 
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
@@ -54,6 +60,7 @@ class A3InfillingPipeline(Pipeline):
                 f"inputs holds a {type(text).__name__}, {text!r:.60}; it takes a string, a list of strings, or a generator or "
                 'torch dataset of strings (KeyDataset(dataset, "text"))'
             )
+        Template.parse(text)
         return {"texts": [text]}
 
     def _forward(self, inputs: dict, **settings) -> dict:
@@ -90,3 +97,7 @@ PIPELINE_REGISTRY.register_pipeline(
     default=None,
     type="text",
 )
+# The name that a saved pipeline gives its model must be one of transformers' own.
+A3InfillingPipeline._registered_impl = {
+    "infilling": {"impl": A3InfillingPipeline, "pt": (AutoModelForCausalLM,), "type": "text"}
+}

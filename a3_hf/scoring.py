@@ -6,11 +6,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .orders import RANDOM_ORDERS, GroupOrder
+from .orders import ORDERS, RANDOM_ORDERS, GroupOrder
 from .templates import encode_prompt
 
 MOST_ORDERS = 10_000
 MOST_SEED = 2**43  # a generator takes 64 bits, and each order has a seed of its own
+MOST_POSITIONS = 2**20  # of one pass over all orders
 
 
 @dataclass
@@ -63,13 +64,21 @@ class A3ScoringMixin:
         Args:
             order: `"left_to_right"`, `"right_to_left"`, `"random"` or `"spans"` (needs `span_length`).
             group_size: tokens predicted together.
-            num_orders: how many orders to draw; more than one with a random order.
+            num_orders: how many orders to draw; more than one with a random order. They are scored in one pass, of 2^20
+                tokens in all at most.
             seed: of the random orders; the first n orders of a seed are the same, whatever `num_orders`.
 
         Raises:
-            ValueError: an empty text, an unknown order, a text longer than the model's context, several orders where
+            ValueError: an empty text or none, an unknown order, a text longer than the model's context, several orders where
                 nothing is drawn, a tokenizer without BOS.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}; it takes a string")
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+        for name, value in {"group_size": group_size, "num_orders": num_orders, "seed": seed}.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}; it takes a whole number")
         check_num_orders(num_orders, order)
         if abs(seed) >= MOST_SEED:
             raise ValueError(f"seed={seed}: it takes an integer between -{MOST_SEED} and {MOST_SEED}")
@@ -81,6 +90,11 @@ class A3ScoringMixin:
             raise ValueError(
                 f"text has {ids.shape[1]} tokens, {ids.shape[1] - context} more than the model's context "
                 f"(max_position_embeddings={context})"
+            )
+        if num_orders * ids.shape[1] > MOST_POSITIONS:
+            raise ValueError(
+                f"num_orders={num_orders}: orders of a text of {ids.shape[1]} tokens are scored in one pass; it takes at most "
+                f"{MOST_POSITIONS // ids.shape[1]}"
             )
         ids = ids.expand(num_orders, -1)
         group_ids = GroupOrder.infilling(

@@ -106,6 +106,7 @@ FLAT = {
     "rope",
     "orders",
     "decoding",
+    "pipeline",
 }
 
 
