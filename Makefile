@@ -1,53 +1,92 @@
-# Every target sets up what it needs in .venv. uv is used where it is installed; pip alone is enough.
+# Every target sets up what it needs in .venv, in the versions of constraints.txt. uv is used where it is installed; pip alone is
+# enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OLDEST := transformers==5.17.0
+# Test processes, and threads of each.
+JOBS ?= 2
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM := false
 
 ifneq ($(shell command -v uv 2>/dev/null),)
   CREATE = uv venv --quiet --allow-existing --python $(PYTHON) $(1)
   INSTALL = uv pip install --quiet --python $(1)/bin/python $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))
+  FREEZE = uv pip freeze --python $(1)/bin/python --exclude-editable
 else
   CREATE = $(PYTHON) -m venv $(1)
   INSTALL = $(1)/bin/python -m pip install --quiet
+  FREEZE = $(1)/bin/python -m pip freeze --exclude-editable
 endif
+VERSIONS = @$(1)/bin/python scripts/versions.py
+PYTEST = $(1)/bin/python -m pytest
+SUITE = $(PYTEST) -n $(JOBS) -m 'not gpu and not slow'
 
-.PHONY: setup demo test test-other-kernels test-slow test-gpu test-oldest quality style clean
+.PHONY: setup demo test test-other-kernels test-slow test-gpu test-oldest test-newest newest lock quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
-$(VENV)/.installed: pyproject.toml scripts/install_torch.sh
+$(VENV)/.installed: pyproject.toml constraints.txt scripts/install_torch.sh
 	$(call CREATE,$(VENV))
 	sh scripts/install_torch.sh $(call INSTALL,$(VENV))
-	$(call INSTALL,$(VENV)) -e '.[dev,eval]'
+	$(call INSTALL,$(VENV)) -c constraints.txt -e '.[dev,eval]'
 	touch $@
 
-.venv-oldest/.installed: pyproject.toml scripts/install_torch.sh
+.venv-oldest/.installed: pyproject.toml scripts/install_torch.sh scripts/lower_bounds.py
 	$(call CREATE,.venv-oldest)
 	sh scripts/install_torch.sh $(call INSTALL,.venv-oldest)
-	$(call INSTALL,.venv-oldest) '$(OLDEST)' -e '.[dev]'
+	$(PYTHON) scripts/lower_bounds.py > .venv-oldest/constraints.txt
+	$(call INSTALL,.venv-oldest) -c .venv-oldest/constraints.txt -e '.[dev,eval]'
 	touch $@
 
+# The newest of everything but torch, without constraints and beyond the upper ends of pyproject.toml.
+newest:
+	rm -rf .venv-newest
+	$(call CREATE,.venv-newest)
+	sh scripts/install_torch.sh $(call INSTALL,.venv-newest)
+	$(call INSTALL,.venv-newest) -e '.[dev,eval]'
+	$(call INSTALL,.venv-newest) --upgrade accelerate datasets 'lm_eval[hf]' peft transformers
+
 demo: setup
+	$(call VERSIONS,$(VENV))
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -m 'not gpu and not slow'
+	$(call VERSIONS,$(VENV))
+	$(call SUITE,$(VENV))
 
 # `make test` as on another maker's CPU, whose products differ in the last bits by the row they are in.
 test-other-kernels: setup
-	PYTHONPATH=tests/other_kernels $(BIN)/python -m pytest -m 'not gpu and not slow'
+	PYTHONPATH=$(CURDIR)/tests/other_kernels $(call SUITE,$(VENV))
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(call PYTEST,$(VENV)) -m slow
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+	$(call PYTEST,$(VENV)) -m gpu
 
-# The lower end of the supported transformers range, on the parts that lean on its internals.
+# All lower ends of pyproject.toml at once.
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -m 'not gpu and not slow' tests/test_modeling.py tests/test_generation.py tests/test_slot_start.py tests/test_trainer.py
+	$(call VERSIONS,.venv-oldest)
+	$(call SUITE,.venv-oldest)
+
+# Ends in one line that says whether it passed. With UNLESS_LOCKED=1 the suite is left out where nothing is newer than in
+# constraints.txt, for then `make test` is the same.
+test-newest: newest
+	@if [ -n "$(UNLESS_LOCKED)" ] && .venv-newest/bin/python scripts/versions.py constraints.txt; then \
+	  echo "test-newest: nothing is newer than in constraints.txt, so that make test says it"; \
+	elif $(call SUITE,.venv-newest); then \
+	  echo "test-newest: PASSED with $$(.venv-newest/bin/python scripts/versions.py)"; \
+	else \
+	  echo "test-newest: FAILED with $$(.venv-newest/bin/python scripts/versions.py)"; exit 1; \
+	fi
+
+# What `make test-newest` passed with becomes constraints.txt.
+lock: test-newest
+	sed -n '/^#/p' constraints.txt > .venv-newest/constraints.txt
+	$(call FREEZE,.venv-newest) | sed 's/+cpu//' | grep -viE '^(nvidia-|triton|cuda-|pip==|setuptools==|wheel==)' \
+	  >> .venv-newest/constraints.txt
+	cp .venv-newest/constraints.txt constraints.txt
 
 quality: setup
 	$(BIN)/ruff check .
@@ -58,4 +97,4 @@ style: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info .pytest_cache .ruff_cache

@@ -15,6 +15,9 @@ from .modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
 from .orders import GroupOrder
 from .pipeline import A3InfillingPipeline
 from .trainer import A3Trainer
+from .versions import TESTED_TRANSFORMERS, warn_if_newer
+
+warn_if_newer()
 
 AutoConfig.register(A3LlamaConfig.model_type, A3LlamaConfig)
 AutoModel.register(A3LlamaConfig, A3LlamaModel)
@@ -26,6 +29,7 @@ AutoConfig.register(MaskedDiffusionLlamaConfig.model_type, MaskedDiffusionLlamaC
 AutoModelForCausalLM.register(MaskedDiffusionLlamaConfig, MaskedDiffusionLlamaForCausalLM)
 
 __all__ = [
+    "TESTED_TRANSFORMERS",
     "A3GenerationConfig",
     "A3InfillingPipeline",
     "A3LlamaConfig",

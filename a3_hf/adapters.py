@@ -8,9 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
@@ -91,12 +93,32 @@ def _wrap(model: A3LlamaForCausalLM, config: LoraConfig) -> PeftModel:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # in bfloat16 most steps of an optimiser would be rounded away
+    if isinstance(config, SlotLoraConfig):
+        _check_slots_alone(adapted)
     for layer in model.model.layers:
         linears = [module for module in layer.modules() if isinstance(module, SlotLinear)]
         if linears:
             # On attention, not on the layer or the model: gradient checkpointing runs it once more before the others.
             layer.self_attn.register_forward_pre_hook(partial(_count_slots, linears), with_kwargs=True)
     return adapted
+
+
+def _check_slots_alone(adapted: PeftModel) -> None:
+    """Whether peft made every adapted layer the kind that leaves content rows alone.
+
+    Raises:
+        RuntimeError: it made others, or none.
+    """
+    others = {
+        type(module).__name__
+        for module in adapted.modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, SlotLinear)
+    }
+    if others or not any(isinstance(module, SlotLinear) for module in adapted.modules()):
+        raise RuntimeError(
+            f"peft {peft.__version__} made {', '.join(sorted(others)) or 'no layer'} where rows: slots takes SlotLinear: "
+            "LoraConfig._register_custom_module has no effect there, and adapters would act on content tokens"
+        )
 
 
 def _count_slots(linears: Sequence[SlotLinear], attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

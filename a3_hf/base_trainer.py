@@ -1,10 +1,12 @@
 """What the trainers have in common: draws by step and row, a stop before a bad step, an evaluation that leaves no trace."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -89,26 +91,51 @@ class BaseTrainer(Trainer):
             )
         if self.args.batch_eval_metrics or not self.args.eval_do_concat_batches:
             raise ValueError(f"{name} takes batch_eval_metrics=False and eval_do_concat_batches=True")
-        # The model divides by `num_items_in_batch`, the labels that are not −100 wherever they stand: none is shifted.
+        # The model divides by the scored tokens of the step, and `Trainer` shall not divide again: said in its words, and
+        # looked at in `training_step`.
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = False
+        self.loss_is_scaled_for_ga = True
         self._meter = Meter()
         self._micro_batch = 0
+        self._sampled_step: int | None = None  # whose batches `get_batch_samples` gave
         self._step_losses: list[torch.Tensor] = []  # of the micro-batches of the current update step
+        self._computed_loss: torch.Tensor | None = None  # what the last `compute_loss` gave to `Trainer`
+        self._loss_was_checked = False
         self._evaluation_batch = 0
         self.add_callback(BeforeTheStepCallback(self.check_finite))
 
     def get_batch_samples(
         self, epoch_iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        # Called once for each update step, before its micro-batches.
+        # Called once for each update step, before its micro-batches. Identical to Trainer's except: it counts scored tokens as
+        # `count_scored` says.
         self._meter.start()
         self._micro_batch = 0
         self._step_losses = []
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._sampled_step = self.state.global_step
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        scored = self.count_scored(batches).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            scored = self.accelerator.gather(scored).sum()
+        return batches, scored
+
+    def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """() how many tokens of an update step's micro-batches, on this rank, the loss is divided by."""
+        return torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum()
 
     def count(self, inputs: dict[str, torch.Tensor]) -> int:
-        """The number of this micro-batch in its update step, from 0; counts it, and its tokens. Called once for each."""
+        """The number of this micro-batch in its update step, from 0; counts it, and its tokens. Called once for each.
+
+        Raises:
+            RuntimeError: the step began without `get_batch_samples`, so that draws would be those of other rows.
+        """
+        if self.is_in_train and self._sampled_step != self.state.global_step:
+            raise RuntimeError(
+                f"the Trainer of transformers {transformers.__version__} did not call get_batch_samples before step "
+                f"{self.state.global_step + 1}: rows can't be numbered"
+            )
         self._meter.add(inputs["attention_mask"].sum().detach())
         self._micro_batch += 1
         return self._micro_batch - 1
@@ -120,10 +147,34 @@ class BaseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
-        # Identical to Trainer's except: the loss is kept for `check_finite`.
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        self._step_losses.append(loss.detach())
+        # What is left of Trainer's where the model itself divides by `num_items_in_batch`. `check_finite` needs the loss, too.
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            loss = loss * self.ranks_averaged()
+        self._computed_loss = loss.detach()
+        self._step_losses.append(self._computed_loss)
         return (loss, outputs) if return_outputs else loss
+
+    def ranks_averaged(self) -> int:
+        """What a loss divided by the tokens of all ranks is multiplied by, for the gradients of ranks are averaged: their
+        number, or 1 where each rank divides by its own tokens.
+        """
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        # Identical to Trainer's except: in the first step the loss must come through it as it was.
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self._loss_was_checked:
+            self._loss_was_checked = True
+            if not torch.equal(loss.nan_to_num(), self._computed_loss.nan_to_num()):
+                raise RuntimeError(
+                    f"the Trainer of transformers {transformers.__version__} changes the loss that it is given, from "
+                    f"{float(self._computed_loss)} to {float(loss)}: gradients would be scaled wrongly"
+                )
+        return loss
 
     def first_training_row(self, micro_batch: int) -> int:
         """The index in the global batch of the first row of this step's n-th micro-batch on this rank."""
@@ -169,6 +220,7 @@ class BaseTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The losses of a set in nats per token, as the class says. Training goes on after it as if there had been none."""
         was_training = self.model.training
+        self._evaluation_batch = 0
         self._meter.pause()
         # A loader draws a seed for its workers from the global generator, which dropout uses too.
         with torch.random.fork_rng(devices=[]):
@@ -176,9 +228,10 @@ class BaseTrainer(Trainer):
         self.model.train(was_training)
         return metrics
 
-    def evaluation_loop(self, *args, **kwargs):
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
+        # Identical to Trainer's except: the draws are those of `evaluate`.
         self._evaluation_batch = 0
-        return super().evaluation_loop(*args, **kwargs)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def costs(self) -> dict[str, float]:
         """What training costs, for the logs: tokens per second on all ranks (taken as equal) since the last log, and the most

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import CompileConfig, LogitsProcessorList
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -235,7 +235,7 @@ def _make_encoder(model, canvas: Canvas, config: A3GenerationConfig, steps, prom
             static_width = canvas.bin + steps.shape[1] * steps.shape[2]
             wants = config.compile_config is not None or canvas.sequences.device.type == "cuda"
             if wants and not config.disable_compile:
-                compile_config = config.compile_config or model._default_compile_config()
+                compile_config = config.compile_config or CompileConfig()
     else:  # rows go on at their own pace
         paced = config.threshold is None and config.entropy_budget is None and config.strategy != "speculative"
         ragged = ragged or (is_batch and not paced)

@@ -222,9 +222,10 @@ class MaskedDiffusionLlamaForCausalLM(
         (B, S) for attention implementations that take no such mask.
         """
         implementation = self.config._attn_implementation
+        is_plain = document_ids is None and visible_mask is None
+        if is_plain and (self.config.is_causal or implementation not in PATTERNED):
+            return attention_mask
         if implementation not in PATTERNED:
-            if document_ids is None and visible_mask is None:
-                return attention_mask
             raise ValueError(
                 f"attn_implementation={implementation!r}: document_ids and visible_mask need one that takes any mask, "
                 f"{' or '.join(PATTERNED)}"

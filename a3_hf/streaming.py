@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import transformers
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset, load_dataset
 from torch.utils.data import DataLoader, get_worker_info
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -466,6 +467,16 @@ class MixtureBatches(torch.utils.data.IterableDataset):
             yield {**self.collator([row for row, _ in taken]), POSITION: (shard, taken[-1][1])}
 
 
+class _PositionSavedCallback(TrainerCallback):
+    """Looks at each checkpoint when it has been written."""
+
+    def __init__(self, check: Callable[[], None]):
+        self.check = check
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.check()
+
+
 class StreamTrainer(A3Trainer):
     """An `A3Trainer` whose `train_dataset` is a `TextMixture`.
 
@@ -477,6 +488,8 @@ class StreamTrainer(A3Trainer):
       the one file it stopped in, up to the place. Nothing is shuffled.
     - When a source can't be read on, all ranks stop after the same step, with a checkpoint of it.
     """
+
+    _checks_positions = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """See `Trainer.train`.
@@ -497,6 +510,9 @@ class StreamTrainer(A3Trainer):
         self._read = StreamPosition(self._start.num_batches)
         self._saved_step = 0
         self.args.ignore_data_skip = True  # the loader begins where the checkpoint ends
+        if not self._checks_positions:
+            self._checks_positions = True
+            self.add_callback(_PositionSavedCallback(self.check_position_saved))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -541,6 +557,7 @@ class StreamTrainer(A3Trainer):
         step = self.state.global_step
         if step > 0 and self._saved_step != step:
             self._save_checkpoint(self.model, trial=None)
+            self.check_position_saved()
         kept = (
             f"Stopped after step {step}, whose checkpoint is in {self.args.output_dir}"
             if step
@@ -557,6 +574,19 @@ class StreamTrainer(A3Trainer):
             StreamPosition(self._read.num_batches, shards).save(output_dir, self.train_dataset)
         self._saved_step = self.state.global_step
         super()._save_rng_state(output_dir)
+
+    def check_position_saved(self) -> None:
+        """Called when a checkpoint has been written.
+
+        Raises:
+            RuntimeError: `_save_rng_state` had no part in it, so that it lacks how far the sources were read.
+        """
+        if self._saved_step != self.state.global_step:
+            raise RuntimeError(
+                f"the Trainer of transformers {transformers.__version__} wrote the checkpoint of step "
+                f"{self.state.global_step} without asking where the stream is, so that a resumed run would read rows again. "
+                "Delete that checkpoint"
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # `Trainer` counts it from the resumed step on when it skips nothing.

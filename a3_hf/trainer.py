@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
@@ -221,8 +222,10 @@ class A3Trainer(BaseTrainer):
 
     def _resolve(self, tokens_per_row: int | None) -> Schedule | AdaptiveSchedule:
         max_steps = self.args.max_steps
-        if max_steps <= 0:
-            max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if max_steps <= 0:  # as `Trainer` will count them: `count_scored` looks whether it did
+            steps_per_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+            max_steps = math.ceil(max(steps_per_epoch, 1) * self.args.num_train_epochs)
+        self._planned_steps = max_steps
         if self.curriculum.unit != "tokens":
             return self.curriculum.resolve(max_steps=max_steps)
         if tokens_per_row is None:
@@ -259,14 +262,22 @@ class A3Trainer(BaseTrainer):
                 "use loss='plain'"
             )
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        # Identical to Trainer's except: where orders leave tokens out of the loss, only the others count.
-        if not self.schedule.at(self.state.global_step).scores_everything:
-            batch_samples = [
-                {"labels": batch["labels"].masked_fill(~self._draw(batch, micro_batch).scored_mask, -100)}
-                for micro_batch, batch in enumerate(batch_samples)
-            ]
-        return super()._get_num_items_in_batch(batch_samples, device)
+    def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """As `BaseTrainer.count_scored`; where orders leave tokens out of the loss, only the others count.
+
+        Raises:
+            RuntimeError: `Trainer` makes another number of steps than the curriculum was laid out for.
+        """
+        if self.state.max_steps != self._planned_steps:
+            raise RuntimeError(
+                f"the Trainer of transformers {transformers.__version__} makes {self.state.max_steps} steps; the curriculum "
+                f"was laid out for {self._planned_steps}. Give max_steps in place of num_train_epochs"
+            )
+        if self.schedule.at(self.state.global_step).scores_everything:
+            return super().count_scored(batches)
+        return torch.stack(
+            [self._draw(batch, micro_batch).scored_mask.sum() for micro_batch, batch in enumerate(batches)]
+        ).sum()
 
     def _draw(self, inputs: dict[str, torch.Tensor], micro_batch: int) -> GroupOrder:
         """The orders of this step's n-th micro-batch on this rank, the same however often they are drawn."""
@@ -326,6 +337,7 @@ class A3Trainer(BaseTrainer):
         )
         if pairs is not None and len(pairs.rows):
             loss = loss + self._auxiliary_loss(outputs, arguments["labels"], pairs, num_items_in_batch)
+            self._computed_loss = loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     def _auxiliary_loss(
@@ -339,9 +351,7 @@ class A3Trainer(BaseTrainer):
         tokens = torch.full_like(of_content, len(pairs.rows))
         self._auxiliary_sums += torch.stack([of_content, of_slots, tokens]).detach()
         total = self.content_loss_weight * of_content + self.distillation_weight * of_slots
-        # As `Trainer` does with the main loss: DDP will take the mean over the ranks, and the count is of all of them.
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return total / num_items_in_batch * scale
+        return total / num_items_in_batch * self.ranks_averaged()
 
     def prediction_step(
         self,

@@ -61,6 +61,11 @@ def tiny_model(seed: int = 42, *, dtype: torch.dtype = torch.float64, **changes)
     return A3LlamaForCausalLM(tiny_config(**changes)).eval().to(dtype)
 
 
+def pytest_collection_modifyitems(items):
+    """What the libraries changed is said before anything else fails by it."""
+    items.sort(key=lambda item: item.path.name != "test_conventions.py")
+
+
 @pytest.fixture
 def model() -> A3LlamaForCausalLM:
     return tiny_model()

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "a3_hf"
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
     | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
-    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking"},
+    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "versions"},
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},

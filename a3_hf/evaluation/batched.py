@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -128,23 +129,42 @@ class BatchedLM(HFLM):
         kept = max(len(row.context) - over, 1)
         return Scored(row.context[len(row.context) - kept :], row.continuation, row.suffix[: room - kept])
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
-        """`HFLM.loglikelihood_rolling` ends here: (None, context, continuation), in tokens."""
-        rows = [Scored(list(context), list(continuation), []) for _, context, continuation in requests]
-        rows = [self._fit(row, "loglikelihood_rolling") for row in rows]
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As in lm-eval: the log-likelihood (nats) of each text, in windows of the model's context, each token scored once."""
+        rows, texts = [], []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in windows:
+                context, continuation = make_disjoint_window(window)
+                rows.append(self._fit(Scored(list(context), list(continuation), []), "loglikelihood_rolling"))
+                texts.append(number)
+        totals = [0.0] * len(requests)
         with self.speed.timing("loglikelihood_rolling") as spent:
-            answers = self._score(rows, disable_tqdm=True, keys=None, batch_size=override_bs)
+            for number, (value, _, passes) in zip(texts, self._score(rows, disable_tqdm, keys=None), strict=True):
+                totals[number] += value
+                spent.passes += passes
             spent.requests += len(rows)
             spent.tokens += sum(len(row.continuation) for row in rows)
-            spent.passes += sum(passes for _, _, passes in answers)
-        return [(value, greedy) for value, greedy, _ in answers]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
 
-    def _score(self, rows, disable_tqdm, keys, batch_size: int | None = None) -> list[tuple[float, bool, int]]:
+    def _loglikelihood_tokens(self, requests, **kwargs):
+        # HFLM's would score left to right, whatever the settings: nothing may end there.
+        raise NotImplementedError("lm-eval asks for likelihoods in a way that this model does not know")
+
+    def _score(self, rows, disable_tqdm, keys) -> list[tuple[float, bool, int]]:
+        if not rows:
+            return []
         lengths = [sum(map(len, row)) for row in rows]
         order = sorted(range(len(rows)), key=lambda index: (-lengths[index], rows[index]))
-        if batch_size is None:
-            longest = rows[order[0]]
-            batch_size = self._batch_size([*longest.context, *longest.suffix], longest.continuation)
+        longest = rows[order[0]]
+        batch_size = self._batch_size([*longest.context, *longest.suffix], longest.continuation)
         answers: list = [None] * len(rows)
         with tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc="Likelihoods") as bar:
             for start in range(0, len(order), batch_size):
