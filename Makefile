@@ -68,7 +68,7 @@ test: setup
 
 # `make test` as on another maker's CPU, whose products differ in the last bits by the row they are in.
 test-other-kernels: setup
-	PYTHONPATH=tests/other_kernels $(call SUITE,$(VENV))
+	PYTHONPATH=$(CURDIR)/tests/other_kernels $(call SUITE,$(VENV))
 
 test-slow: setup
 	$(call PYTEST,$(VENV)) -m slow

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
+from tests.made import make_data
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-STORIES = SHARED / "models" / "stories260K"
+ROOT = Path(__file__).parents[1]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -71,11 +71,31 @@ def model() -> A3LlamaForCausalLM:
     return tiny_model()
 
 
+@pytest.fixture(scope="session")
+def made_data(tmp_path_factory) -> Path:
+    """A folder with a small pretrained LLaMA, a text and ROCStories of the tests' own."""
+    return make_data(tmp_path_factory.mktemp("beside") / "shared") / "data"
+
+
+@pytest.fixture(scope="session")
+def stories(made_data) -> Path:
+    return made_data / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def story_text(made_data) -> Path:
+    return made_data / "text" / "tinystories_sample_5M.txt"
+
+
 @pytest.fixture
-def stories() -> Path:
-    if not STORIES.is_dir():
-        pytest.skip("needs the stories260K checkpoint in ../shared/data/models")
-    return STORIES
+def beside_data(made_data, monkeypatch) -> Path:
+    """The current directory is one whose `../shared` is what the recipes expect, and whose `recipes` are the repository's."""
+    folder = made_data.parents[1] / "here"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "recipes").is_dir():
+        (folder / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(folder)
+    return folder
 
 
 CORPUS = ["The dog ran home. Tom was happy, and so was his dog.", "One day, the cat sat <b> on a mat!"] * 20

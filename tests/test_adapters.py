@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, tiny_model
+from conftest import tiny_model
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -422,9 +422,9 @@ def test_chunked_loss_checkpointing_and_distillation_go_with_adapters(source, tm
     assert torch.equal(content_alone(model), content_alone(base))
 
 
-def test_the_recipe_on_stories260k_keeps_the_llama_and_learns_another_order(stories, tmp_path):
+def test_the_recipe_on_stories260k_keeps_the_llama_and_learns_another_order(stories, story_text, tmp_path):
     text = tmp_path / "stories.txt"
-    text.write_text((SHARED / "text/tinystories_sample_5M.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    text.write_text(story_text.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
     small = {
         **{"model_name_or_path": stories, "train_file": text, "output_dir": tmp_path / "out", "cache_dir": tmp_path},
         **{"max_steps": 12, "eval_steps": 12, "block_size": 32, "max_train_rows": 192, "max_eval_rows": 8},

@@ -4,7 +4,6 @@ import csv
 
 import pytest
 import torch
-from conftest import SHARED
 from test_experiment_losses import ARCHITECTURES, trained
 from torch import nn
 
@@ -282,12 +281,10 @@ def test_rocstories_lack_their_third_sentence(tokenizer, captured, tmp_path):
         measure_infilling_rocstories(subject, data_dir=str(tmp_path / "elsewhere"))
 
 
-def test_the_real_file_of_rocstories(tokenizer, captured):
-    if not (SHARED / "rocstories").is_dir():
-        pytest.skip("needs ../shared/data/rocstories")
+def test_a_whole_file_of_rocstories(tokenizer, captured, made_data):
     subject = trained("llama", tokenizer, max_position_embeddings=512)
     settings = {"num_documents": 3, "num_generated": 1, "max_length": 512}
-    result = measure_infilling_rocstories(subject, data_dir=str(SHARED), **settings)
+    result = measure_infilling_rocstories(subject, data_dir=str(made_data), **settings)
     assert result["infilling_stories_roc"] == 3 and len(captured["words"]) == 3
     assert captured["sentences"][0].text.endswith((".", "!", "?"))
 

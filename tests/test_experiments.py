@@ -273,8 +273,7 @@ def test_there_are_experiments():
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("size", ["smoke", "cpu", "gpu"])
-def test_every_size_of_every_experiment_can_be_read(path, size, stories, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_size_of_every_experiment_can_be_read(path, size, beside_data, tmp_path):
     experiment = read_experiment(path.stem, size=size, runs=tmp_path, known_measures=MEASURES)
     assert experiment.cells
     for cell in experiment.cells:
@@ -282,8 +281,7 @@ def test_every_size_of_every_experiment_can_be_read(path, size, stories, tmp_pat
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_the_small_form_of_every_experiment_runs(path, stories, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_small_form_of_every_experiment_runs(path, beside_data, tmp_path):
     arguments = ["experiment", path.stem, "--size", "smoke", "--runs", str(tmp_path / "runs")]
     done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output[-2000:]

@@ -126,15 +126,14 @@ def test_greedy_speculative_is_greedy_sequential(model, draft, batch):
         assert fast.num_forward_passes <= int(blanks.sum(1).max()) + 20
 
 
-def test_greedy_speculative_on_a_pretrained_model(stories):
+def test_greedy_speculative_on_a_pretrained_model(stories, story_text):
     from transformers import AutoTokenizer
 
     from a3_hf import A3LlamaForCausalLM
-    from tests.conftest import SHARED
 
     model = A3LlamaForCausalLM.from_pretrained(stories).eval()
     tokenizer = AutoTokenizer.from_pretrained(stories)
-    text = (SHARED / "text" / "tinystories_sample_5M.txt").read_text()
+    text = story_text.read_text()
     prompts = [story.strip()[:80] for story in text.split("<|endoftext|>") if len(story) > 200][:100]
     assert len(prompts) == 100
     fewer = 0

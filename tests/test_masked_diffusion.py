@@ -79,13 +79,10 @@ def test_with_a_causal_mask_it_is_llama(implementation, padded):
         expected = llama(ids, **settings).logits[..., words]
         bidirectional = model(ids, **settings).logits
         patterned = model(ids, **settings, visible_mask=torch.ones(11, 11).tril().bool()).logits
-        model.config.is_causal = True
-        causal = model(ids, **settings).logits
     shown = real if padded else torch.ones_like(real)
-    assert (causal[..., words] - expected)[shown].abs().max() == 0.0  # the same products of the same shapes
     assert (patterned[..., words] - expected)[shown].abs().max() < (1e-6 if dtype is torch.float64 else 1e-3)
     assert (bidirectional[..., words] - expected)[shown].abs().max() > 0.1
-    assert (causal[..., MASK] == -torch.inf).all() and (bidirectional[..., MASK] == -torch.inf).all()
+    assert (patterned[..., MASK] == -torch.inf).all() and (bidirectional[..., MASK] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -1,9 +1,11 @@
 """Documents of one row, each scored as if it stood alone; masks that are kept."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import tiny_model
-from test_modeling import flex_uncompiled  # noqa: F401
+from test_modeling import ROUNDING, flex_uncompiled  # noqa: F401
 from test_orders import BUILDERS, generators, ragged_mask
 from torch.nn.functional import cross_entropy
 
@@ -51,20 +53,23 @@ LAYOUTS = pytest.mark.parametrize("layout", [text_order, generation_order])
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.usefixtures("flex_uncompiled")
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(
+    "name, side, implementation",
+    [
+        *itertools.product(BUILDERS, ["left", "right"], ["sdpa", "eager"]),
+        ("scattered", "left", "flex_attention"),  # slow without its kernel: two orders will do
+        ("spans", "right", "flex_attention"),
+    ],
+)
 @LAYOUTS
 @torch.no_grad()
 def test_changing_a_document_changes_no_logit_of_another(layout, name, side, implementation):
-    if implementation == "flex_attention" and (name, side) not in {("scattered", "left"), ("spans", "right")}:
-        pytest.skip("slow without its kernel: two orders will do")
     ids, documents, order = isolated(name, side)
     model = tiny_model(attn_implementation=implementation, num_hidden_layers=2)
     before = layout(model, order, ids, documents)
     for document in (1, 2, 3):
         changed = torch.where(documents == document, (ids + 7) % 61, ids)
-        moved = (layout(model, order, changed, documents) != before).any(dim=-1)
+        moved = (layout(model, order, changed, documents) - before).abs().amax(dim=-1) > ROUNDING
         assert not (moved & (documents != document) & (documents > 0)).any()
         # what is not in its document's first group sees the change
         of_it = documents == document

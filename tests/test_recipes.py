@@ -171,12 +171,9 @@ def test_the_papers_recipe_runs_on_a_small_model_and_local_files(stories, tmp_pa
     assert set(position["mixture"]["weights"]) == {"fineweb", "slimpajama"}
 
 
-def test_the_local_recipe_reads_its_data(tmp_path):
+def test_the_local_recipe_reads_its_data(beside_data, tmp_path):
     recipe = parse_recipe(LOCAL, ["--max_train_rows", "20", "--max_eval_rows", "5", "--cache_dir", str(tmp_path)])
-    model, text = ROOT / recipe.model.model_name_or_path, ROOT / recipe.data.train_file
-    if not (model.is_dir() and text.is_file()):
-        pytest.skip(f"{recipe.model.model_name_or_path} and {recipe.data.train_file} are not here")
-    recipe.data.train_file = str(text)
+    model = recipe.model.model_name_or_path
     train, evaluation = load_rows(
         recipe.data,
         AutoTokenizer.from_pretrained(model),
