@@ -70,7 +70,7 @@ class A3ScoringMixin:
 
         Raises:
             ValueError: an empty text or none, an unknown order, a text longer than the model's context, several orders where
-                nothing is drawn, a tokenizer without BOS.
+                nothing is drawn, a tokenizer without BOS, a model whose log-probabilities are NaN.
         """
         if not isinstance(text, str):
             raise ValueError(f"text is a {type(text).__name__}; it takes a string")
@@ -105,6 +105,10 @@ class A3ScoringMixin:
             generator=[torch.Generator().manual_seed(seed * 1_000_003 + number) for number in range(num_orders)],
         ).group_ids
         log_probs = self.log_likelihood(ids.to(self.device), group_ids.to(self.device)).cpu()
+        if log_probs.isnan().any():
+            raise ValueError(
+                "the model's log-probabilities are NaN: its weights are no model's; load another checkpoint"
+            )
         return A3ScoreOutput(
             token_ids=ids[0],
             group_ids=group_ids,

@@ -35,6 +35,15 @@ def check_settings(recipe: Recipe) -> None:
         raise ValueError("load_in_4bit=True: weights in 4 bits can't be trained; set lora, whose adapters can")
     if recipe.model.load_in_4bit and not is_bitsandbytes_available():
         raise ValueError("load_in_4bit=True needs bitsandbytes: pip install bitsandbytes")
+    if recipe.model.architecture != "llama":
+        for name in ("label_smoothing_factor", "use_liger_kernel"):
+            if getattr(training, name):
+                raise ValueError(f"{name}={getattr(training, name)}: is for architecture 'llama' alone; leave it out")
+    if training.distillation_weight and training.loss == "chunked":
+        raise ValueError(
+            f"distillation_weight={training.distillation_weight} with loss='chunked', which holds no logits to teach; use "
+            "loss='plain'"
+        )
     if recipe.data.sources is not None:
         if training.max_steps <= 0:
             raise ValueError(f"max_steps={training.max_steps}: sources have no end; set how many steps the run has")

@@ -154,18 +154,12 @@ ODD_SETTINGS = [
 
 @pytest.mark.parametrize(("name", "value"), ODD_SETTINGS, ids=lambda value: str(value)[:30])
 def test_an_odd_setting_is_one_line(source, tmp_path, monkeypatch, name, value):
-    monkeypatch.setattr(train_module, "load_to_train", None) if name not in LATE else None
+    monkeypatch.setattr(train_module, "load_to_train", None)
     assert_one_line(adapt(source, tmp_path, f"--{name}={value}"), name)
     assert not (tmp_path / "out").exists()
 
 
-# What is seen once the model is there.
-LATE = {"content_loss_weight", "use_liger_kernel", "label_smoothing_factor"}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [odd for odd in ODD_SETTINGS if odd[0] not in LATE], ids=lambda value: str(value)[:30]
-)
+@pytest.mark.parametrize(("name", "value"), ODD_SETTINGS, ids=lambda value: str(value)[:30])
 def test_a_dry_run_refuses_what_the_run_refuses(source, tmp_path, name, value):
     options = ["--dry-run", "--accelerate-configs", str(ROOT / "accelerate_configs")]
     assert_one_line(adapt(source, tmp_path, *options, f"--{name}={value}"), name)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from a3_hf.cli import app
 from a3_hf.templates import encode_prompt
 from tests.conftest import tiny_model
 
@@ -52,3 +54,15 @@ def test_several_random_orders(model, tokenizer):
 def test_bad_input_names_the_argument(model, tokenizer, text, settings, message):
     with pytest.raises(ValueError, match=message):
         model.score(tokenizer, text, **settings)
+
+
+def test_nan_is_no_score(model, tokenizer, tmp_path):
+    """Before: "log-likelihood nan nats", rc 0."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="log-probabilities are NaN"):
+        model.score(tokenizer, "The dog")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    done = CliRunner().invoke(app, ["score", str(tmp_path), "The dog"])
+    assert done.exit_code == 2 and "log-probabilities are NaN" in done.stderr and "nats" not in done.stdout
