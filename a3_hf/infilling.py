@@ -5,18 +5,18 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
 
 from .generation import A3GenerateOutput
 from .generation_config import A3GenerationConfig
 from .lengths import choose_lengths
+from .outputs import BriefOutput
 from .templates import Length, Template, check_range, decode_template, encode_piece, encode_template
 
 AUTO_LENGTHS = (1, 16)
 
 
-@dataclass
-class A3InfillOutput(ModelOutput):
+@dataclass(repr=False)
+class A3InfillOutput(BriefOutput):
     """What `infill` and `rewrite` return with `return_outputs`, one entry per text.
 
     Attributes:

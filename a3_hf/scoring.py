@@ -4,17 +4,17 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
 
 from .orders import RANDOM_ORDERS, GroupOrder
+from .outputs import BriefOutput
 from .templates import encode_prompt
 
 MOST_ORDERS = 10_000
 MOST_SEED = 2**43  # a generator takes 64 bits, and each order has a seed of its own
 
 
-@dataclass
-class A3ScoreOutput(ModelOutput):
+@dataclass(repr=False)
+class A3ScoreOutput(BriefOutput):
     """What `score` returns; S counts BOS.
 
     Attributes:

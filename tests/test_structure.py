@@ -20,7 +20,7 @@ PACKAGE = ROOT / "a3_hf"
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
     | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
-    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "places"},
+    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "places", "outputs"},
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
@@ -36,11 +36,10 @@ LAYERS = [
     {"arguments"},
     {"recipes"},
     {"data", "adapters", "record", "plot"},
-    {"streaming", "plan", "commands"},
-    {"train"},
+    {"streaming", "plan", "registration"},
+    {"train", "commands"},
     {"evaluation"},
     {"experiments"},
-    {"registration"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -64,6 +63,7 @@ FOLDERS = {
 }
 PURE = {"orders", "masks", "decoding"}
 FLAT = {
+    "outputs",
     "configuration_decoupled_rope_llama",
     "configuration_masked_diffusion_llama",
     "corruption",
