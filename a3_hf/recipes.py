@@ -145,7 +145,7 @@ def _inline_yaml(name: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader=_RecipeLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{name}: not YAML: {error}") from error
+        raise ValueError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def _curriculum(config: Any, path: str | PathLike) -> Curriculum:

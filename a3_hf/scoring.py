@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .orders import RANDOM_ORDERS, GroupOrder
+from .orders import ORDERS, RANDOM_ORDERS, GroupOrder
 from .outputs import BriefOutput
 from .templates import encode_prompt
 
-MOST_ORDERS = 10_000
+MOST_POSITIONS = 2**20  # of one pass over all orders
 MOST_SEED = 2**43  # a generator takes 64 bits, and each order has a seed of its own
 
 
@@ -34,14 +34,6 @@ class A3ScoreOutput(BriefOutput):
     totals: torch.FloatTensor | None = None
 
 
-def check_num_orders(num_orders: int, order: str) -> None:
-    """Raises a ValueError for less than one order, several where nothing is drawn, and more than a pass can hold."""
-    if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
-        raise ValueError(f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'")
-    if num_orders > MOST_ORDERS:
-        raise ValueError(f"num_orders={num_orders}: it takes at most {MOST_ORDERS}, which are scored at once")
-
-
 class A3ScoringMixin:
     """`score` for a model with `log_likelihood`."""
 
@@ -61,16 +53,27 @@ class A3ScoringMixin:
         Args:
             order: `"left_to_right"`, `"right_to_left"`, `"random"` or `"spans"` (needs `span_length`).
             group_size: tokens predicted together.
-            num_orders: how many orders to draw; more than one with a random order.
+            num_orders: how many orders to draw; more than one with a random order. They are scored in one pass, of 2^20
+                tokens in all at most.
             seed: of the random orders; the first n orders of a seed are the same, whatever `num_orders`.
 
         Raises:
-            ValueError: an empty text, an unknown order, a text longer than the model's context, several orders where
+            ValueError: an empty text or none, an unknown order, a text longer than the model's context, several orders where
                 nothing is drawn, a tokenizer without BOS.
         """
-        check_num_orders(num_orders, order)
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}; it takes a string")
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+        for name, value in {"group_size": group_size, "num_orders": num_orders, "seed": seed}.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}; it takes a whole number")
         if abs(seed) >= MOST_SEED:
             raise ValueError(f"seed={seed}: it takes an integer between -{MOST_SEED} and {MOST_SEED}")
+        if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
+            raise ValueError(
+                f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'"
+            )
         ids = torch.tensor([encode_prompt(tokenizer, text)])
         context = self.config.max_position_embeddings
         if ids.shape[1] == 1:
@@ -79,6 +82,11 @@ class A3ScoringMixin:
             raise ValueError(
                 f"text has {ids.shape[1]} tokens, {ids.shape[1] - context} more than the model's context "
                 f"(max_position_embeddings={context})"
+            )
+        if num_orders * ids.shape[1] > MOST_POSITIONS:
+            raise ValueError(
+                f"num_orders={num_orders}: orders of a text of {ids.shape[1]} tokens are scored in one pass; it takes at most "
+                f"{MOST_POSITIONS // ids.shape[1]}"
             )
         ids = ids.expand(num_orders, -1)
         group_ids = GroupOrder.infilling(
