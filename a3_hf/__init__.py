@@ -7,7 +7,7 @@ from importlib import import_module
 
 # The console script alone puts that off, until a command runs (a3_command.py says why).
 if "a3_command" not in sys.modules:
-    from .registration import *
+    from .registration import *  # noqa: F403
     from .registration import __all__ as __all__
 else:
 

@@ -85,7 +85,9 @@ def _check_slot_start(slot_start: str, path: str, base: str | None) -> None:
     config = LlamaConfig.get_config_dict(base or base_of(path))[0]
     model_type = config.get("model_type")
     if model_type not in ("llama", "a3_llama"):
-        raise ValueError(f"--slot-start {slot_start}: a model of type {model_type!r} has no slots that start; leave it out")
+        raise ValueError(
+            f"--slot-start {slot_start}: a model of type {model_type!r} has no slots that start; leave it out"
+        )
     if model_type == "a3_llama" and config.get("slot_start", slot_start) != slot_start:
         raise ValueError(f"--slot-start {slot_start}: {path} was trained with {config['slot_start']}; leave it out")
 

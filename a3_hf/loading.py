@@ -30,7 +30,9 @@ class WholeCheckpointMixin:
                     pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
                 )
         except SafetensorError as error:
-            raise ValueError(f"{pretrained_model_name_or_path}: its weights are cut off or no safetensors: {error}") from error
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: its weights are cut off or no safetensors: {error}"
+            ) from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = sorted(str(key) for key in info[kind] if kind != "missing_keys" or not cls._is_own(key))
             if wrong:

@@ -80,9 +80,12 @@ def test_what_is_meant_is_no_warning(caplog):
 
 def test_options_take_hyphens(source, tmp_path, own_tasks_alone):
     write_all(tmp_path / "data")
-    settings = ["--model-args", f"pretrained={source},slot_start=left_token", "--include-path", str(command.task_folder())]
-    command.run(
-        ["--model", "a3", *settings, "--tasks", "a3_piqa", f"--metadata=data_dir={tmp_path / 'data'}", "--limit=2"]
-        + ["--output-path", str(tmp_path / "results-of-a-run")]
-    )
+    settings = [
+        "--model-args",
+        f"pretrained={source},slot_start=left_token",
+        "--include-path",
+        str(command.task_folder()),
+    ]
+    settings += ["--tasks", "a3_piqa", f"--metadata=data_dir={tmp_path / 'data'}", "--limit=2"]
+    command.run(["--model", "a3", *settings, "--output-path", str(tmp_path / "results-of-a-run")])
     assert list((tmp_path / "results-of-a-run").rglob("results_*.json"))

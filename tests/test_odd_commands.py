@@ -12,7 +12,7 @@ from a3_hf import A3LlamaForCausalLM
 from a3_hf.adapters import attach
 from a3_hf.arguments import LoraArguments
 from a3_hf.cli import app
-from tests.conftest import tiny_config, tiny_model
+from tests.conftest import tiny_model
 
 WORDS = ["<s>", "</s>", "<unk>", *"the a dog cat ran sat home mat on was happy .".split()]
 RECIPE = """\

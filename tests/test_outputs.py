@@ -10,9 +10,15 @@ def test_outputs_are_printed_by_their_shapes(tokenizer):
     ids = torch.tensor([[0, 5, 6]])
     output = model.generate_any_order(ids, max_new_tokens=4, output_history=True)
     shown = repr(output)
-    assert "sequences=<int64 (1, 7)>" in shown and "history=<4 of <int64 (1, 7)>>" in shown and "num_forward_passes=4" in shown
+    assert (
+        "sequences=<int64 (1, 7)>" in shown
+        and "history=<4 of <int64 (1, 7)>>" in shown
+        and "num_forward_passes=4" in shown
+    )
     assert "tensor(" not in shown and len(shown) < 600
     filled = model.infill(tokenizer, "The dog <blank:2> home.", return_outputs=True)
-    assert filled.texts[0] in eval(repr(filled.texts)) and "generation=A3GenerateOutput(sequences=<int64" in repr(filled)
+    assert filled.texts[0] in eval(repr(filled.texts)) and "generation=A3GenerateOutput(sequences=<int64" in repr(
+        filled
+    )
     scored = model.score(tokenizer, "The dog ran home.")
     assert "log_probs=<float32 (1, " in str(scored) and "tensor(" not in str(scored)

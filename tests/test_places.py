@@ -31,7 +31,20 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize(
     "path",
-    ["./mine", "../mine", "/no/such/mine", "~/mine", "mine", "here/mien", "runs/mien", "models/x", "a/b/c", "a//b", "", "a b/c"],
+    [
+        "./mine",
+        "../mine",
+        "/no/such/mine",
+        "~/mine",
+        "mine",
+        "here/mien",
+        "runs/mien",
+        "models/x",
+        "a/b/c",
+        "a//b",
+        "",
+        "a b/c",
+    ],
 )
 def test_what_is_no_hubs_name_is_no_such_folder(hub, tmp_path, monkeypatch, path):
     (tmp_path / "here" / "mine").mkdir(parents=True)
@@ -43,7 +56,9 @@ def test_what_is_no_hubs_name_is_no_such_folder(hub, tmp_path, monkeypatch, path
 
 def test_a_hubs_name_is_asked_for_once_and_the_cache_stands_for_it(hub, tmp_path, monkeypatch):
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"'owner/name': there is no such folder .* hub gave none: the hub can't be reached$"):
+        with pytest.raises(
+            ValueError, match=r"'owner/name': there is no such folder .* hub gave none: the hub can't be reached$"
+        ):
             places.check_is_there("owner/name")
     monkeypatch.setattr(places.constants, "HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "models--owner--other" / "snapshots").mkdir(parents=True)
@@ -116,7 +131,9 @@ def test_a_base_is_found_beside_the_adapter(project, tmp_path, monkeypatch):
     assert load_model(str(tmp_path / "usb" / "adapter"), slot_start="left_token").active_adapters == ["default"]
 
 
-@pytest.mark.parametrize("command", [["infill", "w1 <blank:2>"], ["generate", "w1", "--max-new-tokens", "3"], ["score", "w1 w2"]])
+@pytest.mark.parametrize(
+    "command", [["infill", "w1 <blank:2>"], ["generate", "w1", "--max-new-tokens", "3"], ["score", "w1 w2"]]
+)
 def test_a_base_that_is_nowhere_can_be_named(project, tmp_path, command):
     shutil.move(project / "models" / "base", tmp_path / "else")
     words = [command[0], "runs/adapter", *command[1:], "--slot-start", "left_token"]

@@ -39,7 +39,9 @@ def clone(tmp_path_factory, tokenizer):
     subprocess.run(demo, cwd=folder, check=True, capture_output=True)
     stories = folder / "runs" / "demo" / "stories.txt"
     stories.write_text("\n".join([stories.read_text()] * 20))
-    config = tiny_config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, max_position_embeddings=256).to_dict()
+    config = tiny_config(
+        vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, max_position_embeddings=256
+    ).to_dict()
     del config["model_type"], config["slot_start"]
     LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder / "models" / "smollm2-135m")
     tokenizer.save_pretrained(folder / "models" / "smollm2-135m")
@@ -97,4 +99,3 @@ def test_every_block_runs_in_its_turn(clone, monkeypatch):
 def test_there_is_nothing_that_the_blocks_need_beside_the_clone():
     text = "".join(block for _, block in BLOCKS)
     assert len(BLOCKS) >= 8 and "../" not in text and "shared" not in text
-

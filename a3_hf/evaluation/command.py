@@ -66,7 +66,8 @@ def leave_out_what_is_meant() -> None:
     def is_news(record: logging.LogRecord) -> bool:
         said = record.getMessage()
         return not (
-            ("overrides existing task" in said and own in said) or said.partition(": ")[2].startswith("Custom kwargs can")
+            ("overrides existing task" in said and own in said)
+            or said.partition(": ")[2].startswith("Custom kwargs can")
         )
 
     for name in ("lm_eval.tasks._index", "lm_eval.api.task"):
