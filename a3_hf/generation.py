@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import CompileConfig, LogitsProcessorList
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
 from .caching import one_cache
 from .canvas import Canvas, Encoder
@@ -15,6 +14,7 @@ from .cpu import fast_on_cpu
 from .generation_config import A3GenerationConfig, resolve_config
 from .observers import Observers
 from .orders import PADDING_GROUP, GroupOrder
+from .outputs import BriefOutput
 from .processors import SlotProcessors
 from .strategies import (
     Chance,
@@ -28,8 +28,8 @@ from .strategies import (
 )
 
 
-@dataclass
-class A3GenerateOutput(ModelOutput):
+@dataclass(repr=False)
+class A3GenerateOutput(BriefOutput):
     """What `generate_any_order` returns. B counts `num_return_sequences` copies of each row, side by side.
 
     Attributes:

@@ -271,3 +271,32 @@ def test_direct_construction_refuses_too():
         DataArguments()
     with pytest.raises(ValueError, match="document_boundary='none'"):
         DataArguments(train_file="a.txt", document_boundary="none")
+
+
+def test_null_unsets_and_settings_inside_others_are_named(recipe):
+    path = recipe("lora: {r: 4, rows: slots}\nmax_train_rows: 5")
+    words = ["--lora.r", "8", "--lora.target", "[q_proj, o_proj]", "--max-train-rows=null", "--lora.rows=null"]
+    changed = parse_recipe(path, words)
+    assert (changed.lora.r, changed.lora.rows, changed.lora.target) == (8, "all", ["q_proj", "o_proj"])
+    assert (changed.data.max_train_rows, parse_recipe(path).data.max_train_rows) == (None, 5)
+    with pytest.raises(ValueError, match="dtype takes one of .* got nothing"):
+        parse_recipe(path, ["--dtype", "null"])
+    assert parse_recipe(path, ["--lora", "null"]).lora is None
+    assert parse_recipe(path, ["--lora", "null", "--lora.r", "2"]).lora.r == 2
+    assert parse_recipe(path, ["--lora", "{r: 5}", "--lora.alpha", "3"]).lora.alpha == 3.0
+    assert parse_recipe(path, ["--lora.r", "2", "--lora", "{r: 5}"]).lora.r == 5
+    assert parse_recipe(recipe(), ["--lora.r", "2"]).lora.r == 2
+
+
+def test_names_take_hyphens(recipe):
+    path = recipe()
+    one = parse_recipe(path, ["--max-steps", "7", "--lr-scheduler-type=linear", "--lora.rows", "slots"])
+    other = parse_recipe(path, ["--max_steps", "7", "--lr_scheduler_type=linear", "--lora.rows", "slots"])
+    assert one.training.max_steps == other.training.max_steps == 7
+    assert one.training.lr_scheduler_type == other.training.lr_scheduler_type == "linear"
+
+
+def test_a_sources_own_name_keeps_its_hyphens(recipe):
+    path = recipe(text=SOURCES.replace("own:", "my-web:"))
+    data = parse_recipe(path, ["--sources.my-web.text-column", "body", "--sources.my-web.weight", "null"]).data
+    assert (data.sources["my-web"].text_column, data.sources["my-web"].weight) == ("body", 1.0)

@@ -124,7 +124,10 @@ def test_mistakes_are_said_in_a_line(checkpoint, arguments, message):
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["infill", "--help"], ["infill"], ["nonsense"]])
 def test_help_waits_for_no_library(arguments):
     """The console script, in a process of its own: neither torch nor transformers is imported. `make bench-start` times it."""
-    code = "import sys, a3_command\ntry: a3_command.main()\nexcept SystemExit: print(sorted({'torch', 'transformers'} & {*sys.modules}))"
+    code = (
+        "import sys, a3_command\ntry: a3_command.main()\n"
+        "except SystemExit: print(sorted({'torch', 'transformers'} & {*sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "a3_hf"
 # Each file may import from those that stand before it, in its own line excepted.
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
+<<<<<<< HEAD
     | {"inputs", "rope", "chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
     | {
         "configuration_masked_diffusion_llama",
@@ -31,6 +32,10 @@ LAYERS = [
         "places",
     }
     | {"training_fields", "even_rows"},
+=======
+    | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
+    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "places", "outputs"},
+>>>>>>> wt-cli
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
@@ -46,12 +51,16 @@ LAYERS = [
     {"arguments"},
     {"recipes"},
     {"data", "adapters", "record", "plot"},
+<<<<<<< HEAD
     {"streaming", "plan", "commands"},
     {"settings"},
     {"train"},
+=======
+    {"streaming", "plan", "registration"},
+    {"train", "commands"},
+>>>>>>> wt-cli
     {"evaluation"},
     {"experiments"},
-    {"registration"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -75,6 +84,7 @@ FOLDERS = {
 }
 PURE = {"orders", "masks", "decoding"}
 FLAT = {
+    "outputs",
     "configuration_decoupled_rope_llama",
     "configuration_masked_diffusion_llama",
     "corruption",

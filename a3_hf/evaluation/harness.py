@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from ..adapters import base_of, load_tokenizer, put_on, read_config, start_of
 from ..architectures import ARCHITECTURES, architecture_of
 from ..generation_config import OWN_OPTIONS, A3GenerationConfig
-from ..orders import ORDERS, GroupOrder, seed_of
-from ..scoring import check_num_orders
+from ..orders import ORDERS, RANDOM_ORDERS, GroupOrder, seed_of
 from ..templates import Template, decode_after
 from .batched import BatchedLM, Scored, Written
 from .requests import Blank
 from .running_text import pad_left, pad_right
 
+MOST_ORDERS = 10_000  # a request's orders are scored in one batch
 # Options of A3GenerationConfig that have a name of their own here.
 SHARED = ("order", "group_size", "span_length")
 
@@ -85,7 +85,11 @@ class A3LM(BatchedLM):
         own = {name: kwargs.pop(name) for name in OWN_OPTIONS if name in kwargs and name not in SHARED}
         if order not in ORDERS:
             raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
-        check_num_orders(num_orders, order)
+        if not 1 <= num_orders <= MOST_ORDERS or (num_orders > 1 and order not in RANDOM_ORDERS):
+            raise ValueError(
+                f"num_orders={num_orders} with order={order!r}; it takes 1, and up to {MOST_ORDERS} with "
+                f"{' and '.join(RANDOM_ORDERS)}"
+            )
         if block_length < 1:
             raise ValueError(f"block_length={block_length}; it takes at least 1 token")
         GroupOrder.infilling(torch.ones(1, 2).bool(), order=order, group_size=group_size, span_length=span_length)
