@@ -65,11 +65,14 @@ class NoPagedCacheMixin:
     generate_batch = init_continuous_batching
 
 
-def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any]) -> Cache | None:
+def one_cache(
+    past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any], *, takes_paged: bool = False
+) -> Cache | None:
     """The cache that a caller gave under either word.
 
     Args:
         others: the caller's other keyword arguments.
+        takes_paged: what is no `Cache`, that of continuous batching, is handed on as well.
 
     Raises:
         ValueError: both words at once, a cache under a third, or what is no cache.
@@ -78,7 +81,7 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[s
         raise ValueError("past_key_values and cache are two words for the same; give one of them")
     refuse_other_words(others)
     cache = cache if past_key_values is None else past_key_values
-    if cache is not None and not isinstance(cache, Cache):
+    if cache is not None and not isinstance(cache, Cache) and not takes_paged:
         raise ValueError(f"past_key_values is a {type(cache).__name__}; it takes a transformers Cache")
     return cache
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .generation import A3GenerateOutput
 from .generation_config import A3GenerationConfig, resolve_config
 from .lengths import choose_lengths
-<<<<<<< HEAD
+from .outputs import BriefOutput
 from .templates import (
     Length,
     Template,
@@ -23,10 +23,6 @@ from .templates import (
     lent_spaces,
     special_token_ids,
 )
-=======
-from .outputs import BriefOutput
-from .templates import Length, Template, check_range, decode_template, encode_piece, encode_template
->>>>>>> wt-cli
 
 AUTO_LENGTHS = (1, 16)
 # Arguments of `generate_any_order` that are no fields of its config, and of these the ones for what is returned alone.
@@ -34,16 +30,10 @@ ARGUMENTS = ("logits_processor", "logits_hook", "commit_hook", "streamer", "past
 OBSERVERS = ("streamer", "commit_hook")
 
 
-<<<<<<< HEAD
-@dataclass
-class A3InfillOutput(ModelOutput):
-    """What `infill` and `rewrite` return with `return_outputs`, one entry per row of `generation`: one per text, or
-    `num_return_sequences` side by side.
-=======
 @dataclass(repr=False)
 class A3InfillOutput(BriefOutput):
-    """What `infill` and `rewrite` return with `return_outputs`, one entry per text.
->>>>>>> wt-cli
+    """What `infill` and `rewrite` return with `return_outputs`, one entry per row of `generation`: one per text, or
+    `num_return_sequences` side by side.
 
     Attributes:
         texts: the texts, filled.

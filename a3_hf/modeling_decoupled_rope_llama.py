@@ -143,7 +143,7 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
                 third.
             RuntimeError: the layers did not fill the cache.
         """
-        cache = one_cache(past_key_values, cache, kwargs)
+        cache = one_cache(past_key_values, cache, kwargs, takes_paged=True)
         input_ids = check_content(
             input_ids, inputs_embeds, self.embed_tokens.num_embeddings, may_be_empty=cache is not None
         )
@@ -293,7 +293,7 @@ class DecoupledRopeLlamaForCausalLM(
                 nothing is seen; `logits_to_keep` with groups; `chunked_loss` without labels, groups or targets;
                 `content_logits_at`, which belongs to two streams.
         """
-        cache = one_cache(past_key_values, cache, kwargs)
+        cache = one_cache(past_key_values, cache, kwargs, takes_paged=True)
         causal_contract = group_ids is None and target_position_ids is None
         if labels is not None:
             check_labels(

@@ -6,13 +6,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .orders import ORDERS, RANDOM_ORDERS, GroupOrder
-<<<<<<< HEAD
-=======
 from .outputs import BriefOutput
->>>>>>> wt-cli
 from .templates import encode_prompt
 
-MOST_POSITIONS = 2**20  # of one pass over all orders
 MOST_SEED = 2**43  # a generator takes 64 bits, and each order has a seed of its own
 MOST_POSITIONS = 2**20  # of one pass over all orders
 
@@ -38,19 +34,6 @@ class A3ScoreOutput(BriefOutput):
     totals: torch.FloatTensor | None = None
 
 
-<<<<<<< HEAD
-def check_num_orders(num_orders: int, order: str) -> None:
-    """Raises a ValueError for less than one order, several where nothing is drawn, and more than a pass can hold."""
-    if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
-        raise ValueError(
-            f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'"
-        )
-    if num_orders > MOST_ORDERS:
-        raise ValueError(f"num_orders={num_orders}: it takes at most {MOST_ORDERS}, which are scored at once")
-
-
-=======
->>>>>>> wt-cli
 class A3ScoringMixin:
     """`score` for a model with `log_likelihood`."""
 
@@ -76,11 +59,7 @@ class A3ScoringMixin:
 
         Raises:
             ValueError: an empty text or none, an unknown order, a text longer than the model's context, several orders where
-<<<<<<< HEAD
                 nothing is drawn, a tokenizer without BOS, a model whose log-probabilities are NaN.
-=======
-                nothing is drawn, a tokenizer without BOS.
->>>>>>> wt-cli
         """
         if not isinstance(text, str):
             raise ValueError(f"text is a {type(text).__name__}; it takes a string")
@@ -89,16 +68,12 @@ class A3ScoringMixin:
         for name, value in {"group_size": group_size, "num_orders": num_orders, "seed": seed}.items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}; it takes a whole number")
-<<<<<<< HEAD
-        check_num_orders(num_orders, order)
-=======
->>>>>>> wt-cli
-        if abs(seed) >= MOST_SEED:
-            raise ValueError(f"seed={seed}: it takes an integer between -{MOST_SEED} and {MOST_SEED}")
         if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
             raise ValueError(
                 f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'"
             )
+        if abs(seed) >= MOST_SEED:
+            raise ValueError(f"seed={seed}: it takes an integer between -{MOST_SEED} and {MOST_SEED}")
         ids = torch.tensor([encode_prompt(tokenizer, text)])
         context = self.config.max_position_embeddings
         if ids.shape[1] == 1:

@@ -86,13 +86,6 @@ def test_options_take_hyphens(source, tmp_path, own_tasks_alone):
         "--include-path",
         str(command.task_folder()),
     ]
-<<<<<<< HEAD
-    command.run(
-        ["--model", "a3", *settings, "--tasks", "a3_piqa", f"--metadata=data_dir={tmp_path / 'data'}", "--limit=2"]
-        + ["--output-path", str(tmp_path / "results-of-a-run")]
-    )
-=======
     settings += ["--tasks", "a3_piqa", f"--metadata=data_dir={tmp_path / 'data'}", "--limit=2"]
     command.run(["--model", "a3", *settings, "--output-path", str(tmp_path / "results-of-a-run")])
->>>>>>> wt-cli
     assert list((tmp_path / "results-of-a-run").rglob("results_*.json"))

@@ -19,23 +19,9 @@ PACKAGE = ROOT / "a3_hf"
 # Each file may import from those that stand before it, in its own line excepted.
 LAYERS = [
     {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
-<<<<<<< HEAD
     | {"inputs", "rope", "chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
-    | {
-        "configuration_masked_diffusion_llama",
-        "corruption",
-        "loading",
-        "checking",
-        "versions",
-        "files",
-        "locking",
-        "places",
-    }
-    | {"training_fields", "even_rows"},
-=======
-    | {"chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
-    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "places", "outputs"},
->>>>>>> wt-cli
+    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "versions", "files", "locking"}
+    | {"places", "outputs", "training_fields", "even_rows"},
     {"mixtures"},
     {"stages"},
     {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
@@ -51,14 +37,9 @@ LAYERS = [
     {"arguments"},
     {"recipes"},
     {"data", "adapters", "record", "plot"},
-<<<<<<< HEAD
-    {"streaming", "plan", "commands"},
-    {"settings"},
-    {"train"},
-=======
     {"streaming", "plan", "registration"},
+    {"settings"},
     {"train", "commands"},
->>>>>>> wt-cli
     {"evaluation"},
     {"experiments"},
     {"cli"},
