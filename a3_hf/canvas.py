@@ -9,13 +9,12 @@ from transformers.cache_utils import Cache
 
 from .cache import first_tokens, roomy_cache
 from .generation_config import A3GenerationConfig
-from .inputs import check_in_vocabulary, check_integers, check_mask
+from .inputs import checked_rows
 from .likelihood import token_log_probs
 from .masks import group_views, open_views, prompt_views
 
 # States of the same tokens, computed in two batch shapes, differ by rounding alone; by less than this share of their scale.
 CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-MOST_TOKENS = 2**31  # of a canvas; more would fail for want of memory
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Canvas:
     @classmethod
     def prepare(cls, model, input_ids, blank_mask, attention_mask, config: A3GenerationConfig) -> "Canvas":
         """The canvas of rows (B, S), each `num_return_sequences` times side by side, with the continuation behind them."""
-        input_ids, real, blank = _checked_rows(model.config, input_ids, blank_mask, attention_mask, config)
+        input_ids, real, blank = checked_rows(model.config, input_ids, blank_mask, attention_mask, config)
         new_from = input_ids.shape[1]
         if config.max_new_tokens is not None:
             new = (0, config.max_new_tokens)
@@ -406,45 +405,6 @@ def _relative_error(states: torch.Tensor, expected: torch.Tensor) -> torch.Tenso
     """(B,) how far states (B, H, 1, D / H) are from others, as a share of their norm."""
     states, expected = states.float().flatten(1), expected.float().flatten(1)
     return (states - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _checked_rows(
-    model_config, input_ids, blank_mask, attention_mask, config: A3GenerationConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(B, S) ids as int64, and two masks: what is no padding, and what is to be written. A continuation is counted, not yet
-    appended.
-    """
-    check_integers("input_ids", input_ids, dimensions=2)
-    shape, num_new = tuple(input_ids.shape), config.max_new_tokens or 0
-    if not input_ids.numel():
-        raise ValueError(f"input_ids has shape {shape}; it takes at least one row and one token (BOS)")
-    real, blank = (
-        torch.full_like(input_ids, default, dtype=torch.bool) if mask is None else check_mask(name, mask, shape)
-        for name, mask, default in (("attention_mask", attention_mask, True), ("blank_mask", blank_mask, False))
-    )
-    if (blank & ~real).any():
-        raise ValueError("blank_mask is True at padding, outside the row; it takes blanks at real tokens only")
-    if not num_new and not blank.any():
-        raise ValueError("there is no blank to fill: blank_mask is True nowhere, and max_new_tokens is not given")
-    given = real & ~blank
-    if not given.any(dim=1).all():
-        row = int((~given.any(dim=1)).nonzero()[0])
-        raise ValueError(f"row {row} of input_ids has no given token, so that nothing could be seen; begin it with BOS")
-    longest, context = int(real.sum(dim=1).max()) + num_new, model_config.max_position_embeddings
-    if longest > context:
-        new = f" (max_new_tokens={num_new})" if num_new else ""
-        raise ValueError(
-            f"input_ids and its blanks{new} take {longest} positions, {longest - context} more than the model's context "
-            f"(max_position_embeddings={context})"
-        )
-    copies = config.num_return_sequences or 1
-    if copies * shape[0] * (shape[1] + num_new) > MOST_TOKENS:
-        raise ValueError(
-            f"num_return_sequences={copies} with input_ids of shape {shape} takes {copies * shape[0]} rows; it takes at "
-            f"most {MOST_TOKENS} tokens in all"
-        )
-    check_in_vocabulary("input_ids", input_ids, model_config.vocab_size, where=given)
-    return input_ids.long(), real, blank
 
 
 def columns_of(mask: torch.Tensor, bin_column: int) -> torch.Tensor:

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+MOST_TOKENS = 2**31  # of a batch; more would fail for want of memory
+
 
 def check_token_ids(name: str, ids: Any, vocab_size: int, *, where: torch.Tensor | None = None) -> torch.LongTensor:
     """The ids (B, S) as int64.
@@ -146,3 +148,50 @@ def check_mask(name: str, mask: Any, shape: tuple[int, ...], *, of: str = "input
     if (as_bool.to(mask.dtype) != mask).any():
         raise ValueError(f"{name} holds values of dtype {mask.dtype} other than 0 and 1; it takes booleans, or 0 and 1")
     return as_bool
+
+
+def checked_rows(
+    model_config, input_ids, blank_mask, attention_mask, config
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, S) ids as int64, and two masks: what is no padding, and what is to be written. A continuation is counted, not yet
+    appended.
+
+    Args:
+        model_config: the model's, for its vocabulary and its context.
+        config: an `A3GenerationConfig`, for `max_new_tokens` and `num_return_sequences`.
+
+    Raises:
+        ValueError: what is not of the right kind or shape; no blank, a blank at padding, a row without a given token; more
+            than the context or than memory holds.
+    """
+    check_integers("input_ids", input_ids, dimensions=2)
+    shape, num_new = tuple(input_ids.shape), config.max_new_tokens or 0
+    if not input_ids.numel():
+        raise ValueError(f"input_ids has shape {shape}; it takes at least one row and one token (BOS)")
+    real, blank = (
+        torch.full_like(input_ids, default, dtype=torch.bool) if mask is None else check_mask(name, mask, shape)
+        for name, mask, default in (("attention_mask", attention_mask, True), ("blank_mask", blank_mask, False))
+    )
+    if (blank & ~real).any():
+        raise ValueError("blank_mask is True at padding, outside the row; it takes blanks at real tokens only")
+    if not num_new and not blank.any():
+        raise ValueError("there is no blank to fill: blank_mask is True nowhere, and max_new_tokens is not given")
+    given = real & ~blank
+    if not given.any(dim=1).all():
+        row = int((~given.any(dim=1)).nonzero()[0])
+        raise ValueError(f"row {row} of input_ids has no given token, so that nothing could be seen; begin it with BOS")
+    longest, context = int(real.sum(dim=1).max()) + num_new, model_config.max_position_embeddings
+    if longest > context:
+        new = f" (max_new_tokens={num_new})" if num_new else ""
+        raise ValueError(
+            f"input_ids and its blanks{new} take {longest} positions, {longest - context} more than the model's context "
+            f"(max_position_embeddings={context})"
+        )
+    copies = config.num_return_sequences or 1
+    if copies * shape[0] * (shape[1] + num_new) > MOST_TOKENS:
+        raise ValueError(
+            f"num_return_sequences={copies} with input_ids of shape {shape} takes {copies * shape[0]} rows; it takes at "
+            f"most {MOST_TOKENS} tokens in all"
+        )
+    check_in_vocabulary("input_ids", input_ids, model_config.vocab_size, where=given)
+    return input_ids.long(), real, blank

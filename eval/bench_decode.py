@@ -173,7 +173,8 @@ def compare(base, a3, names: dict[str, dict], batch_size: int, length: int, argu
 
     runs = {BASE: run_base}
     for name, settings in names.items():
-        runs[name] = lambda settings=settings: a3.generate_any_order(prompt, max_new_tokens=length, **settings)
+        settings = {"max_new_tokens": length, "eos_token_id": [], **settings}
+        runs[name] = lambda settings=settings: a3.generate_any_order(prompt, **settings)
     results, seconds = {}, {name: [] for name in runs}
     for round_number in track(range(arguments.rounds + 1), f"batch {batch_size}, length {length}", transient=True):
         for name, run in runs.items():
@@ -295,7 +296,8 @@ def main() -> None:
             save()
     if arguments.profile:
         prompt = torch.randint(3, base.config.vocab_size, (1, arguments.prompt_tokens), device=device)
-        shares = profile(lambda: a3.generate_any_order(prompt, max_new_tokens=arguments.lengths[0], group_size=4))
+        settings = {"max_new_tokens": arguments.lengths[0], "group_size": 4, "eos_token_id": []}
+        shares = profile(lambda: a3.generate_any_order(prompt, **settings))
         title = "what takes the time of groupwise 4 at batch 1"
         tables[title] = [[row["operator"], f"{row['share']:.1%}", str(row["calls"])] for row in shares]
         console.print(title)

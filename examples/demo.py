@@ -330,7 +330,7 @@ def show_speed(
     }
     for group_size in GROUP_SIZES:
         ways[f"A3, groups of {group_size}"] = lambda group_size=group_size: model.generate_any_order(
-            prompt, max_new_tokens=size.speed_tokens, group_size=group_size
+            prompt, max_new_tokens=size.speed_tokens, group_size=group_size, eos_token_id=[]
         )
     seconds = {name: [] for name in ways}
     for repeat in range(size.speed_repeats + 1):

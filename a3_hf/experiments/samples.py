@@ -219,6 +219,6 @@ def _write(
     else:
         how = {"strategy": "dynamic", "criterion": "random", "steps": diffusion_steps}
     output = model.generate_any_order(
-        bos, max_new_tokens=length - 1, do_sample=True, temperature=temperature, seed=seed, **how
+        bos, max_new_tokens=length - 1, do_sample=True, temperature=temperature, seed=seed, eos_token_id=[], **how
     )
     return output.sequences.tolist(), output.tokens_per_forward
