@@ -15,8 +15,8 @@ NAMES = "Tom Lily Mia Ben Anna Max Sue Tim Ella Sam Lucy Jack".split()
 THINGS = "red ball,little boat,big box,old hat,blue kite,toy car,sweet cake,warm coat,green frog,shiny key".split(",")
 PLACES = "the park,the garden,the old barn,a small shop,the river,the kitchen,the hill,school".split(",")
 SENTENCES = (
-    ("One day, {who} went to {place} with {friend}.", "{who} and {friend} were at {place}.", "Once upon a time, {who} was ill."),
-    ("{who} saw a {thing} there.", "There was a {thing}, and {friend} wanted it.", "They had lost a {thing}."),
+    ("One day, {who} went to {place} with {friend}.", "{who} and {friend} were at {place}.", "Once upon a time, {who} hid."),
+    ("{who} saw a {thing}.", "There was a {thing}, and {friend} wanted it.", "They had lost a {thing}."),
     ("\"Look at the {thing}!\" said {friend}.", "{friend} was sad, so {who} looked for the {thing}.", "It was a {thing}."),
     ("{who} took the {thing} home and showed it to mom.", "They played with the {thing} all day.", "{who} was so happy!"),
     ("In the end, {who} gave the {thing} to {friend}.", "{friend} hugged {who}, and they went home.", "Mom smiled."),
