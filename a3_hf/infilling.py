@@ -159,7 +159,7 @@ class A3InfillingMixin:
         if not templates:
             raise ValueError("templates is empty; it takes at least one Template")
         fields = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
-        config = resolve_config(generation_config, None, fields)
+        config = resolve_config(generation_config, None, fields, None)
         copies = config.num_return_sequences or 1
         self._check_templates(tokenizer, templates, config)
         special = special_token_ids(tokenizer, self.config.vocab_size)

@@ -15,12 +15,8 @@ NAMES = "Tom Lily Mia Ben Anna Max Sue Tim Ella Sam Lucy Jack".split()
 THINGS = "red ball,little boat,big box,old hat,blue kite,toy car,sweet cake,warm coat,green frog,shiny key".split(",")
 PLACES = "the park,the garden,the old barn,a small shop,the river,the kitchen,the hill,school".split(",")
 SENTENCES = (
-    (
-        "One day, {who} went to {place} with {friend}.",
-        "{who} and {friend} were at {place}.",
-        "Once upon a time, {who} lived near {place}.",
-    ),
-    ("{who} saw a {thing} there.", "There was a {thing}, and {friend} wanted it.", "They had lost a {thing}."),
+    ("One day, {who} went to {place} with {friend}.", "{who} and {friend} were at {place}.", "Once upon a time, {who} hid."),
+    ("{who} saw a {thing}.", "There was a {thing}, and {friend} wanted it.", "They had lost a {thing}."),
     ("\"Look at the {thing}!\" said {friend}.", "{friend} was sad, so {who} looked for the {thing}.", "It was a {thing}."),
     ("{who} took the {thing} home and showed it to mom.", "They played with the {thing} all day.", "{who} was so happy!"),
     ("In the end, {who} gave the {thing} to {friend}.", "{friend} hugged {who}, and they went home.", "Mom smiled."),
@@ -59,7 +55,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     """Pieces that begin with "▁" where a space was, BOS (id 1) before each text, unknown characters as bytes."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                      decoders.Strip(" ", 1, 0)])  # fmt: skip
     special = ["<unk>", "<s>", "</s>"]

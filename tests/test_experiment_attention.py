@@ -142,13 +142,13 @@ def test_the_same_as_loops(architecture, distances, bins):
     assert set(table) == set(expected) and len(table) == len(result["attention"])
     assert {(stream, kind) for stream, _, kind, _ in table} == KINDS[architecture]
     for key, values in expected.items():
-        assert table[key] == pytest.approx(values, abs=1e-6), key
-    assert {name: value for name, value in result.items() if name != "attention"} == pytest.approx(scalars, abs=1e-5)
+        assert table[key] == pytest.approx(values, abs=1e-4), key
+    assert {name: value for name, value in result.items() if name != "attention"} == pytest.approx(scalars, abs=1e-4)
     for stream, layer, kind in {key[:3] for key in table}:
         sums = [
             sum(values) for values in zip(*(v for k, v in table.items() if k[:3] == (stream, layer, kind)), strict=True)
         ]
-        assert sums == pytest.approx([1.0, 1.0], abs=1e-5)
+        assert sums == pytest.approx([1.0, 1.0], abs=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -157,9 +157,9 @@ def test_attention_without_preference_is_uniform(architecture):
     for layer in subject.model.model.layers:
         layer.self_attn.q_proj.weight.data.zero_()
     result = measure_attention(subject, num_rows=2, length=LENGTH)
-    assert all(entry["mass"] == pytest.approx(entry["uniform"], abs=1e-6) for entry in result["attention"])
+    assert all(entry["mass"] == pytest.approx(entry["uniform"], abs=1e-4) for entry in result["attention"])
     scalars = {name: value for name, value in result.items() if name != "attention"}
-    assert scalars == pytest.approx(dict.fromkeys(scalars, 1.0), abs=1e-5)
+    assert scalars == pytest.approx(dict.fromkeys(scalars, 1.0), abs=1e-4)
     assert set(scalars) == {f"attention_{kind}_{stream}" for stream, kind in KINDS[architecture]}
 
 

@@ -84,10 +84,10 @@ def test_a_likelihood_is_the_chain_of_single_token_forwards_and_the_models_own(a
         else:
             before, ids = [a3.prefix_token_id], a3.tok_encode(continuation)
         value, greedy = chain(a3, before, ids, [])
-        assert answer[0] == pytest.approx(value, abs=1e-5) and answer[1] == greedy and answer.num_tokens == len(ids)
+        assert answer[0] == pytest.approx(value, abs=1e-3) and answer[1] == greedy and answer.num_tokens == len(ids)
         row = torch.tensor([[*before, *ids]])
         own = a3.model.log_likelihood(row, torch.arange(row.shape[1])[None])[0, len(before) :].sum().item()
-        assert answer[0] == pytest.approx(own, abs=1e-5)
+        assert answer[0] == pytest.approx(own, abs=1e-3)
 
 
 def test_text_behind_the_continuation_is_given(a3):
@@ -95,7 +95,7 @@ def test_text_behind_the_continuation_is_given(a3):
     encode = a3.tokenizer.encode
     value, _ = chain(a3, [1, *encode("w1 w2")], encode("w3 w4"), encode("w5 w6 w7"))
     (without,) = a3.loglikelihood(asking([("w1 w2", " w3 w4")]), disable_tqdm=True)
-    assert answer[0] == pytest.approx(value, abs=1e-5) and abs(answer[0] - without[0]) > 1e-3
+    assert answer[0] == pytest.approx(value, abs=1e-3) and abs(answer[0] - without[0]) > 1e-2
 
 
 @pytest.mark.parametrize("settings", [{}, {"order": "random", "num_orders": 3}, {"order": "right_to_left"}])
@@ -104,7 +104,7 @@ def test_batches_change_nothing(source, settings):
     for batch_size in (1, 4, 32):
         lm = like(source, batch_size=batch_size, **settings)
         answers.append([one[0] for one in lm.loglikelihood(asking(PAIRS), disable_tqdm=True)])
-    assert torch.allclose(torch.tensor(answers), torch.tensor(answers[:1]), atol=1e-5)
+    assert torch.allclose(torch.tensor(answers), torch.tensor(answers[:1]), atol=1e-3)
 
 
 def test_orders_are_averaged_as_probabilities(source):
@@ -122,7 +122,7 @@ def test_orders_are_averaged_as_probabilities(source):
         order = GroupOrder.infilling(open_mask, order="random", group_size=2, generator=generator)
         totals.append(lm.model.log_likelihood(row, order.group_ids)[open_mask].double().sum())
     totals = torch.stack(totals)
-    assert answers[1][0] == pytest.approx((totals.logsumexp(0) - math.log(4)).item(), abs=1e-5)
+    assert answers[1][0] == pytest.approx((totals.logsumexp(0) - math.log(4)).item(), abs=1e-3)
     assert answers[1][0] >= totals.mean().item() and totals.std() > 1e-3
 
 
@@ -130,7 +130,7 @@ def test_under_orders_that_are_drawn_the_probabilities_of_all_continuations_sum_
     lm = A3LM(tiny_model(vocab_size=5), tokenizer=AutoTokenizer.from_pretrained(source), order="random", num_orders=2)
     rows = [Scored([1, 3], list(ids), [4]) for ids in itertools.product(range(5), repeat=3)]
     total = sum(math.exp(value) for value, _, _ in lm.score_batch(rows))
-    assert total == pytest.approx(1.0, abs=1e-5)
+    assert total == pytest.approx(1.0, abs=1e-4)
 
 
 def test_without_a_suffix_the_baseline_answers_as_hf_does(source, hf):
@@ -138,7 +138,7 @@ def test_without_a_suffix_the_baseline_answers_as_hf_does(source, hf):
     ar = CausalLM(str(source), device="cpu", batch_size=2, add_bos_token=False)
     pairs = [*PAIRS, long]
     for one, other in zip(ar.loglikelihood(asking(pairs)), hf.loglikelihood(asking(pairs)), strict=True):
-        assert one[0] == pytest.approx(other[0], abs=1e-4) and one[1] == other[1]
+        assert one[0] == pytest.approx(other[0], abs=1e-3) and one[1] == other[1]
     texts = asking([("w1 w2", {"until": ["w7"], "max_gen_toks": 12}), ("w5", {"until": [], "max_gen_toks": 5})])
     assert ar.generate_until(texts) == hf.generate_until(texts)
     rolling = asking([(" ".join(f"w{i % 50}" for i in range(300)),)], kind="loglikelihood_rolling")
@@ -250,7 +250,7 @@ def test_long_contexts_are_cut_as_hf_cuts_them_and_said_once(source, caplog, mon
     pairs = [(long, " w3 w4"), (long, " w3 w4"), (short, " w3 w4")]
     answers = a3.loglikelihood(asking(pairs, task="long"), disable_tqdm=True)
     # 127 tokens of context and 2 to score: what HFLM keeps
-    assert [answer[0] for answer in answers] == pytest.approx([answers[2][0]] * 3, abs=1e-5)
+    assert [answer[0] for answer in answers] == pytest.approx([answers[2][0]] * 3, abs=1e-3)
     assert len(said) == 1 and "2 of 3 requests" in said[0] and a3.get_model_info()["truncated"] == {"long": 2}
     with pytest.raises(ValueError, match="has 300 tokens; the model takes 128"):
         a3.loglikelihood(asking([("w1", " " + long)]), disable_tqdm=True)
@@ -346,7 +346,7 @@ def test_baselines_fill_blanks(source, infilling):
         "suffix_prompt": ("w5 w6\nw1 w2", " w3"),
         "best_of": ("w1 w2", " w3 w5 w6"),
     }[infilling]
-    assert pair[0] == pytest.approx(ar.loglikelihood(asking([plain]), disable_tqdm=True)[0][0], abs=1e-4)
+    assert pair[0] == pytest.approx(ar.loglikelihood(asking([plain]), disable_tqdm=True)[0][0], abs=1e-3)
     assert pair.num_tokens == 1
 
 
@@ -400,7 +400,7 @@ def test_a_killed_run_goes_on_from_lm_evals_cache(source, tmp_path, monkeypatch)
         CachingLM(lm, path).loglikelihood(asking(PAIRS))
     again = like(source, batch_size=2)
     answers = CachingLM(again, path).loglikelihood(asking(PAIRS))
-    assert [one[0] for one in answers] == pytest.approx([one[0] for one in whole], abs=1e-5)
+    assert [one[0] for one in answers] == pytest.approx([one[0] for one in whole], abs=1e-3)
     assert all(isinstance(one, LogLikelihood) for one in answers) and again.speed.table()["toy"]["requests"] == 2
 
     kwargs = {"until": [], "max_gen_toks": 4}
@@ -484,7 +484,7 @@ def test_an_adapter_is_loaded_from_its_folder_alone_or_beside_its_base(source, t
     alone = like(tmp_path, batch_size=4).loglikelihood(asking(PAIRS), disable_tqdm=True)
     beside = like(source, peft=str(tmp_path), batch_size=4).loglikelihood(asking(PAIRS), disable_tqdm=True)
     plain = like(source, batch_size=4).loglikelihood(asking(PAIRS), disable_tqdm=True)
-    assert alone == beside and abs(alone[0][0] - plain[0][0]) > 1e-3
+    assert alone == beside and abs(alone[0][0] - plain[0][0]) > 1e-2
     with pytest.raises(ValueError, match="a3 merge"):
         CausalLM(str(tmp_path), device="cpu")
 
@@ -496,7 +496,7 @@ def test_models_are_registered_beside_lm_evals_own():
 def test_auto_batch_size_and_chat_templates(source):
     lm = like(source, batch_size="auto", max_batch_size=4)
     assert lm.loglikelihood(asking(PAIRS), disable_tqdm=True)[0][0] == pytest.approx(
-        like(source, batch_size=1).loglikelihood(asking(PAIRS), disable_tqdm=True)[0][0], abs=1e-5
+        like(source, batch_size=1).loglikelihood(asking(PAIRS), disable_tqdm=True)[0][0], abs=1e-3
     )
     lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} w9 {% endfor %}"
     assert lm.apply_chat_template([{"role": "user", "content": "w1"}]) == "w1 w9 "
@@ -555,7 +555,7 @@ def test_a_tokenizer_without_bos_begins_with_eos_and_without_either_is_refused(s
     lm.tokenizer.bos_token = None
     ids = lm.tok_encode("w11 w12")
     (answer,) = lm.loglikelihood(asking([("", "w11 w12")]), disable_tqdm=True)
-    assert answer[0] == pytest.approx(chain(lm, [lm.tokenizer.eos_token_id], ids, [])[0], abs=1e-5)
+    assert answer[0] == pytest.approx(chain(lm, [lm.tokenizer.eos_token_id], ids, [])[0], abs=1e-3)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither BOS nor EOS"):

@@ -54,7 +54,7 @@ def test_a_likelihood_is_the_models_own(controls, name, order):
         blank[:, len(before) : len(before) + len(ids)] = True
         groups = GroupOrder.infilling(blank, order=order).group_ids
         expected = lm.model.log_likelihood(row, groups, scored_mask=blank).sum().item()
-        assert answer[0] == pytest.approx(expected, abs=1e-5)
+        assert answer[0] == pytest.approx(expected, abs=1e-3)
     passes = lm.get_model_info()["speed"]["toy"]["passes"]
     assert passes == (len(PAIRS) if name == "decoupled_rope" else 2 + 5 + 1 + 2)
 
@@ -67,7 +67,7 @@ def test_the_bound_takes_its_samples_and_is_the_models_own(controls):
         row = torch.tensor([[*before, *ids]])
         given = torch.arange(row.shape[1])[None] < len(before)
         expected = lm.model.log_likelihood_bound(row, given_mask=given, num_samples=16, seed=3)
-        assert answer[0] == pytest.approx(expected.item(), abs=1e-4) and answer[1] is False
+        assert answer[0] == pytest.approx(expected.item(), abs=1e-3) and answer[1] is False
     assert lm.get_model_info()["speed"]["toy"]["passes"] == 3 * 16
     assert lm.settings()["num_samples"] == 16
 
