@@ -325,7 +325,8 @@ def draw_order(
 
 class CurriculumCallback(TrainerCallback):
     """Says when a stage or a group size begins, and asks for an evaluation at the last step of each stage (unless
-    `eval_strategy` is "no"), so that the losses before and after each stage are known. It holds no state: what a step
+    `eval_strategy` is "no"), so that the losses before and after each stage are known; one of `eval_steps` a step later is
+    left out. It holds no state: what a step
     trains on follows from the step alone, and so it does after a resume.
     """
 
@@ -348,8 +349,11 @@ class CurriculumCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> TrainerControl:
-        if state.global_step in self.schedule.ends and args.eval_strategy != IntervalStrategy.NO:
+        step, ends = state.global_step, self.schedule.ends
+        if step in ends and args.eval_strategy != IntervalStrategy.NO:
             control.should_evaluate = True
+        elif step - 1 in ends and args.eval_strategy == IntervalStrategy.STEPS and args.eval_steps > 1:
+            control.should_evaluate = control.should_evaluate and args.load_best_model_at_end  # it has just been done
         return control
 
 

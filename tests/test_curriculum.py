@@ -193,3 +193,17 @@ def test_the_callback_announces_and_evaluates_at_the_ends(tmp_path, capsys, eval
         "step 4: stage expand goes on, group size 2",
         "step 6: stage permute begins, group size 2",
     ]
+
+
+@pytest.mark.parametrize(("eval_steps", "expected"), [(4, [3, 8]), (2, [2, 3, 6, 8]), (1, [1, 2, 3, 4, 5, 6, 7, 8])])
+def test_an_evaluation_that_was_just_made_is_not_repeated_a_step_later(tmp_path, eval_steps, expected):
+    stages = Curriculum.from_config([{"name": "ar", "until": 3}, {"name": "permute", "group_size": 2}], unit="steps")
+    callback = CurriculumCallback(stages.resolve(max_steps=8))
+    args = TrainingArguments(str(tmp_path), eval_strategy="steps", eval_steps=eval_steps, max_steps=8, use_cpu=True)
+    evaluated = []
+    for step in range(1, 9):
+        state = TrainerState(global_step=step, max_steps=8)
+        asked = TrainerControl(should_evaluate=step % eval_steps == 0)
+        if callback.on_step_end(args, state, asked).should_evaluate:
+            evaluated.append(step)
+    assert evaluated == expected

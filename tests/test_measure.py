@@ -149,7 +149,7 @@ def test_calibration(run, tmp_path):
         (["ppl", "MODEL", "TEXT", "--documents", "0"], "documents=0"),
         (["ppl", "MODEL", "TEXT", "--separator", "<|no|>"], "separator='<|no|>' is nowhere in"),
         (["ppl", "MODEL", "no-such-file.txt"], "text='no-such-file.txt' can't be read"),
-        (["ppl", "no-such-model", "TEXT"], "model='no-such-model' can't be loaded"),
+        (["ppl", "no-such-model", "TEXT"], "model='no-such-model': there is no such folder"),
         (["ppl", "MODEL", "TEXT", "--base", "no-such-base"], "base='no-such-base' can't be loaded"),
         (
             ["judge", "MODEL", "TEXT", "--judge", "no-such-judge", "--new_tokens", "64"],

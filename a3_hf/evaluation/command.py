@@ -16,7 +16,9 @@ The first form is lm-eval's own command line, with two more models and the tasks
   --metadata data_dir=FOLDER   the tasks read local files instead of the hub (eval/tasks/README.md)
   --output_path FOLDER         for `a3 report FOLDER`
   --use_cache PATH             an interrupted run goes on where it was
-a3 eval run --help shows all of lm-eval's options."""
+  --include_path FOLDER        other tasks, in place of eval/tasks
+  --seed N                     lm-eval's: few-shot examples, and what a3_ar and hf sample; a3 takes seed= in --model_args
+a3 eval run --help shows all of lm-eval's options; hyphens and underscores are alike."""
 
 
 def task_folder() -> Path:
