@@ -17,6 +17,7 @@ from transformers.utils import is_bitsandbytes_available
 from typer.testing import CliRunner
 
 from a3_hf import A3LlamaForCausalLM
+from a3_hf import settings as settings_module
 from a3_hf import train as train_module
 from a3_hf.adapters import SlotLinear, attach, check_same, load_model, load_tokenizer, merge
 from a3_hf.arguments import A3TrainingArguments, DataArguments, LoraArguments, ModelArguments, Recipe
