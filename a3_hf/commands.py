@@ -66,10 +66,7 @@ def load(path: str, *, base: str | None = None, slot_start: str | None = None, *
     from .adapters import load_model, load_tokenizer
     from .places import check_is_there
 
-    try:
-        check_is_there(path)
-    except ValueError as error:
-        raise ValueError(f"model={error}") from error
+    check_is_there(path, name="model")
     if slot_start is not None:
         _check_slot_start(slot_start, path, base)
         settings["slot_start"] = slot_start

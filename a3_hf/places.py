@@ -12,17 +12,19 @@ LOCAL = ("runs", "models")  # where this project's commands write models: nobody
 HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library that the hub's client is written with
 
 
-def check_is_there(path: str) -> None:
+def check_is_there(path: str, *, name: str | None = None) -> None:
     """Whether `path` is a folder, or the name of a model that the hub's cache or the hub has.
 
     Raises:
         ValueError: it is not. A name whose first part is a folder here is a mistyped path, and the hub is not asked.
+            Says the argument's `name`, where there is one.
     """
+    shown = repr(path) if name is None else f"{name}={path!r}"
     if path and Path(path).is_dir():
         return
     if path and Path(path).exists():
-        raise ValueError(f"{path!r} is a file; it takes a folder, or a model's name on the hub")
-    missing = f"{path!r}: there is no such folder (relative to {Path.cwd()})"
+        raise ValueError(f"{shown} is a file; it takes a folder, or a model's name on the hub")
+    missing = f"{shown}: there is no such folder (relative to {Path.cwd()})"
     is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)
     if not is_name or Path(path).parts[0] in LOCAL or Path(path).parent.exists():
         raise ValueError(f"{missing}; a model on the hub would be OWNER/NAME")

@@ -150,10 +150,10 @@ def test_calibration(run, tmp_path):
         (["ppl", "MODEL", "TEXT", "--separator", "<|no|>"], "separator='<|no|>' is nowhere in"),
         (["ppl", "MODEL", "no-such-file.txt"], "text='no-such-file.txt' can't be read"),
         (["ppl", "no-such-model", "TEXT"], "model='no-such-model': there is no such folder"),
-        (["ppl", "MODEL", "TEXT", "--base", "no-such-base"], "base='no-such-base' can't be loaded"),
+        (["ppl", "MODEL", "TEXT", "--base", "no-such-base"], "base='no-such-base': there is no such folder"),
         (
             ["judge", "MODEL", "TEXT", "--judge", "no-such-judge", "--new_tokens", "64"],
-            "judge='no-such-judge' can't be",
+            "judge='no-such-judge': there is no",
         ),
         (["judge", "MODEL", "TEXT", "--judge", "MODEL", "--steps", "5"], "steps=5 does not divide new_tokens=64"),
         (["judge", "MODEL", "TEXT", "--judge", "MODEL", "--criteria", "luck"], "criterion='luck' is not known"),

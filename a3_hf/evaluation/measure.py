@@ -467,7 +467,7 @@ def _load_base(path: str, scaling: dict[str, Any] | None):
 
     from .running_text import scale_rope
 
-    check_is_there(path)
+    check_is_there(path, name="base")
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
@@ -482,7 +482,7 @@ def _load_base(path: str, scaling: dict[str, Any] | None):
 def _load_judge(path: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    check_is_there(path)
+    check_is_there(path, name="judge")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path)
