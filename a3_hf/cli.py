@@ -144,7 +144,9 @@ def infill(
             if scores:
                 ranked = sorted(scores, key=scores.get, reverse=True)[:3]
                 tried = ", ".join(f"{length} ({scores[length]:.3f})" for length in ranked)
-                print(f"blank {number}: likeliest lengths {tried} nats, of the blank and all behind it", file=sys.stderr)
+                print(
+                    f"blank {number}: likeliest lengths {tried} nats, of the blank and all behind it", file=sys.stderr
+                )
 
     or_exit(fill)
 
