@@ -61,9 +61,7 @@ def only(wanted: list[int], favour: float = 100.0):
 
 def check_spaces(tokenizer, model, **settings):
     """A model that wants tokens without a space, and special ones most of all."""
-    inside = (
-        tokenizer.convert_tokens_to_ids(["ny", "ed"]) if False else tokenizer.encode("bone", add_special_tokens=False)
-    )
+    inside = tokenizer.encode("bone", add_special_tokens=False)
     wanted = [*special_token_ids(tokenizer, len(tokenizer)), *inside]
     output = model.infill(tokenizer, TEXTS, return_outputs=True, logits_hook=only(wanted), **settings)
     spaced, special = set(begins_with_space(tokenizer)), set(special_token_ids(tokenizer, len(tokenizer)))
