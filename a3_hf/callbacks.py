@@ -1,7 +1,7 @@
 """Callbacks of a run: its log in a file, signals that stop it between two steps, weights that are none."""
 
 import json
-import mmap
+import multiprocessing
 import os
 import signal
 import threading
@@ -80,13 +80,13 @@ class InterruptCallback(TrainerCallback):
         self._pressed_at: float | None = None
         self._got = 0
         self._previous_handlers = {}
-        self._is_training = mmap.mmap(-1, 1)  # a byte that forked workers see change
+        self._is_training = False
         self._process = os.getpid()
         os.register_at_fork(after_in_child=self._leave_to_the_parent)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.stopped_at = self.stopped_by = self._pressed_at = None
-        self._got, self._is_training[0] = 0, 1
+        self._got, self._is_training = 0, True
         # Python lets the main thread alone set handlers.
         if threading.current_thread() is threading.main_thread():
             for signum in STOPPING:
@@ -95,14 +95,16 @@ class InterruptCallback(TrainerCallback):
 
     def _leave_to_the_parent(self) -> None:
         # A data loader's worker: signals to the whole group reach it too, and the main process needs it to the step's end.
-        if self._is_training[0]:
+        if self._is_training:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-            threading.Thread(target=self._end_after_training, daemon=True).start()
 
-    def _end_after_training(self) -> None:
-        while signal.sigwait(STOPPING) != signal.SIGTERM or self._is_training[0]:
-            pass
-        os._exit(0)  # the main process ends its workers so
+    def end_workers(self) -> None:
+        """Ends the loader's workers where training ended by an exception: SIGTERM, by which others would, they don't take."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise that a worker was killed
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
 
     def _handle(self, signum: int, frame) -> None:
         if os.getpid() != self._process:
@@ -145,7 +147,7 @@ class InterruptCallback(TrainerCallback):
         """Gives the signals back to whom they belonged before; needed only where training ended by an exception."""
         for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
-        self._previous_handlers, self._is_training[0] = {}, 0
+        self._previous_handlers, self._is_training = {}, False
 
 
 class WeightsCallback(TrainerCallback):
