@@ -1,6 +1,7 @@
 """Callbacks of a run: its log in a file, signals that stop it between two steps, weights that are none."""
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -96,6 +97,14 @@ class InterruptCallback(TrainerCallback):
         # A data loader's worker: signals to the whole group reach it too, and the main process needs it to the step's end.
         if self._is_training:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+    def end_workers(self) -> None:
+        """Ends the loader's workers where training ended by an exception: SIGTERM, by which others would, they don't take."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise that a worker was killed
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
 
     def _handle(self, signum: int, frame) -> None:
         if os.getpid() != self._process:

@@ -194,6 +194,9 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
             print(f"Resuming from {checkpoint} (step {state.global_step} of {state.max_steps}).")
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except BaseException:
+            interrupt.end_workers()
+            raise
         finally:
             interrupt.restore_handlers()
     if interrupt.stopped_at is not None:
