@@ -150,7 +150,8 @@ def drawn_settings(draw: random.Random, kind: str, strategy: dict, shape: tuple[
         settings["repetition_penalty"] = 1.6
     parallel = {"group_size", "threshold", "entropy_budget", "tokens_per_step", "steps"} & set(settings)
     if draw.random() < 0.3 and not parallel and not isinstance(settings.get("order"), torch.Tensor):
-        settings["bad_words_ids"] = [[draw.randrange(12), draw.randrange(12)] for _ in range(40)] + [[9, 8, 10]]
+        behind = draw.sample(range(12), 12)  # one of each, so that no place is left without a token
+        settings["bad_words_ids"] = [list(pair) for pair in enumerate(behind)] + [[9, 8, 10]]
     return settings
 
 
