@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
+PAGED = "PagedAttentionCache"  # the class of continuous batching's
 CACHE_WORDS = ("past_key_values", "cache")  # up to transformers 5.23, and from 5.24 on
 
 
@@ -72,7 +73,7 @@ def one_cache(
 
     Args:
         others: the caller's other keyword arguments.
-        takes_paged: what is no `Cache`, that of continuous batching, is handed on as well.
+        takes_paged: that of continuous batching, which is no `Cache`, is handed on as well.
 
     Raises:
         ValueError: both words at once, a cache under a third, or what is no cache.
@@ -81,7 +82,8 @@ def one_cache(
         raise ValueError("past_key_values and cache are two words for the same; give one of them")
     refuse_other_words(others)
     cache = cache if past_key_values is None else past_key_values
-    if cache is not None and not isinstance(cache, Cache) and not takes_paged:
+    is_paged = takes_paged and type(cache).__name__ == PAGED
+    if cache is not None and not isinstance(cache, Cache) and not is_paged:
         raise ValueError(f"past_key_values is a {type(cache).__name__}; it takes a transformers Cache")
     return cache
 

@@ -41,7 +41,7 @@ from a3_hf import (
     MaskedDiffusionLlamaConfig,
     MaskedDiffusionLlamaForCausalLM,
 )
-from a3_hf.caching import CACHE
+from a3_hf.caching import CACHE, PAGED
 from a3_hf.versions import warn_if_newer
 
 IDS = torch.tensor([[1, 5, 9, 14, 3, 8]])
@@ -74,6 +74,7 @@ PRIVATE = {
         ("transformers.cache_utils", "Cache.crop", []),
         ("transformers.cache_utils", "Cache.get_mask_sizes", []),
     ],
+    "caching": [("transformers.generation.continuous_batching.cache", PAGED, None)],
     "generation": [("transformers.modeling_utils", "PreTrainedModel.get_compiled_call", ["compile_config"])],
     "loading": [("transformers", "LlamaPreTrainedModel._keys_to_ignore_on_load_unexpected", None)],
     "base_trainer": [

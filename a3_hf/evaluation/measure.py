@@ -376,7 +376,7 @@ def read_documents(path: Path, *, separator: str | None = None, documents: int |
     Raises:
         ValueError: a file that can't be read, is not UTF-8 or holds no text; a separator that is empty or not in it.
     """
-    from ..data import split_text
+    from ..files import split_text
 
     if documents == 0:
         raise ValueError("documents=0; it takes at least 1, or a negative number of the last ones")
