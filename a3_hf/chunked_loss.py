@@ -24,14 +24,14 @@ class ChunkedLoss(NamedTuple):
 def slot_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, *, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """The mean cross entropy () of logits (…, V), in fp32, under labels (…), none of them shifted; −100 is ignored.
+    """The mean cross entropy () of logits (…, V), in fp32 or fp64, under labels (…), none of them shifted; −100 is ignored.
 
     Args:
         num_items: what the sum over labels is divided by; None: by the number of labels that are not −100.
     """
     reduction = "mean" if num_items is None else "sum"
     loss = nn.functional.cross_entropy(
-        logits.float().flatten(0, -2),
+        logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2),
         labels.flatten().to(logits.device),
         ignore_index=IGNORED_LABEL,
         reduction=reduction,

@@ -535,6 +535,7 @@ def test_a_step_reads_one_number_back_at_most(model, settings, monkeypatch):
     monkeypatch.setattr(
         "a3_hf.generation.fast_on_cpu", lambda model: nullcontext()
     )  # inference mode hides what is read
+    monkeypatch.setattr("a3_hf.inputs.looks_at_values", lambda tensor: False)  # as on a GPU
     counts, passes = [], []
     for num_tokens in (8, 16):
         with CountReadBacks() as counter:
@@ -542,4 +543,4 @@ def test_a_step_reads_one_number_back_at_most(model, settings, monkeypatch):
         counts.append(counter.number)
         passes.append(output.num_forward_passes)
     assert passes[1] > passes[0]
-    assert counts[1] - counts[0] == passes[1] - passes[0]
+    assert counts[1] - counts[0] <= passes[1] - passes[0]
