@@ -176,14 +176,15 @@ class Decoder:
             NonFiniteLogitsError: the model's logits were NaN.
             ValueError: nothing was left to choose from.
         """
-        failed, excluded = torch.stack([self.canvas.failed_step, self.canvas.excluded_step]).tolist()
-        if failed >= 0:
-            raise NonFiniteLogitsError(failed)
-        if excluded >= 0:
-            raise ValueError(
-                f"suppress_tokens, bad_words_ids, logits_processor or logits_hook leave no token to write at step {excluded} "
-                "(an EOS does not count where text stands behind it); leave at least one"
-            )
+        failed, excluded = self.canvas.failed_step, self.canvas.excluded_step
+        if int(torch.maximum(failed, excluded)) < 0:  # one look, which on a GPU is a wait
+            return
+        if int(failed) >= 0:
+            raise NonFiniteLogitsError(int(failed))
+        raise ValueError(
+            f"suppress_tokens, bad_words_ids, logits_processor or logits_hook leave no token to write at step {int(excluded)} "
+            "(an EOS does not count where text stands behind it); leave at least one"
+        )
 
     def still_open(self, columns: torch.Tensor) -> torch.Tensor:
         """`columns` (B, n), the bin in place of those behind the end of a continuation."""

@@ -539,7 +539,9 @@ def test_a_step_reads_one_number_back_at_most(model, settings, monkeypatch):
     counts, passes = [], []
     for num_tokens in (8, 16):
         with CountReadBacks() as counter:
-            output = model.generate_any_order(torch.arange(3, 9)[None], max_new_tokens=num_tokens, **settings)
+            output = model.generate_any_order(
+                torch.arange(3, 9)[None], max_new_tokens=num_tokens, eos_token_id=[], **settings
+            )
         counts.append(counter.number)
         passes.append(output.num_forward_passes)
     assert passes[1] > passes[0]
