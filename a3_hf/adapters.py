@@ -343,6 +343,9 @@ def load_model(
     base = base or base_of(path)
     check_is_there(base)
     start = start_of(path, base=base, wanted=settings.pop("slot_start", None))
+    if "config" in settings:  # which then says it
+        settings["config"].update(start)
+        start = {}
     model = A3LlamaForCausalLM.from_pretrained(base, **settings, **start)
     return put_on(model, path, trainable=trainable)
 

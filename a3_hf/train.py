@@ -259,6 +259,10 @@ def _naming(argument: str, path: str) -> Iterator[None]:
         yield
     except OSError as error:  # the libraries' messages go over several lines, and may not say which model
         raise ValueError(f"{argument}={path!r}: can't be loaded: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        if argument in str(error):
+            raise
+        raise ValueError(f"{argument}={path!r}: {error}") from error
 
 
 def _load_tokenizer_and_config(

@@ -16,6 +16,7 @@ from a3_hf.cli import app
 from a3_hf.experiments import runner as runner_module
 from a3_hf.experiments.grid import check_record, read_experiment
 from a3_hf.experiments.runner import MEASURES, run
+from a3_hf.settings import check_settings
 
 pytest.importorskip("rouge_score")
 
@@ -209,6 +210,7 @@ import multiprocessing, time
 
 def work():
     from a3_hf.experiments.runner import _start_worker
+from a3_hf.settings import check_settings
     _start_worker(1)
     print("at work", flush=True)
     time.sleep(60)
@@ -277,7 +279,7 @@ def test_every_size_of_every_experiment_can_be_read(path, size, beside_data, tmp
     experiment = read_experiment(path.stem, size=size, runs=tmp_path, known_measures=MEASURES)
     assert experiment.cells
     for cell in experiment.cells:
-        runner_module.train._check_settings(cell.recipe)
+        check_settings(cell.recipe)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -21,4 +21,4 @@ def test_outputs_are_printed_by_their_shapes(tokenizer):
         filled
     )
     scored = model.score(tokenizer, "The dog ran home.")
-    assert "log_probs=<float32 (1, " in str(scored) and "tensor(" not in str(scored)
+    assert "log_probs=<float64 (1, " in str(scored) and "tensor(" not in str(scored)

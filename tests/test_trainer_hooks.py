@@ -118,6 +118,6 @@ def test_unshifted_labels_are_not_shifted():
     ids = torch.tensor([[1, 8, 3, 40, 7]])
     groups = torch.arange(5)[None]
     ours = model(ids, group_ids=groups, labels=ids.masked_fill(groups == 0, -100)).loss
-    torch.testing.assert_close(ours, base(ids, labels=ids).loss, rtol=0, atol=1e-6)  # both in fp32 at the end
+    torch.testing.assert_close(ours, base(ids, labels=ids).loss.double(), rtol=0, atol=1e-6)  # theirs is in fp32
     shifted = model(ids, group_ids=groups, labels=ids.roll(1, 1).masked_fill(groups == 0, -100)).loss
     assert abs(float(ours.detach() - shifted.detach())) > 0.1
