@@ -210,7 +210,6 @@ import multiprocessing, time
 
 def work():
     from a3_hf.experiments.runner import _start_worker
-from a3_hf.settings import check_settings
     _start_worker(1)
     print("at work", flush=True)
     time.sleep(60)
