@@ -7,6 +7,8 @@ softmax of eager attention, losses); what these tests compare differs by 1e-3 an
 
 import os
 import random
+import signal
+import threading
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,6 +61,12 @@ def tiny_config(**changes) -> A3LlamaConfig:
 def tiny_model(seed: int = 42, *, dtype: torch.dtype = torch.float64, **changes) -> A3LlamaForCausalLM:
     torch.manual_seed(seed)
     return A3LlamaForCausalLM(tiny_config(**changes)).eval().to(dtype)
+
+
+def pytest_configure():
+    """A Ctrl-C interrupts even where the shell that started this had it ignored (as with `nohup … &`): tests send it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -68,7 +68,8 @@ def test_what_is_wrong_is_said_in_a_line(source, own_tasks_alone, monkeypatch):
     assert result.exit_code == 2 and "pip install 'a3-hf[eval]'" in result.stderr
 
 
-def test_what_is_meant_is_no_warning(caplog):
+def test_what_is_meant_is_no_warning(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)  # lm-eval's command line turns it off
     command.leave_out_what_is_meant()
     index, task = logging.getLogger("lm_eval.tasks._index"), logging.getLogger("lm_eval.api.task")
     index.warning("Task 'piqa' from %s/stock/piqa.yaml overrides existing task from there", command.task_folder())
