@@ -150,7 +150,7 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         _check_one_stream(document_ids, target_document_ids, content_hidden_state)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        num_cached = cache.get_seq_length() if cache is not None else 0
+        num_cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
         _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached)
         if group_ids is None and target_position_ids is None and target_group_ids is None:
             return self._llama(
@@ -216,6 +216,8 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
 
     def _llama(self, inputs_embeds: torch.Tensor, cache: Cache | None, **arguments) -> BaseModelOutputWithPast:
         """`LlamaModel.forward`, with the cache under its own word, and a look at what is in it after."""
+        if cache is not None and not isinstance(cache, Cache):  # that of continuous batching goes on as it came
+            return super().forward(inputs_embeds=inputs_embeds, return_dict=True, cache=cache, **arguments)
         filled = inputs_embeds.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         outputs = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **{CACHE: cache}, **arguments)
         if getattr(outputs, CACHE) is not None:

@@ -282,7 +282,8 @@ def rows_of_lm_eval(folder: Path, base, tokenizer) -> Iterator[Row]:
     score = Instance("loglikelihood", {}, ("w1 w5 w9", " w14 w3"), 0, task_name="t", metadata=("t", 0, 1))
     stop = {"until": ["w0 w0"], "max_gen_toks": 8}
     write = Instance("generate_until", {}, ("w1 w5 w9", stop), 0, task_name="t", metadata=("t", 0, 1))
-    settings = {"device": "cpu", "batch_size": 1, "dtype": "float64"}
+    # Without BOS, which our models put before every text, and `hf` does where the tokenizer does.
+    settings = {"device": "cpu", "batch_size": 1, "dtype": "float64", "add_bos_token": False}
     reference = HFLM(base, tokenizer=tokenizer, batch_size=1)
     expected = reference.loglikelihood([score], disable_tqdm=True)[0][0]
     text = reference.generate_until([write], disable_tqdm=True)[0]

@@ -364,6 +364,14 @@ def test_continuous_batching_is_refused(models):
         MaskedDiffusionLlamaForCausalLM(MaskedDiffusionLlamaConfig(**SMALL)).generate_batch([[1, 2]])
 
 
+def test_continuous_batching_of_decoupled_rope_is_the_llamas(models):
+    base, others = models
+    settings = transformers.GenerationConfig(**{**GREEDY, "max_new_tokens": 6, "eos_token_id": 2})
+    (request,) = others["decoupled_rope"].generate_batch([IDS[0].tolist()], generation_config=settings).values()
+    assert request.error is None
+    assert request.generated_tokens == base.generate(IDS, generation_config=settings)[0, IDS.shape[1] :].tolist()
+
+
 def test_the_versions_that_were_tested_are_those_of_the_package():
     """pyproject's range ends at the newest minor that was tested, and the line at import says the same."""
     oldest, newest = a3_hf.TESTED_TRANSFORMERS
