@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -326,7 +327,9 @@ def all_rows(folder: Path) -> Iterator[Row]:
     yield from rows_of_any_order("Decoupled RoPE", decoupled, ids, ("groupwise",))
 
     def in_continuous_batching() -> bool:
-        output = decoupled.generate_batch([ids[0].tolist()], generation_config=base.generation_config)
+        few = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # else a good part of the memory
+        settings = {"generation_config": base.generation_config, "continuous_batching_config": few}
+        output = decoupled.generate_batch([ids[0].tolist()], **settings)
         (request,) = output.values()
         return request.error is None and request.generated_tokens == base.generate(ids)[0, ids.shape[1] :].tolist()
 

@@ -367,7 +367,16 @@ def test_continuous_batching_is_refused(models):
 def test_continuous_batching_of_decoupled_rope_is_the_llamas(models):
     base, others = models
     settings = transformers.GenerationConfig(**{**GREEDY, "max_new_tokens": 6, "eos_token_id": 2})
-    (request,) = others["decoupled_rope"].generate_batch([IDS[0].tolist()], generation_config=settings).values()
+    few = {"num_blocks": 8, "max_batch_tokens": 64}  # else a good part of the memory
+    (request,) = (
+        others["decoupled_rope"]
+        .generate_batch(
+            [IDS[0].tolist()],
+            generation_config=settings,
+            continuous_batching_config=transformers.ContinuousBatchingConfig(**few),
+        )
+        .values()
+    )
     assert request.error is None
     assert request.generated_tokens == base.generate(IDS, generation_config=settings)[0, IDS.shape[1] :].tolist()
 
