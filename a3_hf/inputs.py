@@ -1,10 +1,33 @@
 """Checks of the tensors that callers hand to a model; an error names the argument, what it got and what it takes."""
 
+import inspect
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
+import transformers
+from transformers.utils import TransformersKwargs
 
 MOST_TOKENS = 2**31  # of a batch; more would fail for want of memory
+# What transformers' own tools may hand to any model; `token_type_ids` come from tokenizers and mean nothing to a LLaMA.
+COMMON_KEYWORDS = {*TransformersKwargs.__annotations__, "return_dict", "token_type_ids"}
+
+
+def check_keywords(keywords: Iterable[str], takes: Callable) -> None:
+    """Raises a ValueError for an argument of a forward that neither `takes` names nor transformers hands to every model: it
+    would change nothing, in silence.
+    """
+    unknown = sorted(set(keywords) - COMMON_KEYWORDS)
+    if not unknown:
+        return
+    names = [name for name, one in inspect.signature(takes).parameters.items() if one.kind != one.VAR_KEYWORD]
+    close = get_close_matches(unknown[0], names, n=1)
+    meant = f". Did you mean {close[0]}?" if close else "."
+    raise ValueError(
+        f"{unknown[0]} is no argument of {takes.__qualname__} (transformers {transformers.__version__}){meant} It takes "
+        f"{', '.join(name for name in names if name != 'self')}"
+    )
 
 
 def check_token_ids(name: str, ids: Any, vocab_size: int, *, where: torch.Tensor | None = None) -> torch.LongTensor:

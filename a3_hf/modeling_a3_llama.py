@@ -23,7 +23,15 @@ from .chunked_loss import chunked_cross_entropy, slot_cross_entropy
 from .configuration_a3_llama import A3LlamaConfig
 from .generation import A3GenerationMixin
 from .infilling import A3InfillingMixin
-from .inputs import check_content, check_integers, check_kept, check_labels, check_numbers, check_padding_mask
+from .inputs import (
+    check_content,
+    check_integers,
+    check_kept,
+    check_keywords,
+    check_labels,
+    check_numbers,
+    check_padding_mask,
+)
 from .likelihood import A3LikelihoodMixin
 from .loading import WholeCheckpointMixin
 from .masks import View, Views, group_views, repeat_rows, sees_something, slots_view
@@ -234,8 +242,8 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         slots_to_keep: int | torch.Tensor = 0,
         document_ids: torch.LongTensor | None = None,
         target_document_ids: torch.LongTensor | None = None,
-        content_hidden_state: bool = True,
         target_input_ids: torch.LongTensor | None = None,
+        content_hidden_state: bool = True,
         cache: Cache | None = None,
         **kwargs,
     ) -> A3ModelOutput:
@@ -270,6 +278,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             RuntimeError: the layers did not fill the cache.
         """
         cache = one_cache(past_key_values, cache, kwargs)
+        check_keywords(kwargs, type(self).forward)
         num_cached = cache.get_seq_length() if cache is not None else 0
         input_ids = check_content(
             input_ids, inputs_embeds, self.embed_tokens.num_embeddings, may_be_empty=cache is not None
@@ -444,6 +453,7 @@ class A3LlamaForCausalLM(
         target_group_ids: torch.LongTensor | None = None,
         document_ids: torch.LongTensor | None = None,
         target_document_ids: torch.LongTensor | None = None,
+        target_input_ids: torch.LongTensor | None = None,
         content_hidden_state: bool = False,
         content_logits_at: tuple[torch.LongTensor, torch.LongTensor] | None = None,
         chunked_loss: bool = False,
@@ -467,6 +477,7 @@ class A3LlamaForCausalLM(
                 sees nothing; `logits_to_keep` with groups or targets; `chunked_loss` without labels or groups.
         """
         cache = one_cache(past_key_values, cache, kwargs)
+        check_keywords(kwargs, type(self).forward)
         causal_contract = group_ids is None and target_position_ids is None
         if labels is not None:
             check_labels(
@@ -511,6 +522,7 @@ class A3LlamaForCausalLM(
             slots_to_keep=logits_to_keep,
             document_ids=document_ids,
             target_document_ids=target_document_ids,
+            target_input_ids=target_input_ids,
             content_hidden_state=content_hidden_state or content_logits_at is not None,
             **kwargs,
         )

@@ -16,7 +16,15 @@ from .chunked_loss import chunked_cross_entropy, slot_cross_entropy
 from .configuration_decoupled_rope_llama import SINGLETONS_ONLY, DecoupledRopeLlamaConfig
 from .decoupled_generation import DecoupledRopeGenerationMixin
 from .infilling import A3InfillingMixin
-from .inputs import check_content, check_integers, check_kept, check_labels, check_numbers, check_padding_mask
+from .inputs import (
+    check_content,
+    check_integers,
+    check_kept,
+    check_keywords,
+    check_labels,
+    check_numbers,
+    check_padding_mask,
+)
 from .likelihood import A3LikelihoodMixin, checked_text
 from .loading import WholeCheckpointMixin
 from .masks import sees_something
@@ -144,6 +152,8 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
             RuntimeError: the layers did not fill the cache.
         """
         cache = one_cache(past_key_values, cache, kwargs, takes_paged=True)
+        if cache is None or isinstance(cache, Cache):  # continuous batching has words of its own beside a paged one
+            check_keywords(kwargs, type(self).forward)
         input_ids = check_content(
             input_ids, inputs_embeds, self.embed_tokens.num_embeddings, may_be_empty=cache is not None
         )
@@ -296,6 +306,8 @@ class DecoupledRopeLlamaForCausalLM(
                 `content_logits_at`, which belongs to two streams.
         """
         cache = one_cache(past_key_values, cache, kwargs, takes_paged=True)
+        if cache is None or isinstance(cache, Cache):  # continuous batching has words of its own beside a paged one
+            check_keywords(kwargs, type(self).forward)
         causal_contract = group_ids is None and target_position_ids is None
         if labels is not None:
             check_labels(

@@ -13,7 +13,7 @@ from .configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
 from .corruption import check_mask_token
 from .diffusion_likelihood import DiffusionLikelihoodMixin
 from .infilling import A3InfillingMixin
-from .inputs import check_content, check_integers, check_labels, check_numbers, check_padding_mask
+from .inputs import check_content, check_integers, check_keywords, check_labels, check_numbers, check_padding_mask
 from .likelihood import SLOTS_PER_CHUNK
 from .loading import WholeCheckpointMixin
 from .rope import FixedRotaryEmbedding
@@ -126,6 +126,7 @@ class MaskedDiffusionLlamaForCausalLM(
         """
         refuse_other_words({name: value for name, value in kwargs.items() if name not in CACHE_WORDS})
         caches = [kwargs.pop(word, None) for word in CACHE_WORDS]
+        check_keywords(kwargs, type(self).forward)
         if use_cache or any(cache is not None for cache in caches):
             raise ValueError(
                 "masked diffusion sees both sides, so that no state lasts: it takes no cache, use_cache=False"

@@ -13,7 +13,7 @@ from .architectures import ARCHITECTURES
 from .arguments import A3TrainingArguments, Recipe
 from .masks import group_views
 from .streaming import check_readers
-from .trainer import check_one_stream
+from .trainer import check_one_stream, check_two_streams
 from .training_fields import REFUSED_WITH_SOURCES
 
 
@@ -39,11 +39,6 @@ def check_settings(recipe: Recipe) -> None:
         for name in ("label_smoothing_factor", "use_liger_kernel"):
             if getattr(training, name):
                 raise ValueError(f"{name}={getattr(training, name)}: is for architecture 'llama' alone; leave it out")
-    if training.distillation_weight and training.loss == "chunked":
-        raise ValueError(
-            f"distillation_weight={training.distillation_weight} with loss='chunked', which holds no logits to teach; use "
-            "loss='plain'"
-        )
     if recipe.data.sources is not None:
         if training.max_steps <= 0:
             raise ValueError(f"max_steps={training.max_steps}: sources have no end; set how many steps the run has")
@@ -80,6 +75,8 @@ def _check_architecture(recipe: Recipe) -> None:
     }
     if architecture == "decoupled_rope":
         check_one_stream(recipe.curriculum.stages, **weights)
+    if architecture == "a3":
+        check_two_streams(recipe.curriculum.stages, chunked_loss=training.loss == "chunked", **weights)
     own = {
         "a3": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},
         "decoupled_rope": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},

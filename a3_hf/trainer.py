@@ -129,6 +129,30 @@ def check_one_stream(
             raise ValueError(f"{name}={weight}: it is a loss of two streams, and Decoupled RoPE has one; it takes 0")
 
 
+def check_two_streams(
+    stages: Sequence[Stage], *, chunked_loss: bool, content_loss_weight: float, distillation_weight: float
+) -> None:
+    """Whether the losses between the two streams have rows to be measured on.
+
+    Raises:
+        ValueError: a weight below 0 or without an end; no stage has rows that are left to right, one token at a time;
+            distillation where no logits are held.
+    """
+    weights = {"content_loss_weight": content_loss_weight, "distillation_weight": distillation_weight}
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}={weight!r}; it takes a number of at least 0")
+        if weight and not any(stage.name != "permute" and stage.group_sizes[0] == 1 for stage in stages):
+            raise ValueError(
+                f"{name}={weight}, but no row is left to right, one token at a time: the curriculum has no stage ar, nor "
+                "expand with group_size 1"
+            )
+    if distillation_weight and chunked_loss:
+        raise ValueError(
+            f"distillation_weight={distillation_weight} with loss='chunked', which holds no logits to teach; use loss='plain'"
+        )
+
+
 class A3Trainer(BaseTrainer):
     """A `Trainer` whose orders follow a curriculum.
 
@@ -208,7 +232,6 @@ class A3Trainer(BaseTrainer):
         self._auxiliary_sums = torch.zeros(3, device=self.args.device)
         self.schedule = self._resolve(tokens_per_row) if train_dataset is not None else None
         self._check_implementation()
-        self._check_auxiliary()
         has_callback = any(isinstance(each, CurriculumCallback) for each in callbacks)
         if isinstance(self.schedule, AdaptiveSchedule):
             if has_callback:
@@ -236,31 +259,15 @@ class A3Trainer(BaseTrainer):
     def _check_implementation(self) -> None:
         # Now, and not when the stage with groups begins, hours later.
         stages = self.schedule.stages if self.schedule is not None else ()
+        weights = {"content_loss_weight": self.content_loss_weight, "distillation_weight": self.distillation_weight}
         if self.one_stream:
-            weights = {"content_loss_weight": self.content_loss_weight, "distillation_weight": self.distillation_weight}
             check_one_stream(stages, **weights)
             return
+        check_two_streams(stages, chunked_loss=self.chunked_loss, **weights)
         needs_groups = any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages)
         if self.eval_dataset is not None or needs_groups:
             group = torch.zeros(1, 1, dtype=torch.long)
             group_views(self.model.config._attn_implementation, group_ids=group, target_group_ids=group)
-
-    def _check_auxiliary(self) -> None:
-        weights = {"content_loss_weight": self.content_loss_weight, "distillation_weight": self.distillation_weight}
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{name}={weight!r}; it takes a number of at least 0")
-            stages = self.schedule.stages if self.schedule is not None else ()
-            if weight and not any(stage.name != "permute" and stage.group_sizes[0] == 1 for stage in stages):
-                raise ValueError(
-                    f"{name}={weight}, but no row is left to right, one token at a time: the curriculum has no stage ar, "
-                    "nor expand with group_size 1"
-                )
-        if self.distillation_weight and self.chunked_loss:
-            raise ValueError(
-                f"distillation_weight={self.distillation_weight} with loss='chunked', which holds no logits to teach; "
-                "use loss='plain'"
-            )
 
     def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """As `BaseTrainer.count_scored`; where orders leave tokens out of the loss, only the others count.

@@ -165,6 +165,13 @@ def test_a_dry_run_refuses_what_the_run_refuses(source, tmp_path, name, value):
     assert_one_line(adapt(source, tmp_path, *options, f"--{name}={value}"), name)
 
 
+@pytest.mark.parametrize("option", ["content_loss_weight", "distillation_weight"])
+def test_a_dry_run_refuses_a_loss_that_no_stage_has_rows_for(source, tmp_path, option):
+    options = ["--dry-run", "--accelerate-configs", str(ROOT / "accelerate_configs")]
+    options += ["--curriculum={stages: [{name: permute}]}", f"--{option}=0.5"]
+    assert_one_line(adapt(source, tmp_path, *options), option)
+
+
 ODD_FILES = {
     "latin.txt": "a cat \xf6".encode("latin-1"),
     "empty.txt": b"",
