@@ -4,18 +4,23 @@ adapters with peft; and holds the package's public names, which `a3_hf` hands on
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import adapters  # noqa: F401  (it registers them)
-from .configuration_a3_llama import A3LlamaConfig
-from .configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
-from .configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
-from .curriculum import Curriculum, CurriculumCallback
-from .generation_config import A3GenerationConfig
-from .modeling_a3_llama import A3LlamaForCausalLM, A3LlamaModel
-from .modeling_decoupled_rope_llama import DecoupledRopeLlamaForCausalLM, DecoupledRopeLlamaModel
-from .modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
-from .orders import GroupOrder
+from a3_hf import adapters  # noqa: F401  (it registers them)
+from a3_hf.models.a3_llama.configuration_a3_llama import A3LlamaConfig
+from a3_hf.models.a3_llama.generation_config import A3GenerationConfig
+from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM, A3LlamaModel
+from a3_hf.models.a3_llama.orders import GroupOrder
+from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
+from a3_hf.models.decoupled_rope_llama.modeling_decoupled_rope_llama import (
+    DecoupledRopeLlamaForCausalLM,
+    DecoupledRopeLlamaModel,
+)
+from a3_hf.models.masked_diffusion_llama.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
+from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
+from a3_hf.training.curriculum import Curriculum
+from a3_hf.training.curriculum_callbacks import CurriculumCallback
+from a3_hf.training.trainer import A3Trainer
+
 from .pipeline import A3InfillingPipeline
-from .trainer import A3Trainer
 from .versions import TESTED_TRANSFORMERS, warn_if_newer
 
 __all__ = [

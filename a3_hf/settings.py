@@ -1,123 +1,83 @@
-"""Whether the settings of a recipe go together, and whether they can be followed here, before anything is trained."""
+"""Whether a setting has its field's type, and what a message says where it has not."""
 
-import copy
-from pathlib import Path
-
-import torch
-from accelerate import init_empty_weights
-from transformers import LlamaConfig, Trainer
-from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import is_bitsandbytes_available
-
-from .architectures import ARCHITECTURES
-from .arguments import A3TrainingArguments, Recipe
-from .masks import group_views
-from .streaming import check_readers
-from .trainer import check_one_stream, check_two_streams
-from .training_fields import REFUSED_WITH_SOURCES
+import difflib
+import types
+from collections.abc import Collection
+from enum import Enum
+from os import PathLike
+from typing import Any, Literal, Union, get_args, get_origin
 
 
-def check_settings(recipe: Recipe) -> None:
-    """Whether the settings of a recipe go together, as far as that can be told without its model.
+def nearest(name: str, known: Collection[str]) -> str:
+    """What a message adds where a name is unknown: the nearest known one, if there is one."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_keys(where: str | PathLike, config: Collection[str], known: Collection[str]) -> None:
+    """Whether a mapping has known keys alone.
 
     Raises:
-        ValueError: they don't, or a file or a package that they need is missing.
+        ValueError: an unknown one; says `where`, and the nearest known one.
     """
-    training = recipe.training
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(training)
-    except (ImportError, ValueError, RuntimeError) as error:
-        if "model" not in str(error):  # some ask for the model, which there is later
-            raise ValueError(f"optim={training.optim!s}: {error}") from error
-    if training.save_only_model:
-        raise ValueError("save_only_model=True: such checkpoints can't be resumed from; leave it out")
-    if recipe.model.load_in_4bit and recipe.lora is None:
-        raise ValueError("load_in_4bit=True: weights in 4 bits can't be trained; set lora, whose adapters can")
-    if recipe.model.load_in_4bit and not is_bitsandbytes_available():
-        raise ValueError("load_in_4bit=True needs bitsandbytes: pip install bitsandbytes")
-    if recipe.model.architecture != "llama":
-        for name in ("label_smoothing_factor", "use_liger_kernel"):
-            if getattr(training, name):
-                raise ValueError(f"{name}={getattr(training, name)}: is for architecture 'llama' alone; leave it out")
-    if recipe.data.sources is not None:
-        if training.max_steps <= 0:
-            raise ValueError(f"max_steps={training.max_steps}: sources have no end; set how many steps the run has")
-        check_readers(
-            recipe.data.num_shards, world_size=training.world_size, num_workers=training.dataloader_num_workers
-        )
-        for name in REFUSED_WITH_SOURCES:
-            value, default = getattr(training, name), A3TrainingArguments.__dataclass_fields__[name].default
-            if value != default:
-                raise ValueError(
-                    f"{name}={value!r} has no effect with sources, which are read in their order; leave it out"
-                )
-    if training.content_loss_weight and recipe.lora is not None and recipe.lora.rows == "slots":
-        raise ValueError(
-            f"content_loss_weight={training.content_loss_weight}: with lora.rows 'slots' the content stream is not "
-            "trained; leave it out"
-        )
-    _check_architecture(recipe)
-    for name, path in (("train_file", recipe.data.train_file), ("validation_file", recipe.data.validation_file)):
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{name}={path!r}: there is no such file (relative paths start at {Path.cwd()})")
-    if training.max_steps > 0 and recipe.curriculum is not None:
-        recipe.curriculum.resolve(
-            max_steps=training.max_steps, tokens_per_step=training.rows_per_step * recipe.data.block_size
-        )
+    for key in config:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
 
 
-def _check_architecture(recipe: Recipe) -> None:
-    """Refuses settings that would have no effect on a model of the recipe's architecture, or that it can't follow."""
-    training, architecture = recipe.training, recipe.model.architecture
-    weights = {
-        "content_loss_weight": training.content_loss_weight,
-        "distillation_weight": training.distillation_weight,
-    }
-    if architecture == "decoupled_rope":
-        check_one_stream(recipe.curriculum.stages, **weights)
-    if architecture == "a3":
-        check_two_streams(recipe.curriculum.stages, chunked_loss=training.loss == "chunked", **weights)
-    own = {
-        "a3": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},
-        "decoupled_rope": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},
-        "masked_diffusion": {
-            "masking": training.masking,
-            "low_discrepancy": training.low_discrepancy,
-            "anneal_steps": training.anneal_steps,
-        },
-        "llama": {},
-    }
-    for name in dict.fromkeys(name for settings in own.values() for name in settings):
-        value = getattr(training, name)
-        if name not in own[architecture] and value != A3TrainingArguments.__dataclass_fields__[name].default:
-            raise ValueError(f"{name}={value!r} has no effect with architecture {architecture!r}; leave it out")
-    if architecture != "a3" and recipe.model.slot_start is not None:
-        raise ValueError(
-            f"slot_start={recipe.model.slot_start!r} has no effect with architecture {architecture!r}; leave it out"
-        )
-    if architecture in ("decoupled_rope", "llama") and recipe.data.documents == "isolated":
-        raise ValueError(
-            f"documents='isolated': architecture {architecture!r} keeps no documents of one row apart; it takes 'joined'"
-        )
-    if recipe.curriculum is None and recipe.data.sources is not None:
-        raise ValueError(
-            f"sources: architecture {architecture!r} is trained on train_file or dataset_name; mixtures are for those with a "
-            "curriculum"
-        )
+def shown_value(value: Any) -> str:
+    """A value as messages show it, with its type."""
+    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
 
 
-def check_attention(recipe: Recipe, config: LlamaConfig) -> None:
-    """Raises ValueError unless the model can be made with the recipe's `attn_implementation` where this runs, and trained
-    with it.
+def checked_value(key: str, value: Any, hint: Any, path: str | PathLike) -> Any:
+    """`value` as a field of type `hint` holds it: an integer where a number is asked for becomes a float.
+
+    Raises:
+        ValueError: another type; names the key and what has it (`path`).
     """
-    implementation, architecture = recipe.model.attn_implementation, recipe.model.architecture
-    try:
-        with init_empty_weights():
-            ARCHITECTURES[architecture].model._from_config(copy.deepcopy(config), attn_implementation=implementation)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"attn_implementation={implementation!r}: {' '.join(str(error).split())}") from error
-    stages = recipe.curriculum.stages if recipe.curriculum is not None else ()
-    needs_groups = any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages)
-    if architecture == "a3" and (needs_groups or recipe.training.eval_strategy != IntervalStrategy.NO):
-        group = torch.zeros(1, 1, dtype=torch.long)
-        group_views(implementation, group_ids=group, target_group_ids=group)
+    members = types_of(hint)
+    if not any(_is_a(value, member) for member in members):
+        takes = " or ".join(dict.fromkeys(_described(member) for member in members))
+        raise ValueError(f"{path}: {key} takes {takes}, got {shown_value(value)}")
+    if isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members:
+        return float(value)
+    return value
+
+
+def types_of(hint: Any) -> tuple:
+    """The types that a hint stands for. An enumeration beside text (`SchedulerType | str`) means the texts it lists."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return (hint,)
+    members = get_args(hint)
+    has_enum = any(isinstance(member, type) and issubclass(member, Enum) for member in members)
+    return tuple(member for member in members if not (has_enum and member is str))
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(item, get_args(hint)[0]) for item in value)
+    if origin is not None:
+        return isinstance(value, origin)
+    if issubclass(hint, Enum):
+        return value in [choice.value for choice in hint]
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def _described(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
+    if origin is list:
+        return "a list"
+    if origin is not None:
+        return "a mapping"
+    if issubclass(hint, Enum):
+        return "one of " + ", ".join(repr(choice.value) for choice in hint)
+    plain = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "a mapping"}
+    return plain.get(hint, "null" if hint is type(None) else hint.__name__)

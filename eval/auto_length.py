@@ -1,4 +1,4 @@
-"""How well the length of a blank is found (`a3_hf/lengths.py`), on a text of yours.
+"""How well the length of a blank is found (`a3_hf/models/a3_llama/infilling_lengths.py`), on a text of yours.
 
     python eval/auto_length.py runs/mine story.txt
     python eval/auto_length.py runs/mine stories.csv --count 300 --lengths 1..6 --candidates 1..8 --before 16 --after 8
@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from a3_hf.adapters import load_model, load_tokenizer
-from a3_hf.templates import Template, begins_with_space, decode_after
+from a3_hf.adapters.checkpoints import load_model, load_tokenizer
+from a3_hf.models.a3_llama.infilling_templates import Template, begins_with_space, decode_after
 
 
 def read_documents(path: Path) -> list[str]:

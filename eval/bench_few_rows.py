@@ -1,4 +1,4 @@
-"""A matrix product of few rows on a CPU, two ways: `linear`, and weight · inputᵀ (`a3_hf/cpu.py`).
+"""A matrix product of few rows on a CPU, two ways: `linear`, and weight · inputᵀ (`a3_hf/models/a3_llama/cpu_linear.py`).
 
     python eval/bench_few_rows.py
 
@@ -13,7 +13,7 @@ from datetime import date
 
 import torch
 
-from a3_hf.cpu import other_way_round
+from a3_hf.models.a3_llama.cpu_linear import other_way_round
 
 SHAPES = ((512, 512), (1344, 512), (512, 1344), (2048, 2048), (5632, 2048), (32000, 512))
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 48, 64, 96)

@@ -19,9 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from rich.console import Console
 from rich.table import Table
 
-from a3_hf.evaluation.causal import CausalLM
-from a3_hf.evaluation.harness import A3LM
-from a3_hf.evaluation.results import write_result
+from a3_hf.evaluation.lm_harness.a3_lm import A3LM
+from a3_hf.evaluation.lm_harness.causal_lm import CausalLM
+from a3_hf.evaluation.reporting.results import write_result
 
 MONTE_CARLO = 128
 

@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from a3_hf.chunked_loss import chunked_cross_entropy
-from a3_hf.curriculum import StageAtStep, draw_order
-from a3_hf.masks import KeptViews
-from a3_hf.throughput import peak_flops, training_flops
-from a3_hf.trainer import model_inputs
+from a3_hf.models.a3_llama.attention_masks import KeptViews
+from a3_hf.models.a3_llama.chunked_cross_entropy import chunked_cross_entropy
+from a3_hf.training.curriculum import draw_order
+from a3_hf.training.model_inputs import model_inputs
+from a3_hf.training.schedule import StageAtStep
+from a3_hf.training.throughput import peak_flops, training_flops
 
 BASE = "llama"
 COLUMNS = (

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from a3_hf.evaluation.harness import A3LM
-from a3_hf.evaluation.sources import hellaswag
+from a3_hf.evaluation.lm_harness.a3_lm import A3LM
+from a3_hf.evaluation.tasks.datasets import hellaswag
 
 BATCH_SIZES = (1, 7, 32)
 

@@ -47,7 +47,7 @@ from a3_hf import (
     DecoupledRopeLlamaForCausalLM,
     MaskedDiffusionLlamaForCausalLM,
 )
-from a3_hf.data import RowCollator
+from a3_hf.data.collator import RowCollator
 
 TOLERANCE = 1e-9
 PROMPT = "w1 w5 w9 w14 w3"
@@ -277,8 +277,8 @@ def rows_of_lm_eval(folder: Path, base, tokenizer) -> Iterator[Row]:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from a3_hf.evaluation.causal import CausalLM
-    from a3_hf.evaluation.harness import A3LM
+    from a3_hf.evaluation.lm_harness.a3_lm import A3LM
+    from a3_hf.evaluation.lm_harness.causal_lm import CausalLM
 
     score = Instance("loglikelihood", {}, ("w1 w5 w9", " w14 w3"), 0, task_name="t", metadata=("t", 0, 1))
     stop = {"until": ["w0 w0"], "max_gen_toks": 8}

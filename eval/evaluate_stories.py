@@ -17,8 +17,8 @@ from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from a3_hf.evaluation import causal, harness  # noqa: F401  (they register their models)
-from a3_hf.evaluation.command import task_folder
+from a3_hf.cli.evaluation import task_folder
+from a3_hf.evaluation.lm_harness import causal_lm as causal  # noqa: F401  (they register their models)
 
 CHOICES = ["a3_hellaswag", "a3_piqa", "a3_siqa", "a3_winogrande", "a3_winogrande_infill"]
 STOCK = ["hellaswag", "piqa", "social_iqa", "winogrande"]

@@ -11,8 +11,8 @@ import csv
 from itertools import islice
 from pathlib import Path
 
-from a3_hf.adapters import load_model, load_tokenizer
-from a3_hf.templates import encode_piece
+from a3_hf.adapters.checkpoints import load_model, load_tokenizer
+from a3_hf.models.a3_llama.infilling_templates import encode_piece
 
 
 def read_stories(path: Path) -> list[list[str]]:

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from a3_hf.adapters import load_model, load_tokenizer
-from a3_hf.orders import GroupOrder
-from a3_hf.templates import encode_piece
+from a3_hf.adapters.checkpoints import load_model, load_tokenizer
+from a3_hf.models.a3_llama.infilling_templates import encode_piece
+from a3_hf.models.a3_llama.orders import GroupOrder
 
 NEW_TOKENS = 64
 SEQUENTIAL = "groupwise 1"

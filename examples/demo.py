@@ -29,8 +29,8 @@ from transformers import (
 from transformers.utils import logging
 
 from a3_hf import A3LlamaForCausalLM, A3Trainer, Curriculum
-from a3_hf.arguments import A3TrainingArguments
-from a3_hf.data import RowCollator
+from a3_hf.data.collator import RowCollator
+from a3_hf.training.arguments import A3TrainingArguments
 
 REQUIRED = 0.9
 CONTEXT = 256

@@ -17,15 +17,18 @@ from transformers.utils import is_bitsandbytes_available
 from typer.testing import CliRunner
 
 from a3_hf import A3LlamaForCausalLM
-from a3_hf import settings as settings_module
-from a3_hf import train as train_module
-from a3_hf.adapters import SlotLinear, attach, check_same, load_model, load_tokenizer, merge
-from a3_hf.arguments import A3TrainingArguments, DataArguments, LoraArguments, ModelArguments, Recipe
-from a3_hf.callbacks import InterruptCallback
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.checkpoints import check_same, load_model, load_tokenizer, merge
+from a3_hf.adapters.layers import SlotLinear, attach
 from a3_hf.cli import app
-from a3_hf.cpu import fast_on_cpu
-from a3_hf.curriculum import Curriculum
-from a3_hf.recipes import parse_recipe
+from a3_hf.data.arguments import DataArguments
+from a3_hf.models.a3_llama.cpu_linear import fast_on_cpu
+from a3_hf.training import run as train_module
+from a3_hf.training import run_checks as settings_module
+from a3_hf.training.arguments import A3TrainingArguments, ModelArguments, Recipe
+from a3_hf.training.callbacks import InterruptCallback
+from a3_hf.training.curriculum import Curriculum
+from a3_hf.training.recipes import parse_recipe
 
 tiny_model = partial(tiny_model_of, dtype=torch.float32)  # which adapters are kept in
 ROOT = Path(__file__).parents[1]
@@ -317,7 +320,7 @@ def test_adapters_of_slots_do_not_merge_nor_load_where_they_would_act_on_all_row
         partial(PeftModel.from_pretrained, tiny_model()),
         tiny_model().load_adapter,
     ):
-        with pytest.raises(ValueError, match=r"load it by a3_hf.adapters.load_model\(path\)"):
+        with pytest.raises(ValueError, match=r"load it by a3_hf.adapters.checkpoints.load_model\(path\)"):
             load(path)
 
 

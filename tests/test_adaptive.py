@@ -25,9 +25,11 @@ from test_resume import (
 )
 from test_trainer import make_trainer, rows
 
-from a3_hf import train as train_module
-from a3_hf.curriculum import RECORD, AdaptiveSchedule, Curriculum, CurriculumCallback, Schedule
-from a3_hf.train import losses_table
+from a3_hf.training import run as train_module
+from a3_hf.training.curriculum import Curriculum
+from a3_hf.training.curriculum_callbacks import CurriculumCallback
+from a3_hf.training.run import losses_table
+from a3_hf.training.schedule import RECORD, AdaptiveSchedule, Schedule
 
 MAX_STEPS = 24
 STAGES = [

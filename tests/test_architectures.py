@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from a3_hf import train as train_module
-from a3_hf.adapters import load_model
-from a3_hf.architectures import ARCHITECTURES, architecture_of
-from a3_hf.callbacks import InterruptCallback
-from a3_hf.modeling_a3_llama import A3LlamaForCausalLM
-from a3_hf.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
-from a3_hf.recipes import parse_recipe
+from a3_hf.adapters.checkpoints import load_model
+from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
+from a3_hf.models.auto import ARCHITECTURES, architecture_of
+from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
+from a3_hf.training import run as train_module
+from a3_hf.training.callbacks import InterruptCallback
+from a3_hf.training.recipes import parse_recipe
 
 WITHOUT_ORDERS = ("masked_diffusion", "llama")
 

@@ -1,8 +1,9 @@
 import pytest
 
-from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, SourceArguments
-from a3_hf.curriculum import Curriculum
-from a3_hf.recipes import parse_recipe
+from a3_hf.data.arguments import DataArguments, SourceArguments
+from a3_hf.training.arguments import A3TrainingArguments, ModelArguments
+from a3_hf.training.curriculum import Curriculum
+from a3_hf.training.recipes import parse_recipe
 
 STAGES = [{"name": "ar", "until": 0.2}, {"name": "expand", "until": 0.5, "group_size": [1, 4]}]
 STAGES = [*STAGES, {"name": "permute", "group_size": 4}]

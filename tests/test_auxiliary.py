@@ -9,12 +9,12 @@ import torch
 from conftest import tiny_model
 from test_trainer import make_trainer, naive_loss, rows
 
-from a3_hf.auxiliary import content_loss, distillation_loss, next_token_pairs
-from a3_hf.base_trainer import row_generator
-from a3_hf.curriculum import Curriculum, draw_order
-from a3_hf.orders import GroupOrder
-from a3_hf.recipes import parse_recipe
-from a3_hf.trainer import model_inputs
+from a3_hf.models.a3_llama.orders import GroupOrder
+from a3_hf.training.auxiliary_losses import content_loss, distillation_loss, next_token_pairs
+from a3_hf.training.base_trainer import row_generator
+from a3_hf.training.curriculum import Curriculum, draw_order
+from a3_hf.training.model_inputs import model_inputs
+from a3_hf.training.recipes import parse_recipe
 
 STAGES = [
     {"name": "ar", "until": 1},

@@ -3,7 +3,7 @@
 import torch
 from transformers import DynamicCache
 
-from a3_hf.cache import first_tokens, roomy_cache
+from a3_hf.models.a3_llama.generation_cache import first_tokens, roomy_cache
 
 ROOM = 32
 

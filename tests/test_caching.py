@@ -16,7 +16,7 @@ from a3_hf import (
     MaskedDiffusionLlamaConfig,
     MaskedDiffusionLlamaForCausalLM,
 )
-from a3_hf.caching import CACHE, OTHER_WORD, take_cache
+from a3_hf.models.a3_llama.caching import CACHE, OTHER_WORD, take_cache
 
 IDS = torch.tensor([[1, 5, 6, 7]])
 

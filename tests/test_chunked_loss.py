@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from a3_hf.chunked_loss import chunked_cross_entropy
-from a3_hf.orders import GroupOrder
+from a3_hf.models.a3_llama.chunked_cross_entropy import chunked_cross_entropy
+from a3_hf.models.a3_llama.orders import GroupOrder
 
 ROWS, HIDDEN, VOCABULARY = 23, 8, 50
 

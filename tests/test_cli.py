@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from a3_hf import A3LlamaForCausalLM
 from a3_hf.cli import app
-from a3_hf.commands import or_exit
-from a3_hf.orders import GroupOrder
+from a3_hf.cli.common import or_exit
+from a3_hf.models.a3_llama.orders import GroupOrder
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_help_waits_for_no_library(arguments):
         "import transformers as t, a3_hf",
         "from transformers import AutoModelForCausalLM; import transformers as t, a3_hf",
         "import a3_command, a3_hf, transformers as t; from a3_hf import A3LlamaForCausalLM",
-        "import a3_command, transformers as t; from a3_hf.commands import or_exit; or_exit(lambda: None)",
+        "import a3_command, transformers as t; from a3_hf.cli.common import or_exit; or_exit(lambda: None)",
     ],
 )
 def test_models_are_registered_in_any_order_of_imports(checkpoint, first):

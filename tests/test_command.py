@@ -13,7 +13,7 @@ import lm_eval.tasks
 from typer.testing import CliRunner
 
 from a3_hf.cli import app
-from a3_hf.evaluation import command
+from a3_hf.cli import evaluation as command
 from tests.test_sources import write_all
 from tests.test_tasks import METRICS
 

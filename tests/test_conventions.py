@@ -41,7 +41,7 @@ from a3_hf import (
     MaskedDiffusionLlamaConfig,
     MaskedDiffusionLlamaForCausalLM,
 )
-from a3_hf.caching import CACHE, PAGED
+from a3_hf.models.a3_llama.caching import CACHE, PAGED
 from a3_hf.versions import warn_if_newer
 
 IDS = torch.tensor([[1, 5, 9, 14, 3, 8]])
@@ -346,7 +346,7 @@ def test_masked_diffusion_sees_both_sides(implementation):
 
 
 def test_names_that_are_looked_up_by_name():
-    assert hasattr(TextDiffusionStreamer, "put_draft"), "a3_hf.observers shows drafts by it"
+    assert hasattr(TextDiffusionStreamer, "put_draft"), "a3_hf.models.a3_llama.generation_observers shows drafts by it"
     assert {field.name for field in fields(BaseModelOutputWithPast)} >= {CACHE, "hidden_states", "attentions"}
     assert CACHE in inspect.signature(create_causal_mask).parameters
     assert callable(Trainer.create_optimizer)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from a3_hf.cpu import fast_on_cpu, other_way_round
+from a3_hf.models.a3_llama.cpu_linear import fast_on_cpu, other_way_round
 from tests.conftest import tiny_model
 
 
@@ -24,7 +24,9 @@ def test_it_is_the_same_product(bias, shape):
 def test_a_tall_weight_goes_that_way_from_four_rows_on(num_rows, monkeypatch):
     module, rows = nn.Linear(128, 1200), torch.randn(num_rows, 128)
     expected, calls = module(rows), []
-    monkeypatch.setattr("a3_hf.cpu.other_way_round", lambda *args: calls.append(1) or other_way_round(*args))
+    monkeypatch.setattr(
+        "a3_hf.models.a3_llama.cpu_linear.other_way_round", lambda *args: calls.append(1) or other_way_round(*args)
+    )
     with fast_on_cpu(module):
         assert (module(rows) - expected).abs().max() < 1e-4
     assert len(calls) == (num_rows >= 4)
@@ -48,11 +50,13 @@ def test_decoding_uses_it_and_stays_what_it_was(monkeypatch):
     fast = model.generate_any_order(ids, **settings)
     assert not any("forward" in module.__dict__ for module in model.modules())
     seen = []
-    monkeypatch.setattr("a3_hf.cpu._forward", lambda module, rows: seen.append(rows.shape) or module.weight)
+    monkeypatch.setattr(
+        "a3_hf.models.a3_llama.cpu_linear._forward", lambda module, rows: seen.append(rows.shape) or module.weight
+    )
     with pytest.raises(Exception):  # noqa: B017 (whatever comes of a wrong product)
         model.generate_any_order(ids, **settings)
     assert seen
-    monkeypatch.setattr("a3_hf.generation.fast_on_cpu", lambda model: torch.no_grad())
+    monkeypatch.setattr("a3_hf.models.a3_llama.generation.fast_on_cpu", lambda model: torch.no_grad())
     plain = model.generate_any_order(ids, **settings)
     assert torch.equal(fast.sequences, plain.sequences)
     assert (fast.logits - plain.logits).abs().max() < 1e-3

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from a3_hf.curriculum import Curriculum, CurriculumCallback, Stage, StageAtStep, draw_order
+from a3_hf.training.curriculum import Curriculum, Stage, draw_order
+from a3_hf.training.curriculum_callbacks import CurriculumCallback
+from a3_hf.training.schedule import StageAtStep
 
 THREE = [
     {"name": "ar", "until": 0.25},

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from a3_hf.decoding import (
+from a3_hf.models.a3_llama.generation_sampling import (
     accept_drafts,
     choose_tokens,
     commit_scores,

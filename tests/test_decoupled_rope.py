@@ -18,18 +18,21 @@ from a3_hf import (
     DecoupledRopeLlamaModel,
     GroupOrder,
 )
-from a3_hf import train as train_module
-from a3_hf.adapters import load_model
-from a3_hf.arguments import A3TrainingArguments, DataArguments, LoraArguments, ModelArguments, Recipe
-from a3_hf.base_trainer import EVALUATION_SEED, row_generator
-from a3_hf.callbacks import InterruptCallback
-from a3_hf.curriculum import Curriculum
-from a3_hf.decoding import choose_tokens, uniform_noise
-from a3_hf.masks import singleton_views
-from a3_hf.orders import seed_of
-from a3_hf.recipes import parse_recipe
-from a3_hf.strategies import SAMPLE
-from a3_hf.trainer import EVALUATION_ORDERS, model_inputs
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.checkpoints import load_model
+from a3_hf.data.arguments import DataArguments
+from a3_hf.models.a3_llama.attention_masks import singleton_views
+from a3_hf.models.a3_llama.generation_sampling import choose_tokens, uniform_noise
+from a3_hf.models.a3_llama.generation_strategies import SAMPLE
+from a3_hf.models.a3_llama.orders import seed_of
+from a3_hf.training import run as train_module
+from a3_hf.training.arguments import A3TrainingArguments, ModelArguments, Recipe
+from a3_hf.training.base_trainer import EVALUATION_SEED, row_generator
+from a3_hf.training.callbacks import InterruptCallback
+from a3_hf.training.curriculum import Curriculum
+from a3_hf.training.model_inputs import model_inputs
+from a3_hf.training.recipes import parse_recipe
+from a3_hf.training.trainer import EVALUATION_ORDERS
 from tests.conftest import tiny_config
 from tests.test_modeling import VARIANTS, leaks, llama_twin, random_ids, text_order
 from tests.test_orders import generators, ragged_mask

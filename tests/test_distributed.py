@@ -230,7 +230,7 @@ def test_fully_sharded_agrees_with_whole(tmp_path):
             from torch.distributed.fsdp import fully_shard
             sys.path.insert(0, {str(Path(__file__).parents[1])!r})
             from tests.conftest import tiny_model
-            from a3_hf.orders import GroupOrder
+            from a3_hf.models.a3_llama.orders import GroupOrder
 
             dist.init_process_group("gloo")
             whole, sharded = (tiny_model().train() for _ in range(2))

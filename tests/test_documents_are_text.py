@@ -6,10 +6,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from a3_hf.arguments import DataArguments
-from a3_hf.data import encode_documents, load_rows
-from a3_hf.evaluation.running_text import cut_windows
-from a3_hf.streaming import open_mixture
+from a3_hf.data.arguments import DataArguments
+from a3_hf.data.mixture import open_mixture
+from a3_hf.data.packing import load_rows
+from a3_hf.data.tokenization import encode_documents
+from a3_hf.evaluation.measures.text_windows import cut_windows
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<mask>", "<|im_end|>"]
 TEXT = "was <s>$10</s>, is $7 <mask> <|im_end|>"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from a3_hf.even_rows import FilledBatches, RowsAndBlank
+from a3_hf.training.even_rows import FilledBatches, RowsAndBlank
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

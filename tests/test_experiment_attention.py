@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_experiment_samples import trained as small_model
 
-from a3_hf.base_trainer import row_generator
-from a3_hf.experiments.attention import measure_attention
-from a3_hf.experiments.samples import held_out_rows
-from a3_hf.experiments.trained import Trained
+from a3_hf.evaluation.measures.attention_distance import measure_attention
+from a3_hf.evaluation.measures.coherence_diversity import held_out_rows
+from a3_hf.evaluation.measures.trained_run import Trained
+from a3_hf.training.base_trainer import row_generator
 
 ARCHITECTURES = ("a3", "decoupled_rope", "masked_diffusion", "llama")
 DOCUMENTS = ("The dog ran home. Tom was happy, and so was his dog.", "One day, the cat sat on a mat!") * 2

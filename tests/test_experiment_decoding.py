@@ -8,14 +8,15 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("rouge_score")
 
 from a3_hf import DecoupledRopeLlamaConfig, DecoupledRopeLlamaForCausalLM
-from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, Recipe
-from a3_hf.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
-from a3_hf.evaluation.tasks import rouge
-from a3_hf.experiments.decoding import STRATEGIES, measure_decoding
-from a3_hf.experiments.trained import Trained
-from a3_hf.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
-from a3_hf.orders import seed_of
-from a3_hf.templates import decode_after, encode_piece, encode_prompt
+from a3_hf.data.arguments import DataArguments
+from a3_hf.evaluation.measures.decoding_frontier import STRATEGIES, measure_decoding
+from a3_hf.evaluation.measures.trained_run import Trained
+from a3_hf.evaluation.tasks.functions import rouge
+from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_piece, encode_prompt
+from a3_hf.models.a3_llama.orders import seed_of
+from a3_hf.models.masked_diffusion_llama.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
+from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
+from a3_hf.training.arguments import A3TrainingArguments, ModelArguments, Recipe
 from tests.conftest import tiny_config, tiny_model
 
 STORIES = [

@@ -8,14 +8,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from a3_hf.experiments.drawing import (
-    axis_label,
-    draw_attention,
-    draw_bars,
-    draw_curves,
-    draw_frontier,
-    draw_scatter,
-)
+from a3_hf.experiments.plots import axis_label, draw_attention, draw_bars, draw_curves, draw_frontier, draw_scatter
 
 
 @pytest.fixture

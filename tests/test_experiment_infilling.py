@@ -7,10 +7,10 @@ import torch
 from test_experiment_losses import ARCHITECTURES, trained
 from torch import nn
 
-from a3_hf.base_trainer import row_generator
-from a3_hf.experiments import infilling
-from a3_hf.experiments.infilling import measure_infilling, measure_infilling_rocstories, split_sentences
-from a3_hf.templates import encode_piece
+from a3_hf.evaluation.measures import infilling_quality as infilling
+from a3_hf.evaluation.measures.infilling_quality import measure_infilling, measure_infilling_rocstories, split_sentences
+from a3_hf.models.a3_llama.infilling_templates import encode_piece
+from a3_hf.training.base_trainer import row_generator
 
 STORIES = (
     "The dog ran home. Tom was happy, and so was his dog. One day, the cat sat on a mat!",

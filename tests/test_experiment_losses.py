@@ -9,12 +9,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from a3_hf import DecoupledRopeLlamaConfig, DecoupledRopeLlamaForCausalLM
-from a3_hf.base_trainer import row_generator
-from a3_hf.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
-from a3_hf.experiments.losses import measure_losses
-from a3_hf.experiments.subjects import next_token_log_probs, padded
-from a3_hf.experiments.trained import Trained
-from a3_hf.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
+from a3_hf.evaluation.measures.next_token import next_token_log_probs, padded
+from a3_hf.evaluation.measures.order_losses import measure_losses
+from a3_hf.evaluation.measures.trained_run import Trained
+from a3_hf.models.masked_diffusion_llama.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
+from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
+from a3_hf.training.base_trainer import row_generator
 
 DOCUMENTS = (
     "The dog ran home. Tom was happy, and so was his dog.",

@@ -9,13 +9,19 @@ from conftest import CORPUS, tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from a3_hf import DecoupledRopeLlamaConfig, DecoupledRopeLlamaForCausalLM
-from a3_hf.arguments import DataArguments
-from a3_hf.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
-from a3_hf.experiments import samples
-from a3_hf.experiments.samples import coherence_and_diversity, held_out_rows, measure_samples, row_text, words
-from a3_hf.experiments.starts import character_tokenizer
-from a3_hf.experiments.trained import Trained
-from a3_hf.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
+from a3_hf.data.arguments import DataArguments
+from a3_hf.evaluation.measures import coherence_diversity as samples
+from a3_hf.evaluation.measures.coherence_diversity import (
+    coherence_and_diversity,
+    held_out_rows,
+    measure_samples,
+    row_text,
+    words,
+)
+from a3_hf.evaluation.measures.trained_run import Trained
+from a3_hf.experiments.initial_models import character_tokenizer
+from a3_hf.models.masked_diffusion_llama.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
+from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
 
 ARCHITECTURES = ("a3", "decoupled_rope", "masked_diffusion", "llama")
 DOCUMENTS = ("The dog ran home. Tom was happy, and so was his dog.", "One day, the cat sat on a mat!")

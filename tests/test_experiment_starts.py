@@ -9,12 +9,12 @@ from conftest import CORPUS
 from transformers import LlamaForCausalLM
 
 from a3_hf import A3LlamaForCausalLM, DecoupledRopeLlamaForCausalLM
-from a3_hf import train as train_module
-from a3_hf.adapters import load_tokenizer
-from a3_hf.experiments import starts
-from a3_hf.experiments.starts import character_tokenizer, make_start
-from a3_hf.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
-from a3_hf.recipes import parse_recipe
+from a3_hf.adapters.checkpoints import load_tokenizer
+from a3_hf.experiments import initial_models as starts
+from a3_hf.experiments.initial_models import character_tokenizer, make_start
+from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
+from a3_hf.training import run as train_module
+from a3_hf.training.recipes import parse_recipe
 
 TEXT = "\n".join(CORPUS) + "  \t“café” — it's 3\r\n\n"
 CONFIG = {

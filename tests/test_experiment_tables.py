@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from a3_hf.experiments.tables import (
+from a3_hf.experiments.comparison import (
     MISSING,
     group_cells,
     list_table,

@@ -16,7 +16,7 @@ from a3_hf.cli import app
 from a3_hf.experiments import runner as runner_module
 from a3_hf.experiments.grid import check_record, read_experiment
 from a3_hf.experiments.runner import MEASURES, run
-from a3_hf.settings import check_settings
+from a3_hf.training.run_checks import check_settings
 
 pytest.importorskip("rouge_score")
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
-from a3_hf.arguments import DataArguments
-from a3_hf.data import load_rows
-from a3_hf.files import FileError, fingerprint, kind_of, read_documents
+from a3_hf.data.arguments import DataArguments
+from a3_hf.data.documents import FileError, fingerprint, kind_of, read_documents
+from a3_hf.data.packing import load_rows
 
 TEXTS = [f"document {number} of them" for number in range(300)]
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}

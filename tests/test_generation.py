@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from a3_hf import A3GenerationConfig
-from a3_hf.orders import GroupOrder
+from a3_hf.models.a3_llama.orders import GroupOrder
 from tests.conftest import tiny_model
 from tests.test_orders import ragged_mask
 

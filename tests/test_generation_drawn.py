@@ -12,9 +12,9 @@ from conftest import tiny_config
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import a3_hf.strategies as strategies
+import a3_hf.models.a3_llama.generation_strategies as strategies
 from a3_hf import A3LlamaForCausalLM
-from a3_hf.architectures import ARCHITECTURES
+from a3_hf.models.auto import ARCHITECTURES
 
 TOLERANCE = 1e-9
 VOCABULARY = 13

@@ -8,7 +8,7 @@ from conftest import tiny_config, tiny_model
 from test_generation_drawn import exact_model
 from transformers import LogitsProcessorList
 
-from a3_hf.architectures import ARCHITECTURES
+from a3_hf.models.auto import ARCHITECTURES
 
 KINDS = ["query_embed", "left_token", "decoupled_rope", "masked_diffusion"]
 

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TextStreamer
 from transformers.generation import BaseStreamer, CompileConfig
 
-from a3_hf.orders import GroupOrder
-from a3_hf.strategies import NonFiniteLogitsError
+from a3_hf.models.a3_llama.generation_decoder import NonFiniteLogitsError
+from a3_hf.models.a3_llama.orders import GroupOrder
 from tests.conftest import tiny_model
 from tests.test_generation import STRATEGIES, problem
 
@@ -97,7 +97,7 @@ def test_speculative_sampling_follows_the_sequential_joint(draft, order):
 
 def test_a_broken_accept_rule_would_be_seen(monkeypatch):
     """The check above sees a decoder that lets every draft stand."""
-    import a3_hf.strategies as strategies
+    import a3_hf.models.a3_llama.generation_strategies as strategies
 
     real = strategies.accept_drafts
 
@@ -288,7 +288,7 @@ def test_eos_leaves_nothing_undefined(model, name):
 
 @pytest.mark.parametrize("name", EVERY_STRATEGY)
 def test_time_that_has_passed_still_gives_a_whole_text(model, name, monkeypatch):
-    import a3_hf.strategies as strategies
+    import a3_hf.models.a3_llama.generation_strategies as strategies
 
     clock = itertools.count()
     monkeypatch.setattr(strategies.time, "perf_counter", lambda: float(next(clock)))
@@ -533,9 +533,9 @@ def test_a_step_reads_one_number_back_at_most(model, settings, monkeypatch):
     shapes of the next pass: one transfer (`tolist`), which does not count here.
     """
     monkeypatch.setattr(
-        "a3_hf.generation.fast_on_cpu", lambda model: nullcontext()
+        "a3_hf.models.a3_llama.generation.fast_on_cpu", lambda model: nullcontext()
     )  # inference mode hides what is read
-    monkeypatch.setattr("a3_hf.inputs.looks_at_values", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr("a3_hf.models.a3_llama.input_validation.looks_at_values", lambda tensor: False)  # as on a GPU
     counts, passes = [], []
     for num_tokens in (8, 16):
         with CountReadBacks() as counter:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from a3_hf import GroupOrder
-from a3_hf.masks import singleton_views
+from a3_hf.models.a3_llama.attention_masks import singleton_views
 from tests.conftest import tiny_model
 from tests.test_modeling import generation_order, group_by_group, leaks, random_ids, text_order
 from tests.test_orders import BUILDERS, generators, ragged_mask

@@ -21,12 +21,12 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from a3_hf import A3LlamaForCausalLM
-from a3_hf.evaluation.batched import Scored, cut_at
-from a3_hf.evaluation.causal import CausalLM
-from a3_hf.evaluation.harness import A3LM
-from a3_hf.evaluation.requests import Blank, LogLikelihood, take_blank
-from a3_hf.orders import GroupOrder
-from a3_hf.templates import Template
+from a3_hf.evaluation.lm_harness.a3_lm import A3LM
+from a3_hf.evaluation.lm_harness.batched_lm import Scored, cut_at
+from a3_hf.evaluation.lm_harness.causal_lm import CausalLM
+from a3_hf.evaluation.tasks.requests import Blank, LogLikelihood, take_blank
+from a3_hf.models.a3_llama.infilling_templates import Template
+from a3_hf.models.a3_llama.orders import GroupOrder
 from tests.conftest import tiny_model
 
 PAIRS = [
@@ -111,7 +111,7 @@ def test_orders_are_averaged_as_probabilities(source):
     """log-mean-exp over the same orders that one by one are drawn; never below the mean of their logarithms (Jensen)."""
     lm = like(source, order="random", num_orders=4, group_size=2, batch_size=2)
     answers = lm.loglikelihood(asking(PAIRS), disable_tqdm=True)
-    from a3_hf.orders import seed_of
+    from a3_hf.models.a3_llama.orders import seed_of
 
     context, ids = lm._encode_pair(*PAIRS[1])
     row = torch.tensor([[*context, *ids]])
@@ -241,7 +241,7 @@ def test_a_stop_sequence_may_be_a_special_token(case, block_length, monkeypatch)
 
 
 def test_long_contexts_are_cut_as_hf_cuts_them_and_said_once(source, caplog, monkeypatch):
-    from a3_hf.evaluation import batched
+    from a3_hf.evaluation.lm_harness import batched_lm as batched
 
     said = []
     monkeypatch.setattr(batched.logger, "warning", said.append)
@@ -436,7 +436,7 @@ def test_two_processes_answer_as_one(source, tmp_path):
             import json, sys
             import lm_eval
             from lm_eval.tasks import TaskManager
-            from a3_hf.evaluation.harness import A3LM
+            from a3_hf.evaluation.lm_harness.a3_lm import A3LM
 
             lm = A3LM(sys.argv[1], device="cpu", batch_size=2, order="random", num_orders=2)
             manager = TaskManager(include_defaults=False, include_path=sys.argv[2])
@@ -472,8 +472,9 @@ def test_two_processes_answer_as_one(source, tmp_path):
 
 
 def test_an_adapter_is_loaded_from_its_folder_alone_or_beside_its_base(source, tmp_path):
-    from a3_hf.adapters import attach, load_model
-    from a3_hf.arguments import LoraArguments
+    from a3_hf.adapters.arguments import LoraArguments
+    from a3_hf.adapters.checkpoints import load_model
+    from a3_hf.adapters.layers import attach
 
     adapted = attach(load_model(str(source)), LoraArguments(r=4, rows="slots"))
     with torch.no_grad():

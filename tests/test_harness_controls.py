@@ -8,10 +8,10 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoTokenizer
 
-from a3_hf.adapters import load_model
-from a3_hf.evaluation.harness import A3LM
-from a3_hf.evaluation.requests import Blank
-from a3_hf.orders import GroupOrder
+from a3_hf.adapters.checkpoints import load_model
+from a3_hf.evaluation.lm_harness.a3_lm import A3LM
+from a3_hf.evaluation.tasks.requests import Blank
+from a3_hf.models.a3_llama.orders import GroupOrder
 
 PAIRS = [
     ("w1 w2 w3", " w4 w5"),

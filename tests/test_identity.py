@@ -11,8 +11,8 @@ import torch
 from lm_eval.api.model import CachingLM
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from a3_hf.evaluation.causal import CausalLM
-from a3_hf.evaluation.harness import A3LM
+from a3_hf.evaluation.lm_harness.a3_lm import A3LM
+from a3_hf.evaluation.lm_harness.causal_lm import CausalLM
 from tests.test_harness import PAIRS, asking
 
 MODELS = {"a3": A3LM, "a3_ar": CausalLM}

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from a3_hf import A3LlamaForCausalLM
-from a3_hf.templates import Template, encode_piece, encode_template
+from a3_hf.models.a3_llama.infilling_templates import Template, encode_piece, encode_template
 from tests.conftest import tiny_model
 
 

@@ -12,7 +12,7 @@ from a3_hf import (
     MaskedDiffusionLlamaConfig,
     MaskedDiffusionLlamaForCausalLM,
 )
-from a3_hf.templates import Template, begins_with_space, special_token_ids
+from a3_hf.models.a3_llama.infilling_templates import Template, begins_with_space, special_token_ids
 from tests.conftest import tiny_config, tiny_model
 from tests.test_templates import kind
 

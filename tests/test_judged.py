@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("lm_eval")
 
-from a3_hf.evaluation.judged import judge_rows, judged_nats
-from a3_hf.templates import decode_after, encode_prompt
+from a3_hf.evaluation.measures.judge_perplexity import judge_rows, judged_nats
+from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_prompt
 from tests.conftest import CORPUS, tiny_config, tiny_model
 
 TEXTS = [CORPUS[0] * 2, "Short.", CORPUS[1] * 2, CORPUS[1] + CORPUS[0], CORPUS[0] + " Tom ran." + CORPUS[0]]

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from a3_hf.likelihood import token_log_probs
+from a3_hf.models.a3_llama.likelihood import token_log_probs
 from tests.conftest import tiny_model
 from tests.test_orders import generators, ragged_mask
 
@@ -48,7 +48,7 @@ def test_chunks_of_slots_change_nothing(model, monkeypatch):
     ids = torch.randint(3, 61, (2, 12), generator=generators(1)[0])
     groups = torch.arange(12).expand(2, -1)
     whole = model.log_likelihood(ids, groups)
-    monkeypatch.setattr("a3_hf.likelihood.SLOTS_PER_CHUNK", 5)
+    monkeypatch.setattr("a3_hf.models.a3_llama.likelihood.SLOTS_PER_CHUNK", 5)
     assert (model.log_likelihood(ids, groups) - whole).abs().max() < 1e-6
 
 

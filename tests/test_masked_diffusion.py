@@ -12,16 +12,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from a3_hf.arguments import DataArguments
-from a3_hf.base_trainer import NonFiniteLossError
-from a3_hf.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
-from a3_hf.corruption import check_mask_token, mask_by_count, mask_by_rate, spread_counts
-from a3_hf.data import RowCollator, load_rows
-from a3_hf.decoding import uniform_noise
-from a3_hf.diffusion_trainer import DiffusionTrainer
-from a3_hf.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
-from a3_hf.orders import seed_of
-from a3_hf.strategies import CRITERION, SAMPLE
+from a3_hf.data.arguments import DataArguments
+from a3_hf.data.collator import RowCollator
+from a3_hf.data.packing import load_rows
+from a3_hf.models.a3_llama.generation_decoder import CRITERION, SAMPLE
+from a3_hf.models.a3_llama.generation_sampling import uniform_noise
+from a3_hf.models.a3_llama.orders import seed_of
+from a3_hf.models.masked_diffusion_llama.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
+from a3_hf.models.masked_diffusion_llama.corruption import check_mask_token, mask_by_count, mask_by_rate, spread_counts
+from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
+from a3_hf.training.base_trainer import NonFiniteLossError
+from a3_hf.training.masked_diffusion_trainer import DiffusionTrainer
 
 MASK = 60
 
@@ -336,7 +337,9 @@ def test_the_monte_carlo_bound_converges_to_the_exact_one(model):
 def test_a_bound_depends_on_its_own_row_alone(model, monkeypatch):
     ids, _, real = problem()
     together = model.log_likelihood_bound(ids, real, num_samples=20, seed=4)
-    monkeypatch.setattr("a3_hf.diffusion_likelihood.TOKENS_PER_PASS", 35)  # three rows a pass
+    monkeypatch.setattr(
+        "a3_hf.models.masked_diffusion_llama.likelihood_masked_diffusion.TOKENS_PER_PASS", 35
+    )  # three rows a pass
     again = model.log_likelihood_bound(ids, real, num_samples=20, seed=4)
     alone = torch.cat(
         [model.log_likelihood_bound(ids[[row]][:, real[row]], num_samples=20, seed=4) for row in range(3)]

@@ -9,9 +9,10 @@ from test_modeling import ROUNDING, flex_uncompiled  # noqa: F401
 from test_orders import BUILDERS, generators, ragged_mask
 from torch.nn.functional import cross_entropy
 
-from a3_hf import GroupOrder, masks
-from a3_hf.masks import KeptViews, group_views, sees_something
-from a3_hf.trainer import model_inputs
+from a3_hf import GroupOrder
+from a3_hf.models.a3_llama import attention_masks as masks
+from a3_hf.models.a3_llama.attention_masks import KeptViews, group_views, sees_something
+from a3_hf.training.model_inputs import model_inputs
 
 LENGTH = 15
 

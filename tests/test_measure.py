@@ -7,10 +7,10 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 
-from a3_hf.adapters import attach
-from a3_hf.arguments import LoraArguments
-from a3_hf.evaluation.measure import app, read_documents
-from a3_hf.evaluation.results import read_results
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.layers import attach
+from a3_hf.cli.measures import app, read_documents
+from a3_hf.evaluation.reporting.results import read_results
 from tests.conftest import tiny_model
 
 WORDS = "w1,w2,w3"

@@ -11,10 +11,10 @@ import yaml
 from conftest import tiny_model
 from test_trainer import make_trainer, naive_loss, rows
 
-from a3_hf.base_trainer import row_generator
-from a3_hf.curriculum import Curriculum, draw_order
-from a3_hf.mixtures import RowKind, draw_rows
-from a3_hf.orders import GroupOrder
+from a3_hf.models.a3_llama.orders import GroupOrder
+from a3_hf.training.base_trainer import row_generator
+from a3_hf.training.curriculum import Curriculum, draw_order
+from a3_hf.training.order_sampling import RowKind, draw_rows
 
 README = Path(__file__).parents[1] / "README.md"
 LENGTH = 13  # BOS and 12 open tokens

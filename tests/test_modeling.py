@@ -17,8 +17,9 @@ from transformers import (
     TextStreamer,
 )
 
-from a3_hf import A3LlamaForCausalLM, A3LlamaModel, GroupOrder, masks
-from a3_hf.masks import singleton_views
+from a3_hf import A3LlamaForCausalLM, A3LlamaModel, GroupOrder
+from a3_hf.models.a3_llama import attention_masks as masks
+from a3_hf.models.a3_llama.attention_masks import singleton_views
 from tests.conftest import ROPES, tiny_config, tiny_model
 from tests.test_orders import BUILDERS, generators, ragged_mask
 

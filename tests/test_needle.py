@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from a3_hf.evaluation.needle import ANSWERS, FACT, QUESTION, Needle, make_needle, needle_rows, score_answers
-from a3_hf.templates import encode_piece, encode_prompt
+from a3_hf.evaluation.measures.needle import ANSWERS, FACT, QUESTION, Needle, make_needle, needle_rows, score_answers
+from a3_hf.models.a3_llama.infilling_templates import encode_piece, encode_prompt
 from tests.conftest import CORPUS, tiny_model
 
 HAY = " ".join(CORPUS[:10])

@@ -6,7 +6,7 @@ from conftest import tiny_config, tiny_model
 from transformers import DynamicCache
 
 from a3_hf import A3GenerationConfig
-from a3_hf.architectures import ARCHITECTURES
+from a3_hf.models.auto import ARCHITECTURES
 
 KINDS = ["query_embed", "left_token", "decoupled_rope", "masked_diffusion"]
 VOCABULARY, MASK_TOKEN = 61, 60

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from a3_hf import A3LlamaForCausalLM
-from a3_hf.adapters import attach
-from a3_hf.arguments import LoraArguments
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.layers import attach
 from a3_hf.cli import app
 from tests.conftest import tiny_model
 

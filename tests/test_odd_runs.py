@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from typer.testing import CliRunner
 
-from a3_hf import train as train_module
 from a3_hf.cli import app
-from a3_hf.locking import LOCK_FILE, sole_use
+from a3_hf.training import run as train_module
+from a3_hf.training.run_lock import LOCK_FILE, sole_use
 
 STEPS = 4
 ROOT = Path(__file__).parents[1]
@@ -321,7 +321,7 @@ def test_a_folder_is_for_one_run_at_a_time(source, tmp_path):
         [
             sys.executable,
             "-c",
-            f"import time; from a3_hf.locking import sole_use\nwith sole_use({str(tmp_path / 'out')!r}): "
+            f"import time; from a3_hf.training.run_lock import sole_use\nwith sole_use({str(tmp_path / 'out')!r}): "
             "print('held', flush=True); time.sleep(60)",
         ],
         stdout=subprocess.PIPE,
@@ -346,7 +346,7 @@ def test_children_do_not_hold_the_folder_on(tmp_path):
             time.sleep(60)
             os._exit(0)
     try:
-        check = f"from a3_hf.locking import sole_use\nwith sole_use({str(tmp_path / 'out')!r}): print('held')"
+        check = f"from a3_hf.training.run_lock import sole_use\nwith sole_use({str(tmp_path / 'out')!r}): print('held')"
         done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
         assert done.stdout == "held\n", done.stderr
     finally:

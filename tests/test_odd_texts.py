@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from a3_hf import A3GenerationConfig
-from a3_hf.templates import Template
+from a3_hf.models.a3_llama.infilling_templates import Template
 from tests.conftest import tiny_model
 from tests.test_templates import kind
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from a3_hf.orders import ORDERS, GroupOrder
+from a3_hf.models.a3_llama.orders import ORDERS, GroupOrder
 
 BUILDERS = {
     "left_to_right": lambda mask, gens: GroupOrder.left_to_right(mask),

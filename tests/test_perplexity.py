@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("lm_eval")
 
-from a3_hf.evaluation.perplexity import base_log_likelihoods, order_log_likelihoods, perplexity_rows
-from a3_hf.evaluation.running_text import Window, cut_windows, scale_rope
-from a3_hf.orders import GroupOrder, seed_of
-from a3_hf.templates import encode_prompt
+from a3_hf.evaluation.measures.perplexity import base_log_likelihoods, order_log_likelihoods, perplexity_rows
+from a3_hf.evaluation.measures.text_windows import Window, cut_windows, scale_rope
+from a3_hf.models.a3_llama.infilling_templates import encode_prompt
+from a3_hf.models.a3_llama.orders import GroupOrder, seed_of
 from tests.conftest import tiny_config, tiny_model
 
 TEXTS = ["Tom was happy, and so was his dog. One day, the cat sat on a mat!", "The dog – ran home.", "One"]
@@ -133,7 +133,7 @@ def test_it_is_what_lm_eval_measures(model, tokenizer):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from a3_hf.evaluation.harness import A3LM
+    from a3_hf.evaluation.lm_harness.a3_lm import A3LM
 
     base = tiny_base(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1)
     windows = cut_windows(tokenizer, TEXTS, 9)

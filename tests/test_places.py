@@ -7,12 +7,14 @@ from huggingface_hub import HfApi
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from a3_hf import A3LlamaForCausalLM, places
-from a3_hf.adapters import attach, base_of, load_model
-from a3_hf.arguments import LoraArguments
+from a3_hf import A3LlamaForCausalLM
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.checkpoints import base_of, load_model
+from a3_hf.adapters.layers import attach
 from a3_hf.cli import app
-from a3_hf.recipes import parse_recipe
-from a3_hf.train import run
+from a3_hf.models import locations as places
+from a3_hf.training.recipes import parse_recipe
+from a3_hf.training.run import run
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from conftest import tiny_config, tiny_model
 from typer.testing import CliRunner
 
 from a3_hf import A3LlamaConfig
-from a3_hf.arguments import LoraArguments
+from a3_hf.adapters.arguments import LoraArguments
 from a3_hf.cli import app
-from a3_hf.plan import ModelSize, activation_bytes, logits_bytes, state_bytes
+from a3_hf.training.dry_run import ModelSize, activation_bytes, logits_bytes, state_bytes
 
 ROOT = Path(__file__).parent.parent
 LLAMA_8B = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from a3_hf.plateaus import fitted_fall
+from a3_hf.training.plateaus import fitted_fall
 
 
 @pytest.mark.parametrize("length", [2, 3, 10, 51])

@@ -1,8 +1,8 @@
 import pytest
 from transformers.utils import is_matplotlib_available
 
-from a3_hf.plot import plot_losses
-from a3_hf.trainer import EVALUATION_ORDERS
+from a3_hf.training.loss_plot import plot_losses
+from a3_hf.training.trainer import EVALUATION_ORDERS
 
 STAGES = {"stages": ["ar", "permute"], "ends": [10, 30], "tokens_per_step": 1000}
 

@@ -5,8 +5,8 @@ import torch
 from conftest import tiny_config, tiny_model
 from peft import LoraConfig, get_peft_model
 
-from a3_hf.architectures import ARCHITECTURES
-from a3_hf.masks import group_views
+from a3_hf.models.a3_llama.attention_masks import group_views
+from a3_hf.models.auto import ARCHITECTURES
 
 NEW = {"max_new_tokens": 3, "eos_token_id": []}
 REFUSED = "past_key_values was not made by this model as it is now"

@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import a3_hf.streaming
+import a3_hf.data.mixture
 from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
 from a3_hf.cli import app
-from a3_hf.data import load_rows
-from a3_hf.recipes import parse_recipe
-from a3_hf.streaming import check_readers, open_mixture
+from a3_hf.data.mixture import check_readers, open_mixture
+from a3_hf.data.packing import load_rows
+from a3_hf.training.recipes import parse_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "experiments")
@@ -121,7 +121,7 @@ def test_hub_recipes_stream_the_papers_two_sources(path, monkeypatch):
 
     recipe = parse_recipe(path, ["--validation_documents", "10"])
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.model_name_or_path)
-    monkeypatch.setattr(a3_hf.streaming, "load_dataset_builder", Builder)
+    monkeypatch.setattr(a3_hf.data.mixture, "load_dataset_builder", Builder)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")),
         bos_token="<s>",

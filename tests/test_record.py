@@ -8,10 +8,10 @@ import pytest
 from test_resume import recipe as small_recipe
 from transformers import AutoTokenizer
 
-from a3_hf.arguments import LoraArguments
-from a3_hf.curriculum import Curriculum
-from a3_hf.record import RECORD_FILE, check_resume, describe, write_record
-from a3_hf.train import run
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.training.curriculum import Curriculum
+from a3_hf.training.run import run
+from a3_hf.training.run_record import RECORD_FILE, check_resume, describe, write_record
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from a3_hf.rendering import (
+from a3_hf.visualization.rendering import (
     PICTURES,
     Piece,
     _window,
@@ -115,7 +115,7 @@ def test_token_texts_join_to_the_whole_even_for_broken_characters(tokenizer, see
 def test_decoding_in_parts_equals_decoding_every_prefix(tokenizer, monkeypatch):
     ids = tokenizer.encode("The dog said 🙂 to Tom.\n\nZoë was happy, " * 12, add_special_tokens=False)
     in_parts = token_texts(tokenizer, ids)
-    monkeypatch.setattr("a3_hf.rendering.CUT_AFTER", len(ids))
+    monkeypatch.setattr("a3_hf.visualization.rendering.CUT_AFTER", len(ids))
     assert in_parts == token_texts(tokenizer, ids)
 
 

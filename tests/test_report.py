@@ -6,12 +6,12 @@ import math
 import pytest
 from transformers.utils import is_matplotlib_available
 
-from a3_hf.evaluation import report
-from a3_hf.evaluation.drawing import unbeaten
-from a3_hf.evaluation.published import COLUMNS, JUDGE_STEPS, JUDGED, RESULTS, SUSPECT, published_scores
-from a3_hf.evaluation.report import write_report
-from a3_hf.evaluation.results import read_results
-from a3_hf.evaluation.runs import DEFAULTS, Run, gather_scores, run_of
+from a3_hf.evaluation.reporting import report
+from a3_hf.evaluation.reporting.lm_eval_results import DEFAULTS, Run, gather_scores, run_of
+from a3_hf.evaluation.reporting.plots import unbeaten
+from a3_hf.evaluation.reporting.published import COLUMNS, JUDGE_STEPS, JUDGED, RESULTS, SUSPECT, published_scores
+from a3_hf.evaluation.reporting.report import write_report
+from a3_hf.evaluation.reporting.results import read_results
 
 needs_matplotlib = pytest.mark.skipif(not is_matplotlib_available(), reason="needs matplotlib")
 MULTIPLE_CHOICE = {"output_type": "multiple_choice"}
@@ -251,10 +251,10 @@ def test_settings_make_another_run():
     assert run_of(harness({}, model="LlamaForCausalLM", model_args=None)) == Run("LlamaForCausalLM", "", "")
 
 
-@pytest.mark.parametrize(("module", "model"), [("harness", "A3LM"), ("causal", "CausalLM")])
+@pytest.mark.parametrize(("module", "model"), [("a3_lm", "A3LM"), ("causal_lm", "CausalLM")])
 def test_the_defaults_are_the_models_own(module, model):
     pytest.importorskip("lm_eval")
-    loaded = pytest.importorskip(f"a3_hf.evaluation.{module}")
+    loaded = pytest.importorskip(f"a3_hf.evaluation.lm_harness.{module}")
     signature = inspect.signature(getattr(loaded, model)).parameters
     own = {name: one.default for name, one in signature.items() if one.default not in (None, inspect.Parameter.empty)}
     if model == "A3LM":
@@ -385,7 +385,7 @@ def test_the_papers_table():
 def test_the_papers_tasks_are_in_the_pack():
     """Each with the metric that its figures are set beside."""
     yaml = pytest.importorskip("yaml")
-    folder = report.Path(__file__).parents[1] / "eval" / "tasks"
+    folder = report.Path(__file__).parents[1] / "a3_hf" / "evaluation" / "tasks"
 
     class Loader(yaml.SafeLoader):
         pass

@@ -3,7 +3,7 @@ from importlib.metadata import version
 
 import pytest
 
-from a3_hf.evaluation.results import environment, read_results, write_result
+from a3_hf.evaluation.reporting.results import environment, read_results, write_result
 
 HARNESS = {"results": {"toy": {"acc,none": 0.5}}, "configs": {"toy": {}}, "config": {"model": "hf"}}
 

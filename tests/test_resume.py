@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from a3_hf import A3LlamaForCausalLM
-from a3_hf import train as train_module
-from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, Recipe
-from a3_hf.callbacks import InterruptCallback
-from a3_hf.checkpoints import last_whole_checkpoint
-from a3_hf.curriculum import Curriculum
+from a3_hf.data.arguments import DataArguments
+from a3_hf.training import run as train_module
+from a3_hf.training.arguments import A3TrainingArguments, ModelArguments, Recipe
+from a3_hf.training.callbacks import InterruptCallback
+from a3_hf.training.checkpoints import last_whole_checkpoint
+from a3_hf.training.curriculum import Curriculum
 
 MAX_STEPS = 12  # of 4 rows, in two epochs of 7 steps
 STAGES = [
@@ -34,7 +35,7 @@ STAGE_ENDS = [3, 8, 12]
 
 # A server that has imported everything once; its children start at once and can be killed.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["a3_hf.train"])
+processes.set_forkserver_preload(["a3_hf.training.run"])
 
 
 def recipe(source: Path, output_dir: Path, *, num_workers: int = 0) -> Recipe:

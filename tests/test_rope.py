@@ -6,7 +6,7 @@ from conftest import ROPES, tiny_config
 from test_generation_drawn import in_fp64
 
 from a3_hf import A3LlamaForCausalLM
-from a3_hf.architectures import ARCHITECTURES
+from a3_hf.models.auto import ARCHITECTURES
 
 LONGROPE = {
     "rope_type": "longrope",

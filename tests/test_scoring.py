@@ -5,7 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from a3_hf.cli import app
-from a3_hf.templates import encode_prompt
+from a3_hf.models.a3_llama.infilling_templates import encode_prompt
 from tests.conftest import tiny_model
 
 TEXT = "Tom was happy, and so was his dog."

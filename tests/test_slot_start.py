@@ -11,14 +11,15 @@ import torch
 from conftest import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from a3_hf import A3LlamaConfig, A3LlamaForCausalLM, GroupOrder, train
-from a3_hf.adapters import load_model, put_on
-from a3_hf.base_trainer import row_generator
-from a3_hf.masks import KeptViews, group_views
-from a3_hf.mixtures import RowKind, draw_rows
-from a3_hf.orders import left_tokens
-from a3_hf.recipes import parse_recipe
-from a3_hf.trainer import model_inputs
+from a3_hf import A3LlamaConfig, A3LlamaForCausalLM, GroupOrder
+from a3_hf.adapters.checkpoints import load_model, put_on
+from a3_hf.models.a3_llama.attention_masks import KeptViews, group_views
+from a3_hf.models.a3_llama.orders import left_tokens
+from a3_hf.training import run as train
+from a3_hf.training.base_trainer import row_generator
+from a3_hf.training.model_inputs import model_inputs
+from a3_hf.training.order_sampling import RowKind, draw_rows
+from a3_hf.training.recipes import parse_recipe
 
 
 def left_model(seed: int = 3, **changes) -> A3LlamaForCausalLM:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from lm_eval import tasks as stock_tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from a3_hf.evaluation import sources
+from a3_hf.evaluation.tasks import datasets as sources
 
 COUNT = 10
 NUMBERS = range(COUNT)

@@ -10,22 +10,23 @@ from datasets import Dataset, interleave_datasets
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-import a3_hf.streaming
+import a3_hf.data.mixture
 from a3_hf import Curriculum
-from a3_hf.arguments import A3TrainingArguments, DataArguments, SourceArguments
-from a3_hf.data import RowCollator, load_rows, pack_rows
-from a3_hf.streaming import (
+from a3_hf.data.arguments import DataArguments, SourceArguments
+from a3_hf.data.collator import RowCollator
+from a3_hf.data.mixture import (
     FAILURE,
     POSITION,
     MixtureBatches,
-    Source,
-    SourceError,
     StreamPosition,
-    StreamTrainer,
     check_readers,
     open_mixture,
     source_choices,
 )
+from a3_hf.data.packing import load_rows, pack_rows
+from a3_hf.data.sources import Source, SourceError
+from a3_hf.training.arguments import A3TrainingArguments
+from a3_hf.training.stream_trainer import StreamTrainer
 
 BOS, EOS = 1, 2
 
@@ -80,7 +81,7 @@ def mixture_of(tmp_path, words):
 
 @pytest.fixture
 def no_waits(monkeypatch):
-    monkeypatch.setattr(a3_hf.streaming, "RETRY_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(a3_hf.data.mixture, "RETRY_WAITS", (0.0, 0.0))
 
 
 def take(rows, count):
@@ -194,7 +195,7 @@ def test_shards_have_each_document_once(mixture_of, words, num_shards):
     for source in mixture.sources:
         found = []
         for shard in range(num_shards):
-            reader = a3_hf.streaming._Documents(source, shard=shard, num_shards=num_shards)
+            reader = a3_hf.data.sources._Documents(source, shard=shard, num_shards=num_shards)
             while True:
                 text = reader.next_document()
                 if reader.place[0]:
@@ -283,7 +284,7 @@ def test_a_validation_file_beside_sources(mixture_of, tmp_path, words):
 
 def test_an_empty_file_is_passed_over_and_named(mixture_of, tmp_path, words, monkeypatch):
     said = []
-    monkeypatch.setattr(a3_hf.streaming.logger, "warning", said.append)
+    monkeypatch.setattr(a3_hf.data.mixture.logger, "warning", said.append)
     for name, texts in (
         ("0.jsonl", []),
         ("1.jsonl", documents("a", 20)),
@@ -402,7 +403,7 @@ def test_a_source_that_fails_for_a_while_loses_nothing(mixture_of, monkeypatch, 
 
 
 def test_a_damaged_file_is_named_and_not_tried_again(mixture_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(a3_hf.streaming.time, "sleep", None)
+    monkeypatch.setattr(a3_hf.data.mixture.time, "sleep", None)
     path = write(tmp_path / "a.jsonl", documents("a", 50))
     with open(path, "a") as file:
         file.write("{nonsense\n")
@@ -480,15 +481,16 @@ def test_sources_of_the_hub_are_opened_as_streams(monkeypatch, tmp_path):
         assert (name, config) == ("some/data", "part")
         return load_dataset_builder("json", data_files=str(tmp_path / "*.jsonl"))
 
-    monkeypatch.setattr(a3_hf.streaming, "load_dataset_builder", hub)
+    monkeypatch.setattr(a3_hf.data.mixture, "load_dataset_builder", hub)
     arguments = SourceArguments(dataset_name="some/data", dataset_config_name="part")
-    source = a3_hf.streaming.open_source("hub", arguments)
+    source = a3_hf.data.sources.open_source("hub", arguments)
     assert [text for file in range(3) for text in source.texts(file)] == documents("a", 90)
     assert list(source.texts(1, start=25)) == documents("a", 90)[55:60]
     before = source.versions
     write(tmp_path / "1.jsonl", documents("b", 30))
     assert [
-        one == other for one, other in zip(before, a3_hf.streaming.open_source("hub", arguments).versions, strict=True)
+        one == other
+        for one, other in zip(before, a3_hf.data.sources.open_source("hub", arguments).versions, strict=True)
     ] == [
         True,
         False,
@@ -503,9 +505,9 @@ def test_a_source_of_the_hub_is_read_by_its_column_alone(monkeypatch, tmp_path):
     records = [{"text": None, "n": 1}] * 400 + [{"text": f"a{n}", "n": "one", "new": [n]} for n in range(50)]
     (tmp_path / "0.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.setattr(
-        a3_hf.streaming,
+        a3_hf.data.mixture,
         "load_dataset_builder",
         lambda name, config: load_dataset_builder("json", data_files=str(tmp_path / "*.jsonl"), chunksize=1 << 10),
     )
-    source = a3_hf.streaming.open_source("hub", SourceArguments(dataset_name="some/data"))
+    source = a3_hf.data.sources.open_source("hub", SourceArguments(dataset_name="some/data"))
     assert [text for text in source.texts(0) if text] == [f"a{n}" for n in range(50)]

@@ -19,12 +19,13 @@ from conftest import tiny_config
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from a3_hf import streaming
-from a3_hf import train as train_module
-from a3_hf.arguments import A3TrainingArguments, DataArguments, ModelArguments, Recipe
-from a3_hf.curriculum import Curriculum
-from a3_hf.streaming import Source
-from a3_hf.trainer import A3Trainer
+from a3_hf.data import mixture as streaming
+from a3_hf.data.arguments import DataArguments
+from a3_hf.data.sources import Source
+from a3_hf.training import run as train_module
+from a3_hf.training.arguments import A3TrainingArguments, ModelArguments, Recipe
+from a3_hf.training.curriculum import Curriculum
+from a3_hf.training.trainer import A3Trainer
 
 STEPS, ROWS_PER_STEP, BLOCK_SIZE, NUM_SHARDS = 18, 8, 8, 4
 STAGES = [
@@ -36,7 +37,7 @@ DOCUMENTS = {"a": 150, "b": 90}
 
 # A server that has imported everything once; its children start at once and can be killed.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["a3_hf.train"])
+processes.set_forkserver_preload(["a3_hf.training.run"])
 
 
 @pytest.fixture(scope="module")

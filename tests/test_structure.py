@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,157 +15,80 @@ from a3_hf.cli import app
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "a3_hf"
-# Each file may import from those that stand before it, in its own line excepted.
-LAYERS = [
-    {"orders", "masks", "decoding", "configuration_a3_llama", "rendering", "templates", "cache", "caching", "cpu"}
-    | {"inputs", "rope", "chunked_loss", "plateaus", "throughput", "checkpoints", "configuration_decoupled_rope_llama"}
-    | {"configuration_masked_diffusion_llama", "corruption", "loading", "checking", "versions", "files", "locking"}
-    | {"places", "outputs", "training_fields", "even_rows"},
-    {"mixtures"},
-    {"stages"},
-    {"curriculum", "auxiliary", "likelihood", "generation_config", "lengths", "scoring"},
-    {"canvas", "observers", "diffusion_likelihood"},
-    {"processors"},
-    {"strategies"},
-    {"generation"},
-    {"infilling", "decoupled_generation"},
-    {"modeling_a3_llama", "unmasking"},
-    {"modeling_decoupled_rope_llama", "modeling_masked_diffusion_llama"},
-    {"architectures", "base_trainer", "callbacks", "pipeline"},
-    {"trainer", "diffusion_trainer"},
-    {"arguments"},
-    {"recipes"},
-    {"data", "adapters", "record", "plot"},
-    {"streaming", "plan", "registration"},
-    {"settings"},
-    {"train", "commands"},
-    {"evaluation"},
-    {"experiments"},
-    {"cli"},
-    {"__init__", "__main__"},
-]
-# The same within each folder, whose files may also import from those of the layers before it.
-FOLDERS = {
-    "evaluation": [
-        {"requests", "results", "identity", "runs", "speed", "running_code", "running_text", "published", "__init__"},
-        {"batched", "sources", "drawing"},
-        {"harness", "tasks"},
-        {"causal", "perplexity", "judged", "needle", "calibration"},
-        {"measure", "report"},
-        {"command"},
-    ],
-    "experiments": [
-        {"trained", "starts", "tables", "__init__"},
-        {"subjects", "drawing"},
-        {"losses", "infilling", "samples", "presenting"},
-        {"attention", "decoding", "grid"},
-        {"runner"},
-    ],
+# Each folder (or file at the top) may import from itself and from these; a folder's name stands for what is in it, too.
+MAY_IMPORT = {
+    "models.a3_llama": "",
+    "models.decoupled_rope_llama": "models.a3_llama",
+    "models.masked_diffusion_llama": "models.a3_llama",
+    "models": "",
+    "settings": "",
+    "adapters": "models settings",
+    "data": "settings",
+    "training": "models adapters data settings",
+    "evaluation": "models adapters data settings training",
+    "experiments": "models adapters data settings training evaluation",
+    "visualization": "models",
+    "versions": "",
+    "pipeline": "models",
+    "registration": "models adapters training pipeline versions",
+    "cli": "models adapters data settings training evaluation experiments visualization registration versions",
 }
-PURE = {"orders", "masks", "decoding"}
-FLAT = {
-    "outputs",
-    "configuration_decoupled_rope_llama",
-    "configuration_masked_diffusion_llama",
-    "corruption",
-    "decoupled_generation",
-    "diffusion_likelihood",
-    "modeling_decoupled_rope_llama",
-    "modeling_masked_diffusion_llama",
-    "unmasking",
-    "chunked_loss",
-    "configuration_a3_llama",
-    "modeling_a3_llama",
-    "generation_config",
-    "cache",
-    "caching",
-    "cpu",
-    "canvas",
-    "observers",
-    "processors",
-    "strategies",
-    "generation",
-    "infilling",
-    "templates",
-    "lengths",
-    "scoring",
-    "likelihood",
-    "loading",
-    "masks",
-    "inputs",
-    "rope",
-    "orders",
-    "decoding",
-    "pipeline",
+# Where a library may be imported, by the start of a module's name.
+ONLY_IN = {
+    "typer": "cli",
+    "matplotlib": ("training.loss_plot", "evaluation", "experiments.plots", "cli.measures"),
+    "lm_eval": "evaluation",
+}
+MODULES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
 }
 
 
 def imports(name: str) -> tuple[set[str], set[str]]:
-    """Modules of the package (by relative import) and outside it that a file imports anywhere, functions included."""
+    """Modules of the package, and libraries, that a module imports anywhere, functions included."""
     inside, outside = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is None:
+    folder = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            inside |= {f"{folder}.{node.module or alias.name}".lstrip(".") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "a3_hf":
             inside |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 1:
-            inside.add(node.module.split(".")[0])
-        elif isinstance(node, ast.ImportFrom) and node.level == 2:
-            inside |= {f"..{alias.name}" for alias in node.names} if node.module is None else {f"..{node.module}"}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.startswith("a3_hf."):
+            inside.add(node.module.removeprefix("a3_hf."))
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports from another folder are absolute"
             outside.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
             outside |= {alias.name.split(".")[0] for alias in node.names}
     return inside, outside
 
 
-def test_every_folder_of_the_package_is_installed():
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        packages = tomllib.load(file)["tool"]["setuptools"]["packages"]
-    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("__init__.py")}
-    assert folders <= set(packages)
+def is_in(name: str, folder: str) -> bool:
+    return name == folder or name.startswith(f"{folder}.")
 
 
-def test_every_file_has_a_layer():
-    files = {path.stem for path in PACKAGE.glob("*.py")} | set(FOLDERS)
-    assert sorted(files) == sorted(set().union(*LAYERS))
-    for folder, layers in FOLDERS.items():
-        files = {path.stem for path in (PACKAGE / folder).glob("*.py")}
-        assert sorted(files) == sorted(set().union(*layers))
-
-
-@pytest.mark.parametrize(
-    ("folder", "name"), [(folder, name) for folder, layers in FOLDERS.items() for name in sorted(set().union(*layers))]
-)
-def test_imports_inside_a_folder_run_one_way(folder, name):
-    inside, outside = imports(f"{folder}/{name}")
-    depth = next(index for index, layer in enumerate(FOLDERS[folder]) if name in layer)
-    below = set().union(*LAYERS[: LAYERS.index({folder})])
-    inside = {f"..{other.removeprefix('..').split('.')[0]}" if other.startswith("..") else other for other in inside}
-    allowed = set().union(*FOLDERS[folder][:depth]) | {f"..{other}" for other in below}
-    assert inside <= allowed, f"{folder}/{name} imports {inside - allowed}, which stand beside or above it"
-    assert "a3_hf" not in outside
-
-
-@pytest.mark.parametrize("name", sorted(set().union(*LAYERS) - set(FOLDERS)))
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"__init__", "__main__"}))
 def test_imports_run_one_way(name):
     inside, outside = imports(name)
-    depth = next(index for index, layer in enumerate(LAYERS) if name in layer)
-    allowed = set().union(*LAYERS[:depth])
-    assert inside <= allowed, f"{name} imports {inside - allowed}, which stand beside or above it"
-    assert "a3_hf" not in outside, "relative imports only: a checkpoint carries these files along"
-    if name in PURE:
-        assert not outside & {"transformers", "accelerate", "datasets", "peft"}
-    if name in FLAT:
-        assert inside <= FLAT, "a checkpoint with its own code carries the model's files only"
+    own = next(folder for folder in MAY_IMPORT if is_in(name, folder))
+    allowed = [own, *MAY_IMPORT[own].split()]
+    wrong = {other for other in inside if not any(is_in(other, folder) for folder in allowed)}
+    assert not wrong, f"{name} imports {wrong}; {own} may import from {allowed}"
+    for library, places in ONLY_IN.items():
+        assert library not in outside or name.startswith(places), f"{name} imports {library}"
+    if own == "models.a3_llama":  # a checkpoint carries these files along
+        assert outside <= {"torch", "transformers", "safetensors", *sys.stdlib_module_names}
+
+
+def test_every_folder_of_the_package_is_one():
+    assert {path.parent for path in MODULES.values()} == {path.parent for path in PACKAGE.rglob("__init__.py")}
 
 
 def test_modeling_draws_nothing_at_random_and_generation_does_not_know_it():
-    assert not re.search(r"torch\.(rand|randn|randint|randperm|multinomial|bernoulli)\b", read("modeling_a3_llama"))
-    assert "modeling_a3_llama" not in imports("generation")[0]
-    assert not imports("cli")[0] & {"decoding", "masks"}
-
-
-def read(name: str) -> str:
-    return (PACKAGE / f"{name}.py").read_text()
+    source = MODULES["models.a3_llama.modeling_a3_llama"].read_text()
+    assert not re.search(r"torch\.(rand|randn|randint|randperm|multinomial|bernoulli)\b", source)
+    assert "models.a3_llama.modeling_a3_llama" not in imports("models.a3_llama.generation")[0]
 
 
 def test_contract_names():
@@ -178,12 +100,12 @@ def test_contract_names():
         assert callable(getattr(a3_hf.A3LlamaForCausalLM, method))
 
 
-def test_the_readmes_tree_names_every_file_with_its_phrase():
-    readme = (ROOT / "README.md").read_text()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        assert re.search(rf"^\s*{re.escape(path.name)}\s+\S+", readme, re.MULTILINE), f"README's tree lacks {path.name}"
-    for name in re.findall(r"^\s{2,4}(\w+\.py)\s", readme, re.MULTILINE):
-        assert list(ROOT.glob(f"*/**/{name}")), f"README's tree names {name}, which does not exist"
+def test_the_readmes_tree_names_what_exists():
+    tree = (ROOT / "README.md").read_text().split("## Layout")[1]
+    for name in re.findall(r"^\s*([\w/]+/)\s", tree, re.MULTILINE):
+        assert list(ROOT.rglob(name.rstrip("/"))), f"README's tree names {name}, which does not exist"
+    for folder in (path.parent.name for path in PACKAGE.glob("*/__init__.py")):
+        assert re.search(rf"^\s*{folder}/\s+\S+", tree, re.MULTILINE), f"README's tree lacks {folder}"
 
 
 def commands() -> list[str]:

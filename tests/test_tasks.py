@@ -15,12 +15,12 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from a3_hf.evaluation import tasks
-from a3_hf.evaluation.requests import LogLikelihood, take_blank
-from a3_hf.evaluation.running_code import run_program
+from a3_hf.evaluation.tasks import functions as tasks
+from a3_hf.evaluation.tasks.code_execution import run_program
+from a3_hf.evaluation.tasks.requests import LogLikelihood, take_blank
 from tests.test_sources import COUNT, LOCAL, STOCK, write_all, write_items
 
-PACK = Path(__file__).parents[1] / "eval" / "tasks"
+PACK = Path(__file__).parents[1] / "a3_hf" / "evaluation" / "tasks"
 ROUGE = {"rouge1", "rouge2", "rougeL"}
 METRICS = {
     "hellaswag": {"acc", "acc_norm"},
@@ -233,7 +233,7 @@ def test_a_stock_task_differs_from_lm_evals_only_in_where_its_items_come_from(na
 
     assert comparable(ours) == comparable(stock)
     assert "tag" not in ours, "a tag here would take the place of lm-eval's, with this task alone"
-    assert ours["custom_dataset"].__module__ == "a3_hf.evaluation.sources"
+    assert ours["custom_dataset"].__module__ == "a3_hf.evaluation.tasks.datasets"
 
 
 # Multiple choice

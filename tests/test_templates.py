@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from a3_hf.templates import (
+from a3_hf.models.a3_llama.infilling_templates import (
     Template,
     begins_with_space,
     decode_parts,

@@ -4,8 +4,8 @@ from conftest import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from a3_hf import throughput
-from a3_hf.throughput import Meter, peak_flops, peak_memory_mib, training_flops
+from a3_hf.training import throughput
+from a3_hf.training.throughput import Meter, peak_flops, peak_memory_mib, training_flops
 
 
 @pytest.mark.parametrize("slots", [True, False])

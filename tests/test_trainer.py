@@ -10,13 +10,20 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from a3_hf.base_trainer import EVALUATION_SEED, NonFiniteLossError, first_row_index, given_tokens, row_generator
-from a3_hf.callbacks import InterruptCallback, MetricsFileCallback
-from a3_hf.checkpoints import last_whole_checkpoint, set_aside, what_is_missing
-from a3_hf.curriculum import Curriculum, CurriculumCallback
-from a3_hf.orders import GroupOrder
-from a3_hf.throughput import training_flops
-from a3_hf.trainer import A3Trainer
+from a3_hf.models.a3_llama.orders import GroupOrder
+from a3_hf.training.base_trainer import (
+    EVALUATION_SEED,
+    NonFiniteLossError,
+    first_row_index,
+    given_tokens,
+    row_generator,
+)
+from a3_hf.training.callbacks import InterruptCallback, MetricsFileCallback
+from a3_hf.training.checkpoints import last_whole_checkpoint, set_aside, what_is_missing
+from a3_hf.training.curriculum import Curriculum
+from a3_hf.training.curriculum_callbacks import CurriculumCallback
+from a3_hf.training.throughput import training_flops
+from a3_hf.training.trainer import A3Trainer
 
 STAGES = [
     {"name": "ar", "until": 1},
@@ -433,7 +440,7 @@ DAMAGE = {
 def test_half_written_checkpoints_are_skipped_and_named(tmp_path, saved, damage, monkeypatch):
     import shutil
 
-    from a3_hf import checkpoints
+    from a3_hf.training import checkpoints
 
     for step in (3, 4):
         shutil.copytree(saved / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")

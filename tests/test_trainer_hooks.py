@@ -12,11 +12,12 @@ from peft.tuners.lora import Linear as LoraLinear
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from a3_hf import A3LlamaForCausalLM, A3Trainer, Curriculum, adapters
-from a3_hf.adapters import SlotLinear, SlotLoraConfig, attach
-from a3_hf.arguments import LoraArguments
-from a3_hf.chunked_loss import slot_cross_entropy
-from a3_hf.data import RowCollator
+from a3_hf import A3LlamaForCausalLM, A3Trainer, Curriculum
+from a3_hf.adapters import checkpoints as adapters
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.layers import SlotLinear, SlotLoraConfig, attach
+from a3_hf.data.collator import RowCollator
+from a3_hf.models.a3_llama.chunked_cross_entropy import slot_cross_entropy
 
 ROWS = [
     {"input_ids": ids, "attention_mask": [1] * 10, "labels": [-100, *ids[1:]]}

@@ -5,9 +5,9 @@ from dataclasses import MISSING, fields
 import pytest
 from transformers import TrainingArguments
 
-from a3_hf import training_fields
-from a3_hf.arguments import A3TrainingArguments
-from a3_hf.training_fields import RANGES, REFUSED, REFUSED_WITH_SOURCES, USED
+from a3_hf.training import trainer_fields as training_fields
+from a3_hf.training.arguments import A3TrainingArguments
+from a3_hf.training.trainer_fields import RANGES, REFUSED, REFUSED_WITH_SOURCES, USED
 
 NAMES = {f.name for f in fields(TrainingArguments)}
 NEWER = {

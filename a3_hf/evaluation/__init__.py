@@ -1,1 +1,1 @@
-"""Evaluation: lm-eval models and tasks, measurements beyond tasks, reports. Needs the extra `eval`."""
+"""Evaluation: lm-eval models and tasks, further measures, reports. Needs the extra `eval`."""

@@ -1,1 +1,1 @@
-"""Experiments: grids of complete runs, each trained, measured, tabled and drawn."""
+"""Experiments: grids of complete runs, each trained, measured, tabled and plotted."""

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import Recipe
-from ..checking import check_keys, nearest
-from ..recipes import build_recipe, known_settings, read_settings
-from .presenting import check_report
+from a3_hf.settings import check_keys, nearest
+from a3_hf.training.arguments import Recipe
+from a3_hf.training.recipes import build_recipe, known_settings, read_settings
+
+from .report import check_report
 
 FOLDER = Path("recipes/experiments")
 KEYS = ("question", "recipe", "settings", "start", "arms", "axes", "measures", "report", "sizes")

@@ -17,20 +17,21 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerState
 
-from .. import train
-from ..adapters import load_model, load_tokenizer
-from ..data import load_documents
-from ..evaluation.results import environment
-from ..plot import loss_names
-from .attention import measure_attention
-from .decoding import measure_decoding
+from a3_hf.adapters.checkpoints import load_model, load_tokenizer
+from a3_hf.data.loading import load_documents
+from a3_hf.evaluation.measures.attention_distance import measure_attention
+from a3_hf.evaluation.measures.coherence_diversity import measure_samples
+from a3_hf.evaluation.measures.decoding_frontier import measure_decoding
+from a3_hf.evaluation.measures.infilling_quality import measure_infilling, measure_infilling_rocstories
+from a3_hf.evaluation.measures.order_losses import measure_losses
+from a3_hf.evaluation.measures.trained_run import Trained
+from a3_hf.evaluation.reporting.results import environment
+from a3_hf.training import run as train
+from a3_hf.training.loss_plot import loss_names
+
 from .grid import Cell, Experiment, check_record
-from .infilling import measure_infilling, measure_infilling_rocstories
-from .losses import measure_losses
-from .presenting import present
-from .samples import measure_samples
-from .starts import make_start
-from .trained import Trained
+from .initial_models import make_start
+from .report import present
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "losses": measure_losses,

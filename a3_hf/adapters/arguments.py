@@ -1,0 +1,43 @@
+"""Settings of a LoRA adapter in a recipe."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LoraArguments:
+    """Low-rank adapters in place of the whole model's weights: the recipe's `lora: {r: 16, …}`. The
+    paper trains all weights; none of this is in it.
+
+    Args:
+        r: the rank.
+        alpha: the adapters' product is added times alpha / r.
+        dropout: on what goes into an adapter, in training.
+        target: linear layers of the decoder, by the ends of their names (`q_proj`, `layers.3.mlp.up_proj`), or
+            `"all-linear"`, all that `rows` allows.
+        rows: `"all"` adapts both streams; `"slots"` adapts the query slots alone, so that the content stream stays the
+            LLaMA it was, bit for bit.
+
+    Raises:
+        ValueError: a number out of range, no target, or one that comes twice.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target: list[str] | Literal["all-linear"] = "all-linear"
+    rows: Literal["all", "slots"] = "all"
+
+    def __post_init__(self):
+        if self.r < 1:
+            raise ValueError(f"lora.r={self.r}: takes 1 or more")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha={self.alpha}: takes a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout}: takes 0 or more, and less than 1")
+        if self.rows not in ("all", "slots"):
+            raise ValueError(f"lora.rows={self.rows!r}: takes 'all' or 'slots'")
+        if self.target != "all-linear" and (isinstance(self.target, str) or not self.target):
+            raise ValueError(f"lora.target={self.target!r}: takes a list of names, or 'all-linear'")
+        if self.target != "all-linear" and len(set(self.target)) < len(self.target):
+            raise ValueError(f"lora.target={self.target!r}: a name comes twice")

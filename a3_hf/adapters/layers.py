@@ -1,0 +1,179 @@
+"""LoRA layers on all rows or on the query slots alone, attached to a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
+
+from .arguments import LoraArguments
+
+ADAPTER = "default"  # peft's name of the one adapter
+
+
+# In adapter_config.json, where peft writes LORA: peft alone would adapt all rows, and so it must not load such a file.
+SLOT_ADAPTER_TYPE = "A3_SLOT_LORA"
+
+
+CONTENT_ONLY = ("k_proj", "v_proj")  # no slot passes these
+
+
+class SlotLinear(LoraLinear):
+    # Identical to peft's LoRA around a linear layer except: the adapter acts on the last `num_slots` rows alone. The others
+    # are what the base makes of them, and without slots nothing else is computed.
+    num_slots = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self.base_layer(x)
+        if self.num_slots == 0 or self.disable_adapters:
+            return result
+        # From the end: in the last layer the content rows may be gone by now.
+        slots = x[:, -self.num_slots :]
+        content, adapted = result[:, : -self.num_slots], result[:, -self.num_slots :]
+        for name in self.active_adapters:
+            down, up = self.lora_A[name], self.lora_B[name]
+            change = up(down(self.lora_dropout[name](slots.to(down.weight.dtype)))) * self.scaling[name]
+            adapted = adapted + change.to(result.dtype)
+        return torch.cat([content, adapted], dim=1)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(NOT_MERGED)
+
+
+NOT_MERGED = (
+    "an adapter with rows: slots can't be merged: content tokens pass the same weights without it; use it as it is, beside "
+    "its base"
+)
+
+
+@dataclass
+class A3LoraConfig(LoraConfig):
+    # Identical to LoraConfig except: it says what slots start as in the model that the adapter was trained in. None: it was
+    # saved when that was left to its base.
+    slot_start: str | None = None
+
+
+@dataclass
+class SlotLoraConfig(A3LoraConfig):
+    # Identical to A3LoraConfig except: linear layers become `SlotLinear`, and the file says so.
+    def __post_init__(self):
+        super().__post_init__()
+        self._register_custom_module({nn.Linear: SlotLinear})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "peft_type": SLOT_ADAPTER_TYPE}
+
+
+class _LoadedByA3Alone:
+    """Stands where peft and transformers look up what to make of a slots adapter: they would put it on all rows."""
+
+    def __init__(self, **settings):
+        raise ValueError(
+            f"an adapter of type {SLOT_ADAPTER_TYPE} acts on the query slots of an A3 model alone, which peft and the Auto "
+            "classes don't know: load it by a3_hf.adapters.checkpoints.load_model(path), whose model has all of peft's methods"
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args, **settings):
+        return cls()
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SLOT_ADAPTER_TYPE] = _LoadedByA3Alone
+
+
+def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
+    """Puts fresh adapters (which change nothing yet) into a model, from the global generator, and freezes all else but
+    `query_embed`, which is trained and saved with them. What is trained is in fp32, whatever the base is.
+
+    Raises:
+        ValueError: a target that matches nothing, or that no slot passes where `rows` is `"slots"`.
+    """
+    kind = SlotLoraConfig if lora.rows == "slots" else A3LoraConfig
+    return wrap_model(
+        model,
+        kind(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=target_names(model, lora),
+            modules_to_save=["query_embed"],
+            slot_start=model.config.slot_start,
+        ),
+    )
+
+
+def wrap_model(model: A3LlamaForCausalLM, config: A3LoraConfig) -> PeftModel:
+    adapted = get_peft_model(model, config, adapter_name=ADAPTER)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # in bfloat16 most steps of an optimiser would be rounded away
+    if isinstance(config, SlotLoraConfig):
+        _check_slots_alone(adapted)
+    for layer in model.model.layers:
+        linears = [module for module in layer.modules() if isinstance(module, SlotLinear)]
+        if linears:
+            # On attention, not on the layer or the model: gradient checkpointing runs it once more before the others.
+            layer.self_attn.register_forward_pre_hook(partial(_count_slots, linears), with_kwargs=True)
+    return adapted
+
+
+def _check_slots_alone(adapted: PeftModel) -> None:
+    """Whether peft made every adapted layer the kind that leaves content rows alone.
+
+    Raises:
+        RuntimeError: it made others, or none.
+    """
+    others = {
+        type(module).__name__
+        for module in adapted.modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, SlotLinear)
+    }
+    if others or not any(isinstance(module, SlotLinear) for module in adapted.modules()):
+        raise RuntimeError(
+            f"peft {peft.__version__} made {', '.join(sorted(others)) or 'no layer'} where rows: slots takes SlotLinear: "
+            "LoraConfig._register_custom_module has no effect there, and adapters would act on content tokens"
+        )
+
+
+def _count_slots(linears: Sequence[SlotLinear], attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    for linear in linears:
+        linear.num_slots = hidden_states.shape[1] - kwargs["content_length"]
+
+
+def target_names(model: nn.Module, lora: LoraArguments) -> list[str]:
+    """The target of `lora` in a model as peft takes it: ends of names of linear layers.
+
+    Raises:
+        ValueError: a target that matches no linear layer of the decoder, or that no slot passes where `rows` is `"slots"`.
+    """
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in f".{name}"
+    ]
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    if lora.rows == "slots":
+        kinds = [kind for kind in kinds if kind not in CONTENT_ONLY]
+    if lora.target == "all-linear":
+        return kinds
+    for target in lora.target:
+        matched = [name for name in linears if f".{name}".endswith(f".{target}")]
+        if not matched:
+            raise ValueError(
+                f"lora.target: {target!r} matches no linear layer of the decoder; there are {', '.join(kinds)}, in all "
+                f"layers or in one ({linears[0]!r})"
+            )
+        if lora.rows == "slots" and matched[0].endswith(CONTENT_ONLY):
+            raise ValueError(
+                f"lora.target: {target!r} makes keys or values, which content alone has; with rows: slots it takes "
+                f"{', '.join(kinds)}"
+            )
+    return lora.target

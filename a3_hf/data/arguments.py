@@ -1,0 +1,163 @@
+"""Settings of the data in a recipe."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from a3_hf.settings import check_keys, checked_value, shown_value
+
+
+@dataclass(frozen=True)
+class SourceArguments:
+    """One source of a mixture that is read while training goes on, as an entry of the recipe's `sources` says it:
+    `fineweb: {dataset_name: HuggingFaceFW/fineweb, dataset_config_name: sample-10BT, weight: 0.5}`, or
+    `stories: {path: stories/*.jsonl.zst}`; see `a3_hf.data.mixture`.
+
+    Args:
+        path: a file, or a pattern of files that are of one kind: .jsonl, .json or .txt, plain or as .gz or .zst; .parquet.
+        dataset_name: a dataset of the hub, in place of `path`; with its configuration and split.
+        text_column: column of the text; .txt files have 'text' only.
+        weight: the share of its documents among those drawn; weights need not sum to 1.
+
+    Raises:
+        ValueError: neither `path` nor `dataset_name`, or both; a weight that is not above 0.
+    """
+
+    path: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_split: str = "train"
+    text_column: str = "text"
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if (self.path is None) == (self.dataset_name is None):
+            raise ValueError(
+                f"path={self.path!r}, dataset_name={self.dataset_name!r}: set one of the two, and one only"
+            )
+        if self.dataset_name is None and self.dataset_config_name is not None:
+            raise ValueError(f"dataset_config_name={self.dataset_config_name!r} has no effect without dataset_name")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight={self.weight}: takes a number above 0")
+
+
+def _sources(config: Any) -> dict[str, SourceArguments]:
+    hints = get_type_hints(SourceArguments)
+    if not isinstance(config, Mapping) or not config:
+        raise ValueError(f"sources: takes a mapping {{name: {{path: …, weight: …}}}}, got {shown_value(config)}")
+    sources = {}
+    for name, source in config.items():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name):
+            raise ValueError(f"sources: a source's name is letters, digits, _ and -, got {shown_value(name)}")
+        if isinstance(source, Mapping):
+            check_keys(f"sources: {name}", source, hints)
+            checked = {key: checked_value(key, value, hints[key], f"sources: {name}") for key, value in source.items()}
+            try:
+                source = SourceArguments(**checked)
+            except ValueError as error:
+                raise ValueError(f"sources: {name}: {error}") from error
+        if not isinstance(source, SourceArguments):
+            raise ValueError(f"sources: {name} takes a mapping of {', '.join(hints)}, got {shown_value(source)}")
+        sources[name] = source
+    return sources
+
+
+@dataclass
+class DataArguments:
+    """Where text comes from and how it becomes rows; see `data.packing.load_rows`, and `data.mixture` for `sources`.
+    Relative paths start at the current directory.
+
+    Raises:
+        ValueError: no source, or two; two sources of validation; a number out of range; a setting that would have no
+            effect beside the others.
+    """
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "A .txt, .jsonl, .json or .parquet file; the first three also as .gz or .zst."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the hub, in place of train_file."})
+    sources: dict | None = field(
+        default=None,
+        metadata={"help": "In place of both, a mixture that is read during training: {name: {path: …, weight: …}}."},
+    )
+    num_shards: int = field(
+        default=16, metadata={"help": "With sources: parts that the text is cut into, for the readers to share out."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of dataset_name."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of dataset_name, slices included."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text; .txt files have 'text' only."})
+    document_separator: str | None = field(
+        default=None, metadata={"help": "What separates documents in a .txt file. None: a file is one document."}
+    )
+    document_boundary: Literal["bos", "eos"] = field(
+        default="eos", metadata={"help": "The token after each document, as the model was pretrained."}
+    )
+    documents: Literal["joined", "isolated"] = field(
+        default="joined",
+        metadata={"help": "Whether documents of a row see each other; isolated: each starts with a BOS of its own."},
+    )
+    block_size: int = field(default=2048, metadata={"help": "Tokens per row, the first of which is BOS."})
+    validation_file: str | None = field(default=None, metadata={"help": "A file to evaluate on, read as train_file."})
+    validation_documents: int = field(
+        default=0,
+        metadata={"help": "Hold out that many documents to evaluate on: the last of the source, the first of sources."},
+    )
+    shuffle_documents: bool = field(
+        default=False, metadata={"help": "Shuffle the documents of training, by the seed, before they are packed."}
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Pack no more than that many rows to train on."})
+    max_eval_rows: int | None = field(
+        default=None, metadata={"help": "Pack no more than that many rows to evaluate on."}
+    )
+    accept_changed_inputs: bool = field(
+        default=False, metadata={"help": "Go on although files were changed since the run was started."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps its files, if not as usual."})
+
+    def __post_init__(self):
+        if self.sources is not None:
+            self._check_sources()
+        elif self.num_shards != 16:
+            raise ValueError(f"num_shards={self.num_shards} has no effect without sources")
+        elif (self.train_file is None) == (self.dataset_name is None):
+            raise ValueError(
+                f"train_file={self.train_file!r}, dataset_name={self.dataset_name!r}: set one of the two, and one only"
+            )
+        if self.dataset_name is None and self.dataset_config_name is not None:
+            raise ValueError(f"dataset_config_name={self.dataset_config_name!r} has no effect without dataset_name")
+        if self.block_size < 2:
+            raise ValueError(f"block_size={self.block_size}: a row holds BOS and at least one token, so 2 or more")
+        if self.document_boundary not in ("bos", "eos"):
+            raise ValueError(f"document_boundary={self.document_boundary!r}: takes 'bos' or 'eos'")
+        if self.documents not in ("joined", "isolated"):
+            raise ValueError(f"documents={self.documents!r}: takes 'joined' or 'isolated'")
+        if self.document_separator == "":
+            raise ValueError("document_separator='': takes some text, or null where a file is one document")
+        if self.validation_documents < 0:
+            raise ValueError(f"validation_documents={self.validation_documents}: takes 0 or more")
+        if self.validation_documents and self.validation_file is not None:
+            raise ValueError(
+                f"validation_documents={self.validation_documents} and validation_file={self.validation_file!r}: "
+                "set one of the two, and one only"
+            )
+        for name, limit in (("max_train_rows", self.max_train_rows), ("max_eval_rows", self.max_eval_rows)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit}: takes 1 or more, or null for no limit")
+        if self.max_eval_rows is not None and not self.validation_documents and self.validation_file is None:
+            raise ValueError(
+                f"max_eval_rows={self.max_eval_rows} has no effect without validation_file or validation_documents"
+            )
+
+    def _check_sources(self) -> None:
+        given = {"train_file": self.train_file, "dataset_name": self.dataset_name}
+        for name, value in {**given, "dataset_config_name": self.dataset_config_name}.items():
+            if value is not None:
+                raise ValueError(f"{name}={value!r} and sources: set one of the two, and one only")
+        if self.max_train_rows is not None:
+            raise ValueError(f"max_train_rows={self.max_train_rows}: of sources, as much is read as max_steps needs")
+        if self.shuffle_documents:
+            raise ValueError("shuffle_documents=True: sources are read in the order of their files; leave it out")
+        if self.num_shards < 1:
+            raise ValueError(f"num_shards={self.num_shards}: takes 1 or more")
+        self.sources = _sources(self.sources)

@@ -1,0 +1,199 @@
+"""From files to rows: text becomes rows of `block_size` tokens that start with BOS, and rows become batches."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from .arguments import DataArguments
+from .collator import IGNORED_LABEL
+from .loading import load_documents, texts_of
+from .tokenization import pad_id, tokenize
+
+# 9 bytes per token on disk, where the widths that lists of Python integers get would make 24.
+# What decides the rows: caches of them are found by it.
+CODE = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("packing.py", "tokenization.py"))
+ROW_FEATURES = Features(
+    {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": List(Value("int32"))}
+)
+
+
+ISOLATED_ROW_FEATURES = Features({**ROW_FEATURES, "document_ids": List(Value("int32"))})
+
+
+def load_rows(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int, context_length: int | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """Packs text into rows of `block_size` tokens.
+
+    Documents are tokenised without special tokens; after each comes the boundary token (`document_boundary`); of the
+    stream so made, each row takes the next block_size − 1 tokens, behind a BOS of its own. Nothing is dropped: the last
+    row is padded. Documents that hold no text are skipped; white space around a document of a .txt file belongs to the
+    separator and goes with it. Rows of documents that are isolated from each other: see `pack_rows`.
+
+    To be evaluated on: `validation_file`, or the last `validation_documents` documents of the source, which training
+    never sees (a text that comes twice in the source is two documents), or nothing.
+
+    Args:
+        arguments: where the text is and how it is packed. A .txt file is read as a whole, 2 GB at most.
+        tokenizer: has a BOS token, and an EOS token where that is the boundary; needs no padding token.
+        seed: orders the documents under `shuffle_documents`; without effect otherwise.
+        context_length: the most tokens that the model takes; None: not checked.
+
+    Returns:
+        The rows to train on and to evaluate on (None: no validation asked for), with `input_ids`, `attention_mask` (0
+        at padding) and `labels`: −100 at padding and at the first token, which is given and never scored, and the ids
+        unshifted elsewhere. With block_size 4, the documents "a b" and "c d", and EOS as boundary:
+            {"input_ids": [bos, a, b, eos], "attention_mask": [1, 1, 1, 1], "labels": [-100, a, b, eos]}
+            {"input_ids": [bos, c, d, eos], "attention_mask": [1, 1, 1, 1], "labels": [-100, c, d, eos]}
+        Isolated documents add `document_ids`.
+
+    Raises:
+        ValueError: a file that is missing, of an unknown kind, empty, not UTF-8 or not what its name says; no column
+            `text_column`, or one that is not text; no text, or none left to train on; a separator where no file is
+            .txt; block_size above `context_length`; a tokenizer without the token that rows start with or documents
+            end with.
+    """
+    boundary_id = check_tokens(arguments, tokenizer, context_length=context_length)
+    train, evaluation = load_documents(arguments)
+    if arguments.shuffle_documents:
+        train = train.shuffle(seed=seed)
+
+    parts = [(train, arguments.max_train_rows)]
+    if evaluation is not None:
+        parts.append((evaluation, arguments.max_eval_rows))
+    rows = [
+        Dataset.from_generator(
+            _packed_rows,
+            features=ISOLATED_ROW_FEATURES if arguments.documents == "isolated" else ROW_FEATURES,
+            cache_dir=arguments.cache_dir,
+            gen_kwargs={
+                "documents": documents,
+                "tokenizer": tokenizer,
+                "boundary_id": boundary_id,
+                "block_size": arguments.block_size,
+                "isolated": arguments.documents == "isolated",
+                "max_rows": max_rows,
+                "code": CODE,
+            },
+        )
+        for documents, max_rows in parts
+    ]
+    return rows[0], rows[1] if len(rows) == 2 else None
+
+
+def check_tokens(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, context_length: int | None = None
+) -> int:
+    """The id of the token after each document.
+
+    Raises:
+        ValueError: block_size above `context_length`; a tokenizer without the token that rows start with or documents
+            end with.
+    """
+    if context_length is not None and arguments.block_size > context_length:
+        raise ValueError(f"block_size={arguments.block_size}: more than the model's context of {context_length} tokens")
+    tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    if tokens["bos"] is None:
+        raise ValueError(
+            "the tokenizer has no BOS token, with which rows start: set tokenizer.bos_token, or tokenizer_name_or_path "
+            "to a tokenizer that has one"
+        )
+    if tokens[arguments.document_boundary] is None:
+        raise ValueError(
+            f"document_boundary={arguments.document_boundary!r}: the tokenizer has no such token; set "
+            f"tokenizer.{arguments.document_boundary}_token, or the other boundary"
+        )
+    return tokens[arguments.document_boundary]
+
+
+def pack_rows(
+    documents: Iterable[Sequence[int]], *, bos_id: int, pad_id: int, block_size: int, isolated: bool = False
+) -> Iterator[tuple[dict[str, list[int]], int]]:
+    """Packs documents, token ids each with its boundary at the end, into rows of `block_size` tokens.
+
+    Joined, a row is BOS and the next block_size − 1 tokens of the stream of all documents. Isolated, every document of a
+    row starts with a BOS of its own, which is given and never scored, and `document_ids` counts the documents of the row
+    from 1, 0 at padding. A document that does not fit goes on in the next row, behind that row's BOS, where it no longer
+    sees what the row before holds; where a row has room for a BOS alone, it is padded. Not specified in the paper.
+
+    Yields:
+        A row, and how many tokens of the document read last are in this row and those before it. A row is yielded as soon
+        as it is full, before another document is read; the last one is padded. With block_size 6, isolated, of the
+        documents [a, b, eos] and [c, d, eos]:
+            {"input_ids": [bos, a, b, eos, bos, c], "attention_mask": [1, 1, 1, 1, 1, 1],
+             "labels": [-100, a, b, eos, -100, c], "document_ids": [1, 1, 1, 1, 2, 2]}, 1
+            {"input_ids": [bos, d, eos, pad, pad, pad], "attention_mask": [1, 1, 1, 0, 0, 0],
+             "labels": [-100, d, eos, -100, -100, -100], "document_ids": [1, 1, 1, 0, 0, 0]}, 3
+    """
+    ids, labels, document_ids, used = [], [], [], 0
+
+    def start(document_id: int) -> None:
+        ids.append(bos_id)
+        labels.append(IGNORED_LABEL)
+        document_ids.append(document_id)
+
+    def row() -> dict[str, list[int]]:
+        padding = block_size - len(ids)
+        full = {
+            "input_ids": [*ids, *[pad_id] * padding],
+            "attention_mask": [1] * len(ids) + [0] * padding,
+            "labels": [*labels, *[IGNORED_LABEL] * padding],
+        }
+        if isolated:
+            full["document_ids"] = [*document_ids, *[0] * padding]
+        for column in (ids, labels, document_ids):
+            column.clear()
+        return full
+
+    for tokens in documents:
+        used = 0
+        if ids and isolated:
+            start(document_ids[-1] + 1)
+        while used < len(tokens):
+            if not ids:
+                start(1)
+            piece = tokens[used : used + block_size - len(ids)]
+            ids += piece
+            labels += piece
+            document_ids += [document_ids[-1]] * len(piece)
+            used += len(piece)
+            # Where isolated, a BOS that nothing follows would be of no use.
+            if len(ids) > block_size - (2 if isolated else 1):
+                yield row(), used
+    if ids:
+        yield row(), used
+
+
+def _packed_rows(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    boundary_id: int,
+    block_size: int,
+    isolated: bool,
+    max_rows: int | None,
+    code: str,
+) -> Iterator[dict[str, list[int]]]:
+    """Yields the rows of `documents`, as many as `max_rows` allows, and tokenises no further than they need.
+
+    `code` is read by nobody: the rows are cached under a hash of these arguments and of this function, of which
+    datasets takes no more than the name, so that a change in this file would go unnoticed.
+    """
+    rows = pack_rows(
+        _tokenized(documents, tokenizer, boundary_id),
+        bos_id=tokenizer.bos_token_id,
+        pad_id=pad_id(tokenizer),
+        block_size=block_size,
+        isolated=isolated,
+    )
+    for row, _ in itertools.islice(rows, max_rows):
+        yield row
+
+
+def _tokenized(documents: Dataset, tokenizer: PreTrainedTokenizerBase, boundary_id: int) -> Iterator[list[int]]:
+    for batch in documents.iter(1000):
+        texts = [text for text in texts_of(batch) if text.strip()]
+        if texts:
+            yield from tokenize(texts, tokenizer, boundary_id=boundary_id)

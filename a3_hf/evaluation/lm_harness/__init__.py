@@ -1,0 +1,1 @@
+"""lm-eval models `a3` and `a3_ar`."""

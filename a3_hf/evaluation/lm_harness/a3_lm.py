@@ -1,0 +1,256 @@
+"""lm-eval's model `a3`: exact likelihoods in one pass under any order, and texts by any decoding strategy."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from transformers import PreTrainedModel
+
+from a3_hf.adapters.checkpoints import base_of, load_tokenizer, put_on, read_config, start_of
+from a3_hf.evaluation.measures.text_windows import pad_left, pad_right
+from a3_hf.evaluation.tasks.requests import Blank
+from a3_hf.models.a3_llama.generation_config import OWN_OPTIONS, A3GenerationConfig
+from a3_hf.models.a3_llama.infilling_templates import Template, decode_after
+from a3_hf.models.a3_llama.orders import ORDERS, RANDOM_ORDERS, GroupOrder, seed_of
+from a3_hf.models.auto import ARCHITECTURES, architecture_of
+
+from .batched_lm import BatchedLM, Scored, Written
+
+MOST_ORDERS = 10_000  # a request's orders are scored in one batch
+# Options of A3GenerationConfig that have a name of their own here.
+SHARED = ("order", "group_size", "span_length")
+
+
+@register_model("a3")
+class A3LM(BatchedLM):
+    """An A3 model, or a LLaMA as one, for lm-eval: `--model a3 --model_args pretrained=…,order=random,num_orders=8`; and the
+    controls, Decoupled RoPE and masked diffusion, by what the checkpoint says.
+
+    `loglikelihood` takes one forward pass a request, whatever the order; given text, on one side or both, is encoded first,
+    as singletons in text order. With masked diffusion it takes one for every group, or `num_samples` for the bound.
+
+    Args:
+        pretrained: a folder or a hub id, of a model or of an adapter; or a model, beside `tokenizer`.
+        order: `"left_to_right"`, `"right_to_left"`, `"random"` or `"spans"` (needs `span_length`), in which tokens are
+            scored, and written by `groupwise` and `speculative`.
+        group_size: tokens scored together, and written together by `groupwise`.
+        num_orders: a random order is drawn so many times and the likelihood is the mean over them (log-mean-exp of the
+            log-likelihoods: itself a proper likelihood; not specified in the paper).
+        seed: of random orders and sampling. A request's orders come from it, what is given, and the number of tokens to be
+            scored alone.
+        decoding: a strategy of `A3GenerationConfig`; None: `"groupwise"`, and with masked diffusion `"dynamic"`, which is all
+            that it takes, as Decoupled RoPE takes `"groupwise"` alone, one token a group.
+        num_samples: masked diffusion's Monte Carlo bound from so many masks, in place of the likelihood under `order`; what is
+            scored is then said to be greedy nowhere.
+        block_length: a continuation is written in blocks of so many tokens, and ends after the block that holds a stop
+            sequence. Left to right the result does not depend on it; `dynamic` and `refine` choose within a block.
+        base: of an adapter, where its base is no longer where it was.
+        **kwargs: options of the strategy by their own names (`criterion`, `threshold`, `draft_tokens`, …), and the
+            arguments of `HFLM` (`dtype`, `revision`, `peft`, `max_length`, …).
+
+    Raises:
+        ValueError: an unknown order or strategy (says which there are), an option of another strategy, several orders where
+            nothing is drawn; groups or a strategy that the architecture doesn't take, or samples of another than masked
+            diffusion.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        *,
+        order: str = "left_to_right",
+        group_size: int = 1,
+        span_length: int | None = None,
+        num_orders: int = 1,
+        seed: int = 0,
+        decoding: str | None = None,
+        num_samples: int | None = None,
+        block_length: int = 32,
+        base: str | None = None,
+        **kwargs: Any,
+    ):
+        architecture = _architecture(base or pretrained)
+        is_diffusion = architecture == "masked_diffusion"
+        if decoding is None:
+            decoding = "dynamic" if is_diffusion else "groupwise"
+        _check_architecture(architecture, decoding=decoding, group_size=group_size, num_samples=num_samples)
+        if num_samples is not None and (num_orders, order, group_size) != (1, "left_to_right", 1):
+            raise ValueError(
+                f"num_samples={num_samples} with order={order!r}, group_size={group_size}, num_orders={num_orders}: the bound "
+                "is over all orders of single tokens; leave the others out"
+            )
+        self.AUTO_MODEL_CLASS = ARCHITECTURES[architecture].model
+        self._num_samples, self._pass_per_group = num_samples, is_diffusion
+        own = {name: kwargs.pop(name) for name in OWN_OPTIONS if name in kwargs and name not in SHARED}
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+        if not 1 <= num_orders <= MOST_ORDERS or (num_orders > 1 and order not in RANDOM_ORDERS):
+            raise ValueError(
+                f"num_orders={num_orders} with order={order!r}; it takes 1, and up to {MOST_ORDERS} with "
+                f"{' and '.join(RANDOM_ORDERS)}"
+            )
+        if block_length < 1:
+            raise ValueError(f"block_length={block_length}; it takes at least 1 token")
+        GroupOrder.infilling(torch.ones(1, 2).bool(), order=order, group_size=group_size, span_length=span_length)
+        self._orders = {"order": order, "group_size": group_size, "span_length": span_length}
+        self._num_orders, self._seed, self._block_length = num_orders, seed, block_length
+        self._decoding = {"strategy": decoding, **own}
+        # what a strategy does not take, it is not told; `dynamic` and `refine` have no order of their own
+        if decoding in ("groupwise", "speculative"):
+            self._decoding.update(order=order, span_length=span_length)
+        if decoding == "groupwise":
+            self._decoding.update(group_size=group_size)
+        A3GenerationConfig(**self._decoding)
+        if isinstance(pretrained, str) and read_config(pretrained) is not None:  # an adapter
+            kwargs = {"tokenizer": load_tokenizer(pretrained, base=base), **kwargs, "peft": pretrained}
+            pretrained = base or base_of(pretrained)
+        elif base is not None:
+            raise ValueError(f"base={base!r}: pretrained is a whole model and needs none; leave it out")
+        super().__init__(pretrained, **kwargs)
+
+    def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs) -> None:
+        if peft is not None:
+            kwargs.update(start_of(peft, base=pretrained, wanted=kwargs.pop("slot_start", None)))
+        super()._create_model(pretrained, **kwargs)
+        if peft is not None:
+            self._model = put_on(self._model, peft)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the answers, beside the requests."""
+        name = self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name_or_path
+        likelihood = {**self._orders, "num_orders": self._num_orders, "seed": self._seed}
+        return {
+            "model": "a3",
+            "pretrained": name,
+            "peft": self.peft,
+            "dtype": str(self.model.dtype),
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+            **{key: value for key, value in likelihood.items() if value is not None},
+            "decoding": {key: value for key, value in self._decoding.items() if value is not None},
+            "block_length": self._block_length,
+            **({} if self._num_samples is None else {"num_samples": self._num_samples}),
+        }
+
+    def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
+        """See `BatchedLM`. Greedy means under every order that was drawn."""
+        copies = self._num_orders
+        rows = [row for row in batch for _ in range(copies)]
+        ids, real = pad_right([[*row.context, *row.continuation, *row.suffix] for row in rows])
+        scored, generators = torch.zeros_like(ids), []
+        for number, row in enumerate(rows):
+            scored[number, len(row.context) : len(row.context) + len(row.continuation)] = 1
+            # An order must not look at what it scores: only then do the probabilities of all continuations sum to 1.
+            seen = (row.context, row.suffix, len(row.continuation))
+            generators.append(torch.Generator().manual_seed(seed_of(self._seed, *seen, number % copies)))
+        order = GroupOrder.infilling(scored, attention_mask=real, generator=generators, **self._orders)
+        inputs = tuple(tensor.to(self.device) for tensor in (ids, order.group_ids, real))
+        with torch.autocast(
+            self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+        ):
+            if self._num_samples is not None:
+                given = (real & (scored == 0)).to(self.device)
+                bounds = self.model.log_likelihood_bound(
+                    inputs[0], inputs[2], given, num_samples=self._num_samples, seed=self._seed
+                )
+                return [(value, False, self._num_samples) for value in bounds.double().tolist()]
+            log_probs, greedy = self.model.log_likelihood_and_greedy(*inputs, scored_mask=scored.bool().to(self.device))
+        totals = log_probs.double().sum(dim=1).view(-1, copies).logsumexp(dim=1) - math.log(copies)
+        is_greedy = (greedy.sum(dim=1).cpu() == scored.sum(dim=1)).view(-1, copies).all(dim=1)
+        passes = [1] * len(batch)
+        if self._pass_per_group:
+            groups = order.group_ids.masked_fill(scored == 0, -1)
+            passes = [len(row.unique()) - int((row == -1).any()) for row in groups[::copies]]
+        answers = zip(totals.tolist(), is_greedy.tolist(), passes, strict=True)
+        return [(value, flag, number * copies) for value, flag, number in answers]
+
+    def continue_batch(
+        self, contexts: Sequence[list[int]], *, max_tokens: int, until: list[str], **sampling
+    ) -> list[Written]:
+        """See `BatchedLM`. Rows that are done leave the batch after each block."""
+        written: list[list[int]] = [[] for _ in contexts]
+        passes = [0] * len(contexts)
+        open_rows = list(range(len(contexts)))
+        ends = self._end_token_ids()
+        while open_rows:
+            texts = [[*contexts[row], *written[row]] for row in open_rows]
+            ids, real = pad_left(texts)
+            width = ids.shape[1]
+            block = min(self._block_length, max_tokens - len(written[open_rows[0]]))
+            output = self.model.generate_any_order(
+                ids.to(self.device),
+                max_new_tokens=block,
+                attention_mask=real.to(self.device),
+                eos_token_id=ends,
+                pad_token_id=self.tokenizer.pad_token_id,
+                seed=self._seed,
+                **self._decoding,
+                **sampling,
+            )
+            still_open = []
+            for place, row in enumerate(open_rows):
+                fresh = output.sequences[place, width:][output.commit_step[place, width:] >= 0].tolist()
+                written[row] += fresh
+                passes[row] += int(output.commit_step[place].max()) + 1
+                ended = len(fresh) < block or fresh[-1] in ends or len(written[row]) >= max_tokens
+                if not ended and not self.holds_stop(written[row], until):
+                    still_open.append(row)
+            open_rows = still_open
+        return [
+            Written(self.text_until(tokens, until), len(tokens), spent)
+            for tokens, spent in zip(written, passes, strict=True)
+        ]
+
+    def _end_token_ids(self) -> list[int]:
+        """What ends a continuation, as in `generate`: the tokenizer's EOS and those that the model names."""
+        named = self.model.generation_config.eos_token_id
+        named = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
+        return sorted({self.eot_token_id, *named})
+
+    def fill_batch(self, contexts: Sequence[str], blanks: Sequence[Blank], **sampling) -> list[Written]:
+        """See `BatchedLM`. A length that is not given is chosen by exact likelihood (`lengths.choose_lengths`), and its
+        passes are not counted.
+        """
+        templates = [
+            Template((context, blank.suffix), (blank.lengths or self.tokens_of(blank.length_of, context),))
+            for context, blank in zip(contexts, blanks, strict=True)
+        ]
+        output = self.model.fill_templates(self.tokenizer, templates, seed=self._seed, **self._decoding, **sampling)
+        done = output.generation
+        texts = []
+        for tokens, steps, groups in zip(done.sequences, done.commit_step, done.group_ids, strict=True):
+            tokens, is_written = tokens[groups >= 0], steps[groups >= 0] >= 0
+            before = tokens[: int(is_written.long().argmax())].tolist()
+            texts.append(decode_after(self.tokenizer, before, tokens[is_written].tolist()))
+        lengths = [length for (length,) in output.lengths]
+        return [Written(text, length, done.num_forward_passes) for text, length in zip(texts, lengths, strict=True)]
+
+
+def _architecture(pretrained: str | PreTrainedModel) -> str:
+    if isinstance(pretrained, str):
+        return architecture_of(base_of(pretrained))
+    types = {architecture.config.model_type: name for name, architecture in ARCHITECTURES.items() if name != "llama"}
+    model_type = pretrained.config.model_type
+    if model_type not in types:
+        raise ValueError(
+            f"pretrained is a model of type {model_type!r}; it takes {', '.join(types)} (a LLaMA as it is: a3_ar, or as an A3 "
+            "model, by its path)"
+        )
+    return types[model_type]
+
+
+def _check_architecture(architecture: str, *, decoding: str, group_size: int, num_samples: int | None) -> None:
+    if architecture == "decoupled_rope" and (group_size > 1 or decoding != "groupwise"):
+        raise ValueError(
+            f"group_size={group_size}, decoding={decoding!r}: Decoupled RoPE takes group_size=1 and decoding='groupwise'"
+        )
+    if architecture == "masked_diffusion" and decoding != "dynamic":
+        raise ValueError(f"decoding={decoding!r}: masked diffusion takes decoding='dynamic'")
+    if num_samples is not None and architecture != "masked_diffusion":
+        raise ValueError(
+            f"num_samples={num_samples}: with architecture {architecture!r} likelihoods are exact; leave it out"
+        )
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}; it takes at least 1")

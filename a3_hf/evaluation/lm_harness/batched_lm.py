@@ -1,0 +1,377 @@
+"""lm-eval's requests in batches: encoded, cut where they are too long, cached, timed."""
+
+import abc
+import inspect
+import json
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+from transformers.utils import logging
+
+from a3_hf.evaluation.tasks.requests import Blank, LogLikelihood, take_blank
+from a3_hf.models.a3_llama.generation_config import OWN_OPTIONS
+from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_piece
+from a3_hf.settings import nearest
+
+from .identity import identity_of
+from .timing import Speed
+
+logger = logging.get_logger(__name__)
+
+SETTINGS_KEY = "settings of the model"  # in lm-eval's cache, beside the answers
+# Arguments of HFLM that would change nothing here, with the values that ask for nothing.
+WITHOUT_EFFECT = {
+    "backend": ("default", "causal"),
+    "truncation": (False, None),
+    "logits_cache": (True,),
+    "softmax_dtype": (None,),
+    "think_end_token": (None,),
+    "enable_thinking": (False, None),
+    "autogptq": (False, None),
+    "gptqmodel": (False, None),
+}
+
+
+class Scored(NamedTuple):
+    """A text to score: token ids of what is given before and after, and of what is scored between."""
+
+    context: list[int]
+    continuation: list[int]
+    suffix: list[int]
+
+
+class Written(NamedTuple):
+    """What was written for a request, the tokens that it took, and the passes."""
+
+    text: str
+    tokens: int
+    passes: int
+
+
+class BatchedLM(HFLM):
+    """Identical to `HFLM` except: requests may carry text behind what is asked (`requests.Blank`), answers to
+    `loglikelihood` know their number of tokens, time is kept for each task, a cache that was filled with other settings is
+    refused, several processes share the work on a CPU too, and every text begins with BOS, once, as rows of training and the
+    texts of `score` and `infill` do, whether the tokenizer adds it or not. `add_bos_token=False` leaves it out, but for
+    blanks and where nothing else is given: with a tokenizer that adds none, `HFLM`'s answers.
+
+    Subclasses say how a batch is scored and written.
+    """
+
+    def __init__(self, pretrained, **kwargs):
+        for name, harmless in WITHOUT_EFFECT.items():
+            if kwargs.get(name, harmless[0]) not in harmless:
+                raise ValueError(f"{name}={kwargs[name]!r} has no effect on this model; leave it out")
+        try:
+            super().__init__(pretrained, **{"backend": "causal", **kwargs})  # lm-eval does not know the model types
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in kwargs:
+                raise
+            known = {*inspect.signature(type(self)).parameters, *inspect.signature(HFLM).parameters, *OWN_OPTIONS}
+            raise ValueError(f"model_args: unknown option {unknown[1]!r}{nearest(unknown[1], known)}") from error
+        accelerator = vars(self).get("accelerator")
+        if accelerator is not None:  # HFLM shares the work among GPUs only
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if self.prefix_token_id is None:
+            raise ValueError("tokenizer has neither BOS nor EOS; give prefix_token_id, the token that begins a text")
+        given = {"pretrained": pretrained, **kwargs}
+        self.identity = {
+            **identity_of(self.model, self.tokenizer, given),
+            "dtype": str(self.model.dtype),
+            "max_length": self.max_length,
+            "prefix_token_id": self.prefix_token_id,
+            "add_bos_token": self.add_bos_token,
+        }
+        self.speed = Speed()
+        self.truncated: defaultdict[str, int] = defaultdict(int)
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The model's own settings, those that decide the answers beside the requests and `identity`."""
+
+    @abc.abstractmethod
+    def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
+        """Log-likelihood (nats) of each continuation, whether it is the greedy one, and the passes it took."""
+
+    @abc.abstractmethod
+    def continue_batch(
+        self, contexts: Sequence[list[int]], *, max_tokens: int, until: list[str], **sampling
+    ) -> list[Written]:
+        """Goes on from each context until a stop sequence (which is left out), the end of the text, or `max_tokens`."""
+
+    @abc.abstractmethod
+    def fill_batch(self, contexts: Sequence[str], blanks: Sequence[Blank], **sampling) -> list[Written]:
+        """Writes each blank between its context and suffix."""
+
+    # Likelihoods
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[LogLikelihood]:
+        """As in lm-eval; a third argument {"suffix": text} is given text behind the continuation."""
+        return self._by_task(requests, lambda part: self._loglikelihood(part, disable_tqdm))
+
+    def _loglikelihood(self, requests: list[Instance], disable_tqdm: bool) -> list[LogLikelihood]:
+        task = requests[0].task_name
+        with self.speed.timing(task) as spent:
+            rows = [self._encode(request.args, task) for request in requests]
+            answers = self._score(rows, disable_tqdm, [request.args for request in requests])
+            spent.requests += len(requests)
+            spent.tokens += sum(len(row.continuation) for row in rows)
+            spent.passes += sum(passes for _, _, passes in answers)
+        self._tell_truncated(task, len(requests))
+        return [
+            LogLikelihood(value, greedy, len(row.continuation))
+            for (value, greedy, _), row in zip(answers, rows, strict=True)
+        ]
+
+    def _encode(self, arguments: tuple, task: str) -> Scored:
+        context, continuation, *more = arguments
+        if context:
+            context_ids, ids = self._encode_pair(context, continuation)
+        else:
+            context_ids, ids = [], self.tok_encode(continuation, add_special_tokens=False)
+        if not context_ids:
+            start = 1 if ids[:1] == [self.prefix_token_id] else 0
+            context_ids, ids = [self.prefix_token_id], ids[start:]
+        if not ids:
+            raise ValueError(
+                f"continuation {continuation!r} of a request of {task} has no token of its own: it is empty, or the tokenizer "
+                "drops it or joins it with its context"
+            )
+        suffix = more[0]["suffix"] if more else ""
+        return self._fit(Scored(context_ids, ids, encode_piece(self.tokenizer, suffix, is_start=False)), task)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context_ids, ids = super()._encode_pair(context, continuation)
+        return self._begun(context_ids), ids
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Token ids of a text, with BOS in front."""
+        if self.add_bos_token is False or ids[:1] == [self.prefix_token_id]:
+            return ids
+        return [self.prefix_token_id, *ids]
+
+    def _fit(self, row: Scored, task: str) -> Scored:
+        """Cuts what is given, the context from the left and then the suffix from the right. As in `HFLM`, the last token
+        of a row, which nothing has to see, may stand behind the model's context.
+        """
+        room = self.max_length + 1 - len(row.continuation)
+        if room < 1:
+            raise ValueError(
+                f"continuation of a request of {task} has {len(row.continuation)} tokens; the model takes {self.max_length}"
+            )
+        over = len(row.context) + len(row.suffix) - room
+        if over <= 0:
+            return row
+        self.truncated[task] += over > (row.context[:1] == [self.prefix_token_id])  # BOS alone is no text
+        kept = max(len(row.context) - over, 1)
+        return Scored(row.context[len(row.context) - kept :], row.continuation, row.suffix[: room - kept])
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As in lm-eval: the log-likelihood (nats) of each text, in windows of the model's context, each token scored once."""
+        rows, texts = [], []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in windows:
+                context, continuation = make_disjoint_window(window)
+                rows.append(self._fit(Scored(list(context), list(continuation), []), "loglikelihood_rolling"))
+                texts.append(number)
+        totals = [0.0] * len(requests)
+        with self.speed.timing("loglikelihood_rolling") as spent:
+            for number, (value, _, passes) in zip(texts, self._score(rows, disable_tqdm, keys=None), strict=True):
+                totals[number] += value
+                spent.passes += passes
+            spent.requests += len(rows)
+            spent.tokens += sum(len(row.continuation) for row in rows)
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(self, requests, **kwargs):
+        # HFLM's would score left to right, whatever the settings: nothing may end there.
+        raise NotImplementedError("lm-eval asks for likelihoods in a way that this model does not know")
+
+    def _score(self, rows, disable_tqdm, keys) -> list[tuple[float, bool, int]]:
+        if not rows:
+            return []
+        lengths = [sum(map(len, row)) for row in rows]
+        order = sorted(range(len(rows)), key=lambda index: (-lengths[index], rows[index]))
+        longest = rows[order[0]]
+        batch_size = self._batch_size([*longest.context, *longest.suffix], longest.continuation)
+        answers: list = [None] * len(rows)
+        with tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc="Likelihoods") as bar:
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                for index, answer in zip(part, self.score_batch([rows[index] for index in part]), strict=True):
+                    answers[index] = answer
+                    if keys is not None:
+                        value, greedy, _ = answer
+                        known = LogLikelihood(value, greedy, len(rows[index].continuation))
+                        self.cache_hook.add_partial("loglikelihood", keys[index], known)
+                bar.update(len(part))
+        return answers
+
+    # Texts
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As in lm-eval; `gen_kwargs` may ask for a blank (`requests.Blank`)."""
+        return self._by_task(requests, lambda part: self._generate_until(part, disable_tqdm))
+
+    def _generate_until(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+        task = requests[0].task_name
+        # rows of one batch share their settings; what each blank wants is its own
+        alike: defaultdict[str, list[int]] = defaultdict(list)
+        asked = [(request.args[0], *take_blank(request.args[1])) for request in requests]
+        for index, (_, settings, blank) in enumerate(asked):
+            alike[json.dumps([settings, blank is None], sort_keys=True)].append(index)
+        texts: list = [None] * len(requests)
+        with (
+            self.speed.timing(task) as spent,
+            tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Texts") as bar,
+        ):
+            for indices in alike.values():
+                indices.sort(key=lambda index: -len(asked[index][0]))
+                batch_size = self._batch_size(self._context_ids(asked[indices[0]][0]), [])
+                for start in range(0, len(indices), batch_size):
+                    part = indices[start : start + batch_size]
+                    rows = self._write([asked[index] for index in part], task)
+                    for index, written in zip(part, rows, strict=True):
+                        texts[index] = written.text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, written.text)
+                        spent.tokens += written.tokens
+                        spent.passes += written.passes
+                    spent.requests += len(part)
+                    bar.update(len(part))
+        self._tell_truncated(task, len(requests))
+        return texts
+
+    def _write(self, rows: Sequence[tuple[str, dict[str, Any], Blank | None]], task: str) -> list[Written]:
+        contexts, settings, blanks = zip(*rows, strict=True)
+        wanted = normalize_gen_kwargs(settings[0], self.max_gen_toks)
+        max_tokens, until = wanted.pop("max_gen_toks"), list(wanted.pop("until") or [])
+        sampling = {"do_sample": wanted.pop("do_sample", False)}
+        if sampling["do_sample"]:
+            sampling.update(wanted)
+        elif set(wanted) - {"temperature", "top_p", "top_k"}:
+            unknown = sorted(set(wanted) - {"temperature", "top_p", "top_k"})
+            raise ValueError(
+                f"generation_kwargs of {task} holds {unknown[0]!r}, which has no meaning without do_sample"
+            )
+        if blanks[0] is not None:
+            cut = [self._cut_text(context, blank, task) for context, blank in zip(contexts, blanks, strict=True)]
+            return self.fill_batch(cut, blanks, **sampling)
+        if max_tokens >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks={max_tokens} of {task}; it takes fewer than the model's context, {self.max_length}"
+            )
+        encoded = []
+        for context in contexts:
+            ids = self._context_ids(context)
+            self.truncated[task] += len(ids) > self.max_length - max_tokens
+            encoded.append(ids[-(self.max_length - max_tokens) :])
+        return self.continue_batch(encoded, max_tokens=max_tokens, until=until, **sampling)
+
+    def _cut_text(self, context: str, blank: Blank, task: str) -> str:
+        """The context, its start cut off where the whole would not fit."""
+        ids = self._context_ids(context)
+        most = blank.lengths[1] if blank.lengths else self.tokens_of(blank.length_of, context)
+        room = self.max_length - most - len(encode_piece(self.tokenizer, blank.suffix, is_start=False))
+        if room < 1:
+            raise ValueError(f"blank and suffix of a request of {task} leave no room in {self.max_length} tokens")
+        if len(ids) <= room:
+            return context
+        self.truncated[task] += 1
+        return decode_after(self.tokenizer, [], ids[len(ids) - room + 1 :])
+
+    def tokens_of(self, text: str, context: str) -> int:
+        """How many tokens a text has after a context."""
+        return max(len(encode_piece(self.tokenizer, text, is_start=not context)), 1)
+
+    def _context_ids(self, context: str) -> list[int]:
+        return self._begun(self.tok_encode(context) if context else []) or [self.prefix_token_id]
+
+    def holds_stop(self, tokens: Sequence[int], until: Sequence[str]) -> bool:
+        """Whether the text of tokens, special ones by their names, holds a stop sequence."""
+        text = self.tok_decode(tokens, skip_special_tokens=False)
+        return any(stop in text for stop in until if stop)
+
+    def text_until(self, tokens: Sequence[int], until: Sequence[str]) -> str:
+        """The text of tokens, without special ones, up to the first stop sequence, which may be a special token's name."""
+        if self.holds_stop(tokens, until):
+            shortest = bisect_left(range(len(tokens)), True, key=lambda count: self.holds_stop(tokens[:count], until))
+            tokens = tokens[:shortest]
+        return cut_at(self.tok_decode(tokens), until)
+
+    # What both have in common
+
+    def _by_task(self, requests: list[Instance], answer: Callable[[list[Instance]], list]) -> list:
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            places[request.task_name].append(index)
+        answers: list = [None] * len(requests)
+        for indices in places.values():
+            for index, one in zip(indices, answer([requests[index] for index in indices]), strict=True):
+                answers[index] = one
+        return answers
+
+    def _batch_size(self, context: list[int], continuation: list[int]) -> int:
+        if self.batch_size != "auto":
+            return self.batch_size
+        return self._detect_batch_size([(None, context, continuation or context[:1])], 0)
+
+    def _tell_truncated(self, task: str, count: int) -> None:
+        if self.truncated[task]:
+            logger.warning(
+                f"{task}: {self.truncated[task]} of {count} requests were longer than the model's context "
+                f"({self.max_length} tokens); the start of their context was cut off"
+            )
+
+    def set_cache_hook(self, cache_hook) -> None:
+        """As in lm-eval.
+
+        Raises:
+            ValueError: the cache holds answers of another model, or under other settings, which lm-eval would take for these.
+        """
+        super().set_cache_hook(cache_hook)
+        cache = cache_hook.dbdict
+        if cache is None:
+            return
+        now = {**self.identity, **self.settings()}
+        before = json.loads(cache.setdefault(SETTINGS_KEY, json.dumps(now, default=str)))
+        cache.commit()
+        now = json.loads(json.dumps(now, default=str))
+        changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        if changed:
+            told = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
+            raise ValueError(
+                f"use_cache names a cache that another model filled, or the same with other settings: {told}. Give another "
+                "path, or delete that one"
+            )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """As in lm-eval; and the settings, the speed of each task (of this process), and how many requests were cut."""
+        return {
+            **super().get_model_info(),
+            "settings": self.settings(),
+            "identity": self.identity,
+            "speed": self.speed.table(),
+            "truncated": {task: count for task, count in self.truncated.items() if count},
+        }
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop sequence in it."""
+    return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]

@@ -1,0 +1,202 @@
+"""Long context: whether a fact hidden somewhere in a text is found when it is asked for at the end."""
+
+import random
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from a3_hf.data.tokenization import encode_documents
+from a3_hf.models.a3_llama.infilling_templates import encode_piece, encode_prompt
+from a3_hf.models.a3_llama.orders import GroupOrder, seed_of
+
+from .text_windows import SCALE, Track, check_length, pad_right, silently
+
+ANSWERS = ("dog", "ball", "tree", "car", "bird", "cake", "boat", "hat")
+FACT = " The secret word is {answer}."
+QUESTION = " What is the secret word? The secret word is"
+# What stands around the fact, over and over, where no haystack is given.
+FILLER = (
+    " A small wind moved the leaves. The road went up the hill and down again. Nobody was in the garden. A bell rang far "
+    "away, and then it was still."
+)
+SENTENCE_ENDS = (".", "!", "?", "\n")
+
+
+class Needle(NamedTuple):
+    """A text that asks, in tokens from BOS on, the tokens of each answer, and which answer is right."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    right: int
+
+
+def make_needle(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack: Sequence[int],
+    *,
+    length: int,
+    depth: float,
+    right: int,
+    answers: Sequence[str] = ANSWERS,
+    seed: int = 0,
+) -> Needle:
+    """Hides one of the answers in a piece of a haystack and asks for it, so that prompt and longest answer have `length`
+    tokens together.
+
+    Args:
+        haystack: tokens, at least as many as stand around the fact.
+        depth: 0: the fact comes right behind BOS; 1: right before the question; between: behind the last whole sentence
+            before that share of the haystack, or, where there is none, after that share.
+        right: which of the answers is hidden.
+        seed: draws the piece of the haystack, the same at every depth.
+
+    Raises:
+        ValueError: a depth outside 0 to 1; a length with no room for haystack, or that the haystack doesn't fill; answers
+            that can't be told apart; a tokenizer without BOS.
+    """
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depths holds {depth}; it takes numbers from 0 to 1")
+    encoded = _encode_answers(tokenizer, answers)
+    bos = encode_prompt(tokenizer, "")
+    fact = encode_piece(tokenizer, FACT.format(answer=answers[right]), is_start=False)
+    question = encode_piece(tokenizer, QUESTION, is_start=False)
+    room = length - len(bos) - len(fact) - len(question) - max(map(len, encoded))
+    if room < 1:
+        raise ValueError(
+            f"lengths holds {length}; fact, question and answer alone have {length - room} tokens: it takes more than that"
+        )
+    if room > len(haystack):
+        raise ValueError(
+            f"haystack has {len(haystack)} tokens; with length {length} it takes at least {room}: give a longer text"
+        )
+    start = random.Random(seed).randint(0, len(haystack) - room)
+    hay = list(haystack[start : start + room])
+    place = int(depth * room)
+    if 0 < place < room:
+        ends = {token for token in set(hay[:place]) if tokenizer.decode([token]).rstrip(" ").endswith(SENTENCE_ENDS)}
+        place = next((before for before in range(place, 0, -1) if hay[before - 1] in ends), place)
+    return Needle([*bos, *hay[:place], *fact, *hay[place:], *question], encoded, right)
+
+
+def _encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
+    if len(answers) < 2:
+        raise ValueError(f"answers={list(answers)}; it takes at least two, to choose among")
+    known: dict[tuple[int, ...], str] = {}
+    for answer in answers:
+        ids = tuple(encode_piece(tokenizer, f" {answer}", is_start=False))
+        if not answer.strip() or not ids:
+            raise ValueError(f"answers holds {answer!r}, which has no token")
+        if ids in known:
+            raise ValueError(f"answers holds {known[ids]!r} and {answer!r}, which have the same tokens")
+        known[ids] = answer
+    return [list(ids) for ids in known]
+
+
+def needle_rows(
+    model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lengths: Sequence[int] = (128, 256, 512),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    haystack: str | None = None,
+    answers: Sequence[str] = ANSWERS,
+    count: int = 8,
+    seed: int = 0,
+    batch_size: int = 8,
+    track: Track = silently,
+) -> list[dict[str, Any]]:
+    """How often the right answer is the likeliest of all answers, for each length and depth (not in the paper).
+
+    An answer's score is its exact log-likelihood given the whole text before it, from left to right, per token.
+
+    Args:
+        lengths: of text, question and longest answer, in tokens.
+        haystack: a text that pieces are taken from; None: a few sentences, over and over.
+        answers: what is hidden and what stands against it, words.
+        count: texts for each length and depth. The answers take turns at being right, so that with a multiple of their
+            number a model that always says the same is right by chance.
+        seed: draws the pieces of the haystack; the same ones at every depth.
+
+    Returns:
+        A dict for each length and depth: `length`, `depth`, `count`, `choices` (of which 1 in n is right by chance),
+        `accuracy`, `exact_match` (the share of texts after which the likeliest tokens, one by one, are the right answer),
+        `nats_per_token` (of the right answer), `passes` (forward passes, each counted once for every row in it),
+        `seconds`, `tokens_per_second` (of the texts).
+
+    Raises:
+        ValueError: a length above the model's context, and as `make_needle`.
+    """
+    for name, numbers in (("lengths", lengths), ("depths", depths)):
+        if not numbers:
+            raise ValueError(f"{name} is empty; it takes at least one number")
+    for name, number in (("count", count), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name}={number}; it takes at least 1")
+    for length in lengths:
+        check_length("lengths", length, model.config, advice=SCALE)
+    if haystack is None:
+        once = encode_piece(tokenizer, FILLER, is_start=False)
+        hay = once * (max(lengths) // len(once) + 2)
+    else:
+        (hay,) = encode_documents([haystack], tokenizer)
+    hidden = {
+        (length, depth): [
+            make_needle(
+                tokenizer,
+                hay,
+                length=length,
+                depth=depth,
+                right=number % len(answers),
+                answers=answers,
+                seed=seed_of(seed, length, number),
+            )
+            for number in range(count)
+        ]
+        for length in lengths
+        for depth in depths
+    }
+    rows = []
+    for (length, depth), needles in track(list(hidden.items()), "needles"):
+        start = perf_counter()
+        scores, found = score_answers(model, needles, batch_size=batch_size)
+        seconds = perf_counter() - start
+        right = [needle.right for needle in needles]
+        texts = sum(len(needle.prompt) + len(ids) for needle in needles for ids in needle.answers)
+        rows.append(
+            {
+                "length": length,
+                "depth": depth,
+                "count": count,
+                "choices": len(answers),
+                "accuracy": float((scores.argmax(dim=1) == torch.tensor(right)).double().mean()),
+                "exact_match": float(found[torch.arange(count), right].double().mean()),
+                "nats_per_token": -float(scores[torch.arange(count), right].mean()),
+                "passes": count * len(answers),
+                "seconds": seconds,
+                "tokens_per_second": texts / seconds,
+            }
+        )
+    return rows
+
+
+def score_answers(model, needles: Sequence[Needle], *, batch_size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean log-probability per token of each answer (needles, answers), in nats; and whether it is what the model
+    would write greedily.
+    """
+    pairs = [(needle.prompt, answer) for needle in needles for answer in needle.answers]
+    means, found = [], []
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
+        ids, mask = pad_right([prompt + answer for prompt, answer in batch])
+        given = torch.tensor([len(prompt) for prompt, _ in batch])[:, None]
+        asked = (torch.arange(ids.shape[1]) >= given) & mask.bool()
+        group_ids = GroupOrder.infilling(asked, attention_mask=mask).group_ids
+        inputs = (tensor.to(model.device) for tensor in (ids, group_ids, mask))
+        log_probs, greedy = model.log_likelihood_and_greedy(*inputs, scored_mask=asked.to(model.device))
+        means.append(log_probs.cpu().double().sum(dim=1) / asked.sum(dim=1))
+        found.append((greedy.cpu() | ~asked).all(dim=1))
+    shape = (len(needles), -1)
+    return torch.cat(means).view(shape), torch.cat(found).view(shape)

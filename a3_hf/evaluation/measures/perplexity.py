@@ -1,0 +1,229 @@
+"""Perplexity of running text under several orders and lengths, and what adaptation cost against the base LLaMA."""
+
+import math
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from a3_hf.models.a3_llama.likelihood import SLOTS_PER_CHUNK, token_log_probs
+from a3_hf.models.a3_llama.orders import ORDERS, RANDOM_ORDERS, GroupOrder, seed_of
+
+from .text_windows import SCALE, Track, Window, check_length, cut_windows, pad_right, silently
+
+
+def order_log_likelihoods(
+    model,
+    windows: Sequence[Window],
+    *,
+    order: str,
+    group_size: int = 1,
+    span_length: int | None = None,
+    num_orders: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    track: Track = silently,
+) -> torch.Tensor:
+    """The exact log-likelihood of each window under each of `num_orders` orders: (windows, num_orders) nats, in double.
+
+    A random order is drawn as in `harness`, from the seed, what is given, how many tokens are scored, and the number of
+    the order: not from what is scored, for only then do the probabilities of all texts sum to 1. It does not depend on the
+    batch, and the first n orders are the same whatever `num_orders`.
+    """
+    rows = [(index, number) for index in range(len(windows)) for number in range(num_orders)]
+    rows.sort(key=lambda row: -sum(map(len, windows[row[0]])))
+    totals = torch.zeros(len(windows), num_orders, dtype=torch.float64)
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    for batch in track(batches, f"{order}, groups of {group_size}"):
+        members = [windows[index] for index, _ in batch]
+        ids, mask = pad_right([window.given + window.scored for window in members])
+        seen = [(list(window.given), [], len(window.scored)) for window in members]
+        seeds = [seed_of(seed, *one, number) for one, (_, number) in zip(seen, batch, strict=True)]
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        scored = _scored_mask(members, mask)
+        group_ids = GroupOrder.infilling(
+            scored,
+            attention_mask=mask,
+            order=order,
+            group_size=group_size,
+            span_length=span_length,
+            generator=generators,
+        ).group_ids
+        inputs = (tensor.to(model.device) for tensor in (ids, group_ids, mask))
+        log_probs = model.log_likelihood(*inputs, scored_mask=scored.to(model.device)).cpu()
+        index, number = torch.tensor(batch).unbind(dim=1)
+        totals[index, number] = log_probs.double().sum(dim=1)
+    return totals
+
+
+@torch.no_grad()
+def base_log_likelihoods(
+    base: LlamaForCausalLM, windows: Sequence[Window], *, batch_size: int = 8, track: Track = silently
+) -> torch.Tensor:
+    """The log-likelihood of each window under a plain LLaMA, next token by next token: (windows,) nats, in double."""
+    order = sorted(range(len(windows)), key=lambda index: -sum(map(len, windows[index])))
+    totals = torch.zeros(len(windows), dtype=torch.float64)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for batch in track(batches, "the base"):
+        members = [windows[index] for index in batch]
+        ids, mask = (tensor.to(base.device) for tensor in pad_right([one.given + one.scored for one in members]))
+        hidden_states = base.model(ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        # a large vocabulary's logits are never there all at once
+        chunks = zip(
+            hidden_states.flatten(0, 1).split(SLOTS_PER_CHUNK), ids[:, 1:].flatten().split(SLOTS_PER_CHUNK), strict=True
+        )
+        log_probs = torch.cat([token_log_probs(base.lm_head(hidden), wanted) for hidden, wanted in chunks])
+        log_probs = log_probs.view(len(batch), -1).cpu().double()
+        totals[torch.tensor(batch)] = (log_probs * _scored_mask(members, mask.cpu())[:, 1:]).sum(dim=1)
+    return totals
+
+
+def _scored_mask(windows: Sequence[Window], mask: torch.Tensor) -> torch.Tensor:
+    given = torch.tensor([len(window.given) for window in windows])
+    return (torch.arange(mask.shape[1]) >= given[:, None]) & mask.bool()
+
+
+def check_orders(
+    orders: Sequence[str], group_sizes: Sequence[int], *, num_orders: int, span_length: int | None
+) -> None:
+    """Raises a ValueError for orders that are not known, and for settings that no order would obey."""
+    if not orders:
+        raise ValueError(f"orders is empty; it takes one or more of {', '.join(ORDERS)}")
+    for order in orders:
+        if order not in ORDERS:
+            raise ValueError(f"orders holds {order!r}, which is not known; it takes some of {', '.join(ORDERS)}")
+    if not group_sizes or min(group_sizes) < 1:
+        raise ValueError(f"group_sizes={list(group_sizes)}; it takes one or more whole numbers of at least 1")
+    if num_orders < 1 or (num_orders > 1 and not set(orders) & set(RANDOM_ORDERS)):
+        raise ValueError(
+            f"num_orders={num_orders} with orders={','.join(orders)}; it takes at least 1, and more with 'random' or 'spans'"
+        )
+    if ("spans" in orders) != (span_length is not None):
+        raise ValueError(
+            f"span_length={span_length} with orders={','.join(orders)}; 'spans' needs it, others don't take it"
+        )
+    if span_length is not None and not 1 <= max(group_sizes) <= span_length:
+        raise ValueError(
+            f"span_length={span_length} with group_sizes={list(group_sizes)}; a group lies within its span: it takes at "
+            f"least {max(group_sizes)}"
+        )
+
+
+def perplexity_rows(
+    model,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    orders: Sequence[str] = ("left_to_right", "right_to_left", "random"),
+    group_sizes: Sequence[int] = (1,),
+    num_orders: int = 1,
+    span_length: int | None = None,
+    max_lengths: Sequence[int] | None = None,
+    base: LlamaForCausalLM | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    track: Track = silently,
+) -> list[dict[str, Any]]:
+    """Rolling perplexity for each length, order and group size.
+
+    Args:
+        num_orders: of each random order; the others have one.
+        max_lengths: the lengths of windows; None: the model's context.
+        base: the LLaMA that the model was adapted from. It is measured on the same windows, left to right.
+
+    Returns:
+        A dict for each measurement: `max_length`, `model` ("a3" or "base"), `order`, `group_size`, `num_orders`,
+        `documents`, `windows`, `tokens` (scored), `bytes` (of the documents in UTF-8); then
+
+        - `log_likelihood` (nats), `nats_per_token`, `perplexity` (per token), `bits_per_byte`. Over several orders each
+          window's likelihood is the mean of the orders' likelihoods, which is a likelihood itself (not in the paper);
+        - `log_likelihood_mean_of_orders` and `nats_per_token_mean_of_orders`: the mean of the orders' log-likelihoods,
+          which is never above the former (Jensen);
+        - `adaptation_cost`, in the row of the model left to right in groups of one, with a base: its nats per token less
+          the base's;
+        - `passes` (forward passes, each counted once for every row in it), `seconds`, `tokens_per_second` (scored, each
+          once for every order).
+
+    Raises:
+        ValueError: an order that is not known, a setting that no order would obey, a length above the model's or the
+            base's context, a base with a smaller vocabulary or without the row to compare it with, no document, an empty
+            one, a tokenizer without BOS.
+    """
+    check_orders(orders, group_sizes, num_orders=num_orders, span_length=span_length)
+    max_lengths = [model.config.max_position_embeddings] if max_lengths is None else max_lengths
+    if not max_lengths:
+        raise ValueError("max_length is empty; it takes at least one length")
+    for length in max_lengths:
+        check_length("max_length", length, model.config, advice=SCALE)
+    if base is not None:
+        check_base(base, model, orders, group_sizes, max_lengths)
+    num_bytes = sum(len(document.encode()) for document in documents)
+    rows = []
+    for length in max_lengths:
+        windows = cut_windows(tokenizer, documents, length)
+        about = {"max_length": length, "documents": len(documents), "windows": len(windows)}
+        about |= {"tokens": sum(len(window.scored) for window in windows), "bytes": num_bytes}
+        base_row = None
+        if base is not None:
+            start = perf_counter()
+            totals = base_log_likelihoods(base, windows, batch_size=batch_size, track=track)[:, None]
+            base_row = {"model": "base", "order": "left_to_right", "group_size": 1, "num_orders": 1, **about}
+            base_row |= _figures(totals, about["tokens"], num_bytes, perf_counter() - start)
+            rows.append(base_row)
+        for order in orders:
+            for group_size in group_sizes:
+                start = perf_counter()
+                totals = order_log_likelihoods(
+                    model,
+                    windows,
+                    order=order,
+                    group_size=group_size,
+                    span_length=span_length if order == "spans" else None,
+                    num_orders=num_orders if order in RANDOM_ORDERS else 1,
+                    seed=seed,
+                    batch_size=batch_size,
+                    track=track,
+                )
+                row = {"model": "a3", "order": order, "group_size": group_size, "num_orders": totals.shape[1], **about}
+                row |= _figures(totals, about["tokens"], num_bytes, perf_counter() - start)
+                if base_row is not None and order == "left_to_right" and group_size == 1:
+                    row["adaptation_cost"] = row["nats_per_token"] - base_row["nats_per_token"]
+                rows.append(row)
+    return rows
+
+
+def check_base(base: LlamaForCausalLM, model, orders: Sequence[str], group_sizes: Sequence[int], max_lengths) -> None:
+    """Raises a ValueError where a base can't be compared with the model."""
+    if "left_to_right" not in orders or 1 not in group_sizes:
+        raise ValueError(
+            f"base is compared with the order left_to_right in groups of 1; add them to orders={','.join(orders)} and "
+            f"group_sizes={list(group_sizes)}"
+        )
+    if base.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"base has a vocabulary of {base.config.vocab_size} tokens and the model one of {model.config.vocab_size}; it "
+            "takes the LLaMA that the model was adapted from"
+        )
+    for length in max_lengths:
+        check_length("max_length", length, base.config, advice=SCALE)
+
+
+def _figures(totals: torch.Tensor, tokens: int, num_bytes: int, seconds: float) -> dict[str, Any]:
+    """What a row tells, from the log-likelihoods (windows, orders)."""
+    num_orders = totals.shape[1]
+    total = float((totals.logsumexp(dim=1) - math.log(num_orders)).sum())
+    mean_of_orders = float(totals.mean(dim=1).sum())
+    return {
+        "log_likelihood": total,
+        "nats_per_token": -total / tokens,
+        "perplexity": math.exp(-total / tokens),
+        "bits_per_byte": -total / math.log(2) / num_bytes,
+        "log_likelihood_mean_of_orders": mean_of_orders,
+        "nats_per_token_mean_of_orders": -mean_of_orders / tokens,
+        "adaptation_cost": None,
+        "passes": totals.numel(),
+        "seconds": seconds,
+        "tokens_per_second": tokens * num_orders / seconds,
+    }

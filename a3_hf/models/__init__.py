@@ -1,0 +1,1 @@
+"""Models: A3 and the controls it is compared with."""

@@ -1,0 +1,151 @@
+"""The text being filled, and the passes of the model over it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from .generation_config import A3GenerationConfig
+from .input_validation import checked_rows
+from .likelihood import token_log_probs
+
+
+@dataclass
+class Canvas:
+    """Tensors (B, S + 1): the last column is a bin, to which slots and tokens that pad ragged rows point, so that every
+    step is a rectangle.
+    """
+
+    sequences: torch.Tensor
+    position_ids: torch.Tensor
+    commit_step: torch.Tensor
+    log_probs: torch.Tensor
+    by_position: torch.Tensor  # (B, S) the column of each position, the bin behind the row's last
+    given_mask: torch.Tensor  # (B, S)
+    blank_mask: torch.Tensor  # (B, S)
+    new_from: int  # the first column of the continuation; S where there is none
+    eos_token_ids: torch.Tensor  # (n,), ends the continuation; none where there is no continuation
+    end: torch.Tensor  # (B,) the last column of each row's continuation; S − 1 until an EOS is written
+    logits: torch.Tensor | None = None  # (B, S + 1, V), if asked for
+    failed_step: torch.Tensor | None = None  # () the first step with NaN logits; −1: none
+    excluded_step: torch.Tensor | None = None  # () the first step that wrote a token of probability 0; −1: none
+
+    @classmethod
+    def prepare(cls, model, input_ids, blank_mask, attention_mask, config: A3GenerationConfig) -> "Canvas":
+        """The canvas of rows (B, S), each `num_return_sequences` times side by side, with the continuation behind them."""
+        input_ids, real, blank = checked_rows(model.config, input_ids, blank_mask, attention_mask, config)
+        new_from = input_ids.shape[1]
+        if config.max_new_tokens is not None:
+            new = (0, config.max_new_tokens)
+            input_ids = pad(input_ids, new)
+            real, blank = (pad(mask, new, value=True) for mask in (real, blank))
+        if config.num_return_sequences is not None:
+            copies = config.num_return_sequences
+            input_ids, real, blank = (each.repeat_interleave(copies, dim=0) for each in (input_ids, real, blank))
+        sequences = pad(input_ids.masked_fill(blank, 0), (0, 1))
+        device, width = sequences.device, sequences.shape[1]
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        ends = config.eos_token_ids() if config.max_new_tokens is not None else ()
+        return cls(
+            sequences=sequences,
+            position_ids=pad((real.long().cumsum(dim=1) - 1).clamp_min(0), (0, 1)),
+            commit_step=torch.full_like(sequences, -1),
+            log_probs=torch.zeros(sequences.shape, dtype=dtype, device=device),
+            by_position=pack(torch.arange(width - 1, device=device).expand_as(real), real, width - 1),
+            given_mask=real & ~blank,
+            blank_mask=blank,
+            new_from=new_from,
+            eos_token_ids=torch.tensor(ends, dtype=torch.long, device=device),
+            end=torch.full_like(sequences[:, 0], width - 2),
+            logits=torch.zeros(*sequences.shape, model.config.vocab_size, dtype=dtype, device=device)
+            if config.output_logits
+            else None,
+            failed_step=torch.tensor(-1, device=device),
+            excluded_step=torch.tensor(-1, device=device),
+        )
+
+    @property
+    def bin(self) -> int:
+        return self.given_mask.shape[1]
+
+    def has_blanks_inside(self) -> bool:
+        """Whether blanks stand before the continuation."""
+        return bool(self.blank_mask[:, : self.new_from].any())
+
+    def is_ragged(self) -> bool:
+        """Whether rows have padding, or differ in how many tokens are given or blank, so that steps need padding."""
+        if not (self.given_mask | self.blank_mask).all():
+            return True
+        return int(self.blank_mask.sum(dim=1).min()) != int(self.blank_mask.sum(dim=1).max())
+
+    def known(self) -> torch.Tensor:
+        """(B, S), True where a token is given or written."""
+        return self.given_mask | (self.commit_step[:, :-1] >= 0)
+
+    def columns_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, …) the columns at which `positions` (B, …) of the rows' texts stand, the bin where there is no such position."""
+        inside = (positions >= 0) & (positions < self.bin)
+        places = positions.clamp(0, self.bin - 1).flatten(1)
+        return self.by_position.gather(1, places).view_as(positions).masked_fill(~inside, self.bin)
+
+    def is_over(self, columns: torch.Tensor) -> torch.Tensor:
+        """(B, n), True where `columns` stand behind the end of the row's continuation."""
+        return columns > self.end[:, None]
+
+    def commit(
+        self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor, step: int
+    ) -> None:
+        """Writes `tokens` (B, n) at columns `index` (B, n), the bin swallowing padding. `logits` (B, n, V) are the model's
+        own, `scores` (B, n, V) those from which the tokens were chosen. Where an EOS is among them, those behind it are
+        left unwritten: nothing has seen them yet.
+        """
+        if self.eos_token_ids.numel():
+            is_end = torch.isin(tokens, self.eos_token_ids) & (index >= self.new_from) & (index != self.bin)
+            self.end = torch.minimum(self.end, index.masked_fill(~is_end, self.bin).amin(dim=1))
+            index = index.masked_fill(self.is_over(index), self.bin)
+        log_probs = token_log_probs(logits, tokens)
+        self.sequences.scatter_(1, index, tokens)
+        self.log_probs.scatter_(1, index, log_probs)
+        self.commit_step.scatter_(1, index, torch.full_like(index, step))
+        if self.logits is not None:
+            where = index[..., None].expand(-1, -1, logits.shape[-1])
+            self.logits.scatter_(1, where, logits.to(self.logits.dtype))
+        has_chance = scores.gather(-1, tokens[..., None]).squeeze(-1) > -torch.inf
+        for name, wrong in (("failed_step", log_probs.isnan()), ("excluded_step", ~has_chance)):
+            first = getattr(self, name)
+            is_new = (wrong & (index != self.bin)).any() & (first < 0)
+            setattr(self, name, torch.where(is_new, step, first))
+
+    def settle(self) -> None:
+        """Turns what was made in inference mode into ordinary tensors, of use in training as well."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and value.is_inference():
+                setattr(self, name, value.clone())
+
+    def close(self, pad_token_id: int) -> None:
+        """Puts `pad_token_id` where nothing was written."""
+        self._clear(pad(self.blank_mask, (0, 1)) & (self.commit_step < 0), pad_token_id)
+
+    def take_back(self, step: int) -> None:
+        """Opens what was written at `step` or later."""
+        blank = pad(self.blank_mask, (0, 1))
+        self._clear(blank & ((self.commit_step >= step) | (self.commit_step < 0)), 0)
+
+    def _clear(self, where: torch.Tensor, token_id: int) -> None:
+        self.sequences.masked_fill_(where, token_id)
+        self.commit_step.masked_fill_(where, -1)
+        self.log_probs.masked_fill_(where, 0.0)
+        if self.logits is not None:
+            self.logits.masked_fill_(where[..., None], 0.0)
+
+
+def columns_of(mask: torch.Tensor, bin_column: int) -> torch.Tensor:
+    """(B, n) the columns at which `mask` (B, S) is True, in text order, padded with the bin."""
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return pack(columns, mask, bin_column)[:, : int(mask.sum(dim=1).max())]
+
+
+def pack(columns: torch.Tensor, keep: torch.Tensor, bin_column: int) -> torch.Tensor:
+    """Moves the kept entries of each row to its front, in order; the rest become the bin."""
+    first = (~keep).long().argsort(dim=1, stable=True)
+    return columns.masked_fill(~keep, bin_column).gather(1, first)

@@ -1,0 +1,359 @@
+"""Settings of any-order generation, checked when they are made."""
+
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from .generation_sampling import CRITERIA, DRAFTS
+from .input_validation import check_integers
+from .orders import ORDERS
+
+DYNAMIC_OPTIONS = ("criterion", "criterion_temperature", "tokens_per_step", "threshold", "entropy_budget", "window")
+# The options of each strategy; giving one to another strategy is an error.
+OPTIONS_OF = {
+    "groupwise": ("order", "group_size", "span_length"),
+    "dynamic": DYNAMIC_OPTIONS,
+    "speculative": ("order", "span_length", "draft", "draft_tokens"),
+    "refine": (*DYNAMIC_OPTIONS, "refine_rounds", "refine_fraction", "refine_keep"),
+}
+STRATEGIES = tuple(OPTIONS_OF)
+OWN_OPTIONS = tuple(dict.fromkeys(option for options in OPTIONS_OF.values() for option in options))
+REFINE_KEEPS = ("better", "all")
+# Fields of transformers' GenerationConfig that are obeyed, by their own names.
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff")
+PROCESSOR_OPTIONS = ("repetition_penalty", "bad_words_ids", "suppress_tokens", "forced_eos_token_id")
+SHARED_OPTIONS = (
+    "strategy",
+    "use_cache",
+    "seed",
+    "do_sample",
+    "max_new_tokens",
+    "max_time",
+    "num_return_sequences",
+    "eos_token_id",
+    "pad_token_id",
+    "output_logits",
+    "output_history",
+    "cache_implementation",
+    "compile_config",
+    "disable_compile",
+    *SAMPLING_OPTIONS,
+    *PROCESSOR_OPTIONS,
+)
+INERT_OPTIONS = ("bos_token_id", "transformers_version")
+MOST = sys.float_info.max
+# The least and the most that each number may be, and what a message says. Below a temperature of 1e-30 fp32 has no room for
+# logits.
+NUMBERS = {
+    "temperature": (1e-30, MOST, "a finite number, at least 1e-30 (do_sample=False takes the likeliest token)"),
+    "top_k": (0, MOST, "a whole number, at least 0 (0: off)"),
+    "top_p": (0.0, 1.0, "a number from 0 to 1"),
+    "min_p": (0.0, 1.0, "a number from 0 to 1"),
+    "typical_p": (math.ulp(0.0), 1.0, "a number in (0, 1]"),
+    "epsilon_cutoff": (0.0, math.nextafter(1.0, 0.0), "a number in [0, 1)"),
+    "repetition_penalty": (1e-30, MOST, "a finite number, more than 0"),
+    "max_time": (math.ulp(0.0), math.inf, "seconds, more than 0"),
+    "entropy_budget": (0.0, math.inf, "nats, at least 0"),
+    "criterion_temperature": (0.0, MOST, "a finite number, at least 0"),
+}
+
+
+class A3GenerationConfig(GenerationConfig):
+    """Settings of `generate_any_order`. Identical to `GenerationConfig` except: the fields below, and a field that
+    any-order generation does not support raises instead of being ignored. Fields of `GenerationConfig` that it takes:
+    `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`, `epsilon_cutoff`, `repetition_penalty`,
+    `bad_words_ids`, `suppress_tokens`, `forced_eos_token_id`, `max_new_tokens`, `max_time`, `num_return_sequences`
+    (with `do_sample`), `eos_token_id`, `pad_token_id`, `output_logits`, `use_cache`, `cache_implementation` (`"static"`,
+    with strategy `groupwise`; compiled on a GPU, and on a CPU where `compile_config` is given), `disable_compile`.
+
+    Args:
+        strategy: `"groupwise"` (paper, Algorithm 1: groups fixed beforehand), `"dynamic"` (Algorithm 2: at every step ask
+            the open blanks and commit the best), `"speculative"` (ASSD, paper §3: writes what one token at a time in the
+            same order would, exactly, in fewer passes) or `"refine"` (not in the paper: `dynamic`, then rounds in which
+            the least likely tokens are written again).
+        order: groupwise, speculative. `"left_to_right"` (default), `"right_to_left"`, `"random"`, `"spans"` (needs
+            `span_length`), or a tensor (B, S) of group ids, lower = earlier (S counts `max_new_tokens`).
+        group_size: groupwise. Tokens written per pass, 1 by default.
+        span_length: with `order="spans"`.
+        criterion: dynamic, refine. What is committed first: `"confidence"` (default), `"entropy"` (default with
+            `entropy_budget`), `"margin"` or `"random"`.
+        criterion_temperature: dynamic, refine. Gumbel noise of this scale on the criterion, so that which blanks are
+            committed is sampled in proportion to exp(criterion / temperature); not with `threshold`.
+        tokens_per_step: dynamic, refine. Tokens committed per pass, 1 by default.
+        threshold: instead of `tokens_per_step`. Commit every blank whose largest probability exceeds it (and the best one
+            always); in (0, 1].
+        entropy_budget: instead of `tokens_per_step`. Commit blanks, best first, while the sum of their entropies (nats)
+            stays within it (and the best one always).
+        window: dynamic, refine. Only the next `window` open blanks, in text order, are asked and compete.
+        draft: speculative. `"model"` (default: from slots of the same pass) or `"ngram"` (what followed the same words
+            earlier in the text).
+        draft_tokens: speculative. Drafts checked per pass, 4 by default.
+        refine_rounds: refine. 4 by default.
+        refine_fraction: refine. Share of the written tokens that a round opens again, 0.25 by default; in (0, 1].
+        refine_keep: refine. `"better"` (default): a row keeps a round only if its exact log-likelihood rose; `"all"`.
+        use_cache: True by default: committed groups stay in the key/value cache, exactly. False encodes everything again
+            each step (the same result), but for `dynamic` and `refine`, which then take the paper's variant: all filled
+            tokens encoded as one bidirectional group.
+        eos_token_id: an id or several. None: with `max_new_tokens`, those of the model's own `generation_config`, as in
+            `generate`; `[]` for none. The continuation (the columns of `max_new_tokens`) ends at the first EOS written:
+            nothing is written behind it, where `pad_token_id` stands in the end, with commit step −1. An EOS is never written
+            where a given or written token stands behind it, as in blanks with text around: a text does not end in its middle.
+            So nothing that another token has seen is taken back, whatever the order.
+        max_time: seconds, checked before each pass. When they have passed, the continuation ends with its last token
+            written, and what is open before that is written in one last pass.
+        bad_words_ids: as in `generate`, against the text on both sides. A sequence of several ids needs a strategy that
+            writes one token at a time.
+        output_history: also return the text after each step.
+        seed: of sampling and random orders: an integer (a row's draws come from it, the row's own text and how many equal
+            rows stand before it, not from its neighbours or padding) or a list with one per row. None: from torch's
+            global generator.
+
+    Raises:
+        ValueError: an unknown or unsupported field, a value out of range, or an option of another strategy.
+    """
+
+    def __init__(self, **kwargs):
+        self.strategy = kwargs.pop("strategy", "groupwise")
+        for option in (*OWN_OPTIONS, "seed", "output_history"):
+            setattr(self, option, kwargs.pop(option, None))
+        kwargs.setdefault("use_cache", True)
+        unknown = sorted(set(kwargs) - set(GenerationConfig().__dict__))
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}={kwargs[unknown[0]]!r} is not an option of any-order generation; it takes "
+                f"{', '.join((*SHARED_OPTIONS, *OWN_OPTIONS))}"
+            )
+        super().__init__(**kwargs)
+
+    def validate(self, *args, **kwargs) -> None:
+        """As transformers' own, after the checks of any-order generation: its comparisons take numbers for granted."""
+        self.check_any_order()
+        super().validate(*args, **kwargs)
+
+    def check_any_order(self) -> None:
+        """Raises a ValueError for what any-order generation would otherwise ignore."""
+        _check_choice("strategy", self.strategy, STRATEGIES)
+        mine = OPTIONS_OF[self.strategy]
+        for option in OWN_OPTIONS:
+            if getattr(self, option) is not None and option not in mine:
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r} has no meaning for strategy={self.strategy!r}, which takes "
+                    f"{', '.join(mine)}"
+                )
+        for option, value in self.__dict__.items():
+            known = option in (*SHARED_OPTIONS, *INERT_OPTIONS, *OWN_OPTIONS) or option.startswith("_")
+            if not known and value is not None and value is not False:
+                raise ValueError(
+                    f"{option}={value!r} is not supported by any-order generation, which takes "
+                    f"{', '.join((*SHARED_OPTIONS, *mine))}"
+                )
+        for option in (
+            "max_new_tokens",
+            "num_return_sequences",
+            "group_size",
+            "span_length",
+            "tokens_per_step",
+            "window",
+            "draft_tokens",
+            "refine_rounds",
+        ):
+            _check_count(option, getattr(self, option))
+        self._check_values()
+        self._check_order()
+        self._check_commit_rules()
+        for option, choices in (("draft", DRAFTS), ("refine_keep", REFINE_KEEPS)):
+            if getattr(self, option) is not None:
+                _check_choice(option, getattr(self, option), choices)
+        _check_share("refine_fraction", self.refine_fraction)
+        if self.forced_eos_token_id is not None and self.max_new_tokens is None:
+            raise ValueError("forced_eos_token_id ends a continuation; it needs max_new_tokens")
+        if self.writes_in_parallel():
+            self.check_single_bad_words(
+                "one token a step (group_size=1, tokens_per_step=1, speculative; no max_time, after which all that is open "
+                "is written together)"
+            )
+        self._check_cache()
+
+    def check_single_bad_words(self, remedy: str) -> None:
+        """Raises a ValueError for bad words of several tokens, which tokens written together could complete unseen."""
+        if any(len(words) > 1 for words in self.bad_words_ids or []):
+            raise ValueError(
+                "bad_words_ids holds a sequence of several tokens, which tokens written together could complete unseen; it "
+                f"takes single tokens here, or {remedy}"
+            )
+
+    def check_vocabulary(self, vocab_size: int, *, has_blanks: bool, never: tuple[int, ...] = ()) -> None:
+        """Whether all token ids are of a vocabulary, and something is left to write.
+
+        Args:
+            has_blanks: blanks stand before given text or a continuation, where no EOS is written.
+            never: ids that the model itself never writes.
+
+        Raises:
+            ValueError: an id outside 0 .. `vocab_size` − 1, or no token left.
+        """
+        forced = self.forced_eos_token_id
+        ids = {
+            "eos_token_id": self.eos_token_ids(),
+            "pad_token_id": () if self.pad_token_id is None else (self.pad_token_id,),
+            "suppress_tokens": self.suppress_tokens or (),
+            "forced_eos_token_id": () if forced is None else forced if isinstance(forced, list) else (forced,),
+            "bad_words_ids": [token_id for words in self.bad_words_ids or [] for token_id in words],
+        }
+        for name, token_ids in ids.items():
+            for token_id in token_ids:
+                if not 0 <= token_id < vocab_size:
+                    none = "; [] for none" if name == "eos_token_id" else ""
+                    raise ValueError(
+                        f"{name} holds {token_id}; it takes ids of the model's vocabulary, 0 to {vocab_size - 1}{none}"
+                    )
+        left_out = {
+            *never,
+            *ids["suppress_tokens"],
+            *(words[0] for words in self.bad_words_ids or [] if len(words) == 1),
+        }
+        if len(left_out | set(ids["eos_token_id"] if has_blanks else ())) == vocab_size:
+            raise ValueError(
+                f"suppress_tokens and bad_words_ids leave none of the model's {vocab_size} tokens to write"
+                f"{' (EOS is not written into blanks)' if has_blanks else ''}; leave at least one"
+            )
+
+    def _check_values(self) -> None:
+        """What transformers' processors take without a word, or refuse after the passes before them."""
+        for option, (at_least, at_most, takes) in NUMBERS.items():
+            value = getattr(self, option)
+            if value is None:
+                continue
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not at_least <= value <= at_most:
+                raise ValueError(f"{option}={value!r}; it takes {takes}")
+        if self.top_k is not None and not isinstance(self.top_k, int):
+            raise ValueError(f"top_k={self.top_k!r}; it takes {NUMBERS['top_k'][2]}")
+        for option in ("do_sample", "use_cache", "output_logits", "output_history"):
+            if getattr(self, option) not in (None, True, False):
+                raise ValueError(f"{option}={getattr(self, option)!r}; it takes True or False")
+        forced = self.forced_eos_token_id
+        for option, ids in (
+            ("eos_token_id", list(self.eos_token_ids())),
+            ("pad_token_id", [] if self.pad_token_id is None else [self.pad_token_id]),
+            ("forced_eos_token_id", [] if forced is None else forced if isinstance(forced, list) else [forced]),
+            ("suppress_tokens", self.suppress_tokens),
+        ):
+            if ids is not None and not _are_ids(ids):
+                raise ValueError(f"{option}={getattr(self, option)!r}; it takes token ids, whole numbers")
+        words = self.bad_words_ids
+        if words is not None and not (
+            isinstance(words, (list, tuple)) and all(each and _are_ids(each) for each in words)
+        ):
+            raise ValueError(f"bad_words_ids={words!r}; it takes a list of lists of token ids")
+        seeds = self.seed if isinstance(self.seed, (list, tuple)) else [0 if self.seed is None else self.seed]
+        if not _are_ids(list(seeds)):
+            raise ValueError(f"seed={self.seed!r}; it takes a whole number, or a list with one per row")
+
+    def _check_order(self) -> None:
+        if isinstance(self.order, torch.Tensor):
+            check_integers("order", self.order, dimensions=2)
+        elif self.order is not None:
+            _check_choice("order", self.order, ORDERS)
+        if (self.span_length is not None) != (isinstance(self.order, str) and self.order == "spans"):
+            raise ValueError(
+                f"span_length={self.span_length} with order={self.order!r}; order='spans' needs it, others don't take it"
+            )
+        if isinstance(self.order, torch.Tensor) and self.group_size is not None:
+            raise ValueError("group_size has no meaning where order gives the group of every token")
+
+    def _check_commit_rules(self) -> None:
+        if self.criterion is not None:
+            _check_choice("criterion", self.criterion, CRITERIA)
+        rules = [rule for rule in ("tokens_per_step", "threshold", "entropy_budget") if getattr(self, rule) is not None]
+        if len(rules) > 1:
+            raise ValueError(f"{' and '.join(rules)} are two rules for what to commit; give one")
+        _check_share("threshold", self.threshold)
+        if self.criterion_temperature is not None:
+            if self.threshold is not None or self.criterion == "random":
+                raise ValueError("criterion_temperature has no meaning with threshold or criterion='random'")
+        if self.window is not None and self.window < (self.tokens_per_step or 1):
+            raise ValueError(
+                f"window={self.window} is smaller than the step, tokens_per_step={self.tokens_per_step}; it takes at "
+                "least that"
+            )
+
+    def _check_cache(self) -> None:
+        if self.cache_implementation is None:
+            return
+        _check_choice("cache_implementation", self.cache_implementation, ("dynamic", "static"))
+        if self.cache_implementation == "static" and (self.strategy != "groupwise" or not self.use_cache):
+            raise ValueError(
+                "cache_implementation='static' needs steps of one shape: it takes strategy='groupwise' with use_cache=True"
+            )
+
+    def writes_in_parallel(self) -> bool:
+        """Whether tokens may be written together, without seeing each other."""
+        if self.max_time is not None:
+            return True
+        if self.strategy == "groupwise":
+            return (self.group_size or 1) > 1 or isinstance(self.order, torch.Tensor)
+        if self.strategy == "speculative":
+            return False
+        return (self.tokens_per_step or 1) > 1 or self.threshold is not None or self.entropy_budget is not None
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-text tokens, as a tuple."""
+        ids = self.eos_token_id
+        return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+
+    def deadline(self) -> float:
+        """The `time.perf_counter()` at which `max_time`, from now, is over."""
+        return math.inf if self.max_time is None else time.perf_counter() + self.max_time
+
+    def filler(self, model_config: PreTrainedConfig) -> int:
+        """The token that stands behind the end of a continuation."""
+        candidates = (self.pad_token_id, model_config.pad_token_id, *self.eos_token_ids(), 0)
+        return next(token_id for token_id in candidates if token_id is not None and token_id >= 0)
+
+
+def resolve_config(
+    config: A3GenerationConfig | None,
+    max_new_tokens: int | None,
+    overrides: dict[str, Any],
+    models_own: GenerationConfig | None,
+) -> A3GenerationConfig:
+    """A config in which `max_new_tokens` and `overrides` replace the fields of `config`. Where neither says anything of
+    `eos_token_id`, a continuation has that of the model's own config; an override of None is none.
+    """
+    if config is not None and not isinstance(config, A3GenerationConfig):
+        raise ValueError(f"generation_config is a {type(config).__name__}; it takes an A3GenerationConfig")
+    fields = {} if config is None else {name: value for name, value in config.__dict__.items() if value is not None}
+    fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+    fields.update(overrides)
+    if max_new_tokens is not None:
+        fields["max_new_tokens"] = max_new_tokens
+    ids = None if models_own is None else models_own.eos_token_id
+    if "eos_token_id" not in fields and ids is not None and fields.get("max_new_tokens") is not None:
+        # Negative ids mean none there, as in `generate`.
+        fields["eos_token_id"] = [token_id for token_id in (ids if isinstance(ids, list) else [ids]) if token_id >= 0]
+    return A3GenerationConfig(**fields)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; it takes one of {', '.join(choices)}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name}={value!r}; it takes a whole number of at least 1")
+
+
+def _check_share(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0.0 < value <= 1.0):
+        raise ValueError(f"{name}={value!r}; it takes a number in (0, 1]")
+
+
+def _are_ids(ids: Any) -> bool:
+    return isinstance(ids, (list, tuple)) and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)

@@ -1,0 +1,210 @@
+"""State and steps that all decoding strategies share: noise, processors, commits."""
+
+import math
+import time
+from collections import Counter
+from copy import copy
+
+import torch
+
+from .generation_canvas import Canvas, columns_of
+from .generation_config import A3GenerationConfig
+from .generation_observers import Observers
+from .generation_processors import SlotProcessors
+from .generation_runner import Encoder
+from .generation_sampling import (
+    choose_tokens,
+    commit_scores,
+    slots_to_commit,
+    uniform_noise,
+)
+from .orders import seed_of
+
+SAMPLE, CRITERION, ACCEPT, RESIDUAL = range(4)  # purposes of chance
+FINITE_CHECK_EVERY = 32  # steps, on devices where looking costs a wait
+
+
+class NonFiniteLogitsError(ValueError):
+    """The model gave NaN logits. `step` is the first step at which it did, `output` what was committed before."""
+
+    def __init__(self, step: int):
+        super().__init__(
+            f"the model's logits are NaN at step {step}; what was committed before is in this error's `output`. Half "
+            "precision without the range for this model is the usual cause: try bfloat16 or float32"
+        )
+        self.step = step
+        self.output = None
+
+
+class Chance:
+    """Every blank's own random numbers, whatever the batch and padding."""
+
+    def __init__(self, config: A3GenerationConfig, canvas: Canvas):
+        self.row_seeds = _row_seeds(config.seed, canvas)
+        self.seeds = torch.tensor(self.row_seeds, dtype=torch.long, device=canvas.sequences.device)
+        place = canvas.blank_mask.long().cumsum(dim=1)  # the number of a blank in its row, from 1; 0 for the bin
+        self.place = torch.nn.functional.pad(place, (0, 1))
+
+    def uniform(self, columns: torch.Tensor, step: int, purpose: int) -> torch.Tensor:
+        """(B, n) numbers in [0, 1) for the canvas `columns` (B, n)."""
+        return uniform_noise(self.seeds, self.place.gather(1, columns), step, purpose)
+
+    def afresh(self) -> "Chance":
+        """Other numbers for the same blanks, for another round."""
+        again = copy(self)
+        again.seeds = self.seeds + 1
+        return again
+
+    def order_generators(self) -> list[torch.Generator]:
+        """A generator per row, for random orders."""
+        return [torch.Generator().manual_seed(seed) for seed in self.row_seeds]
+
+
+def _row_seeds(seed, canvas: Canvas) -> list[int]:
+    """A number per row, from the seed, the row's own text and the number of equal rows before it."""
+    batch_size = canvas.sequences.shape[0]
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != batch_size:
+            raise ValueError(f"seed holds {len(seed)} seeds; it takes an integer or one per row, {batch_size}")
+        return [seed_of(one) for one in seed]
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    real = (canvas.given_mask | canvas.blank_mask).cpu()
+    texts = canvas.sequences[:, :-1].masked_fill(canvas.blank_mask, -1).cpu()
+    seen, seeds = Counter(), []
+    for text, mask in zip(texts, real, strict=True):
+        content = text[mask].numpy().tobytes()
+        seeds.append(seed_of(seed, content, seen[content]))
+        seen[content] += 1
+    return seeds
+
+
+class Decoder:
+    """One canvas being filled: asks the model, chooses tokens, commits them.
+
+    Args:
+        deadline: `time.perf_counter()` after which no further pass but a last one starts.
+        step: the number of the first step.
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        encoder: Encoder,
+        config: A3GenerationConfig,
+        processors: SlotProcessors,
+        chance: Chance,
+        observers: Observers,
+        *,
+        logits_hook=None,
+        deadline: float = math.inf,
+        step: int = 0,
+    ):
+        self.canvas, self.encoder, self.config = canvas, encoder, config
+        self.processors, self.chance, self.observers = processors, chance, observers
+        self.logits_hook, self.deadline, self.step = logits_hook, deadline, step
+        self.first_step = step
+        self.has_ended = False  # an EOS ended the continuation of some row
+        self.last_step: int | None = None  # the step that wrote all that was open, if time was up
+
+    def uniform(self, columns: torch.Tensor, purpose: int) -> torch.Tensor:
+        """(B, n) this step's random numbers for `columns` (B, n)."""
+        return self.chance.uniform(columns, self.step - self.first_step, purpose)
+
+    def out_of_time(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+    def ask(self, content: torch.Tensor, slots: torch.Tensor, **groups) -> torch.Tensor:
+        """The model's logits (B, Q, V). The content of the first pass, the given tokens, is one token a group."""
+        return self.encoder.ask(content, slots, **groups or {"singletons": self.encoder.passes == 0})
+
+    def processed(self, logits: torch.Tensor, slots: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits after the hook and the processors, before the sampling ones."""
+        if self.logits_hook is not None:
+            logits = self.logits_hook(self.step, slots, logits)
+        return self.processors.process(logits, slots, self.canvas.known()[:, None] if known is None else known)
+
+    def widths_known(self) -> bool:
+        """Whether each step takes a fixed number and no row can end early, so that nothing is read back from the device."""
+        config = self.config
+        return config.threshold is None and config.entropy_budget is None and not self.canvas.eos_token_ids.numel()
+
+    def select(self, scores: torch.Tensor, slots: torch.Tensor, tokens_per_step: int | torch.Tensor) -> torch.Tensor:
+        """(B, Q) bool: the slots to commit by the config's criterion, from processed logits; `tokens_per_step`, of all rows or
+        (B, 1), holds where no threshold nor budget does.
+        """
+        threshold, entropy_budget = self.config.threshold, self.config.entropy_budget
+        criterion = self.config.criterion or ("confidence" if entropy_budget is None else "entropy")
+        deserts = commit_scores(scores, criterion, self.uniform(slots, CRITERION) if criterion == "random" else None)
+        if self.config.criterion_temperature:
+            uniform = self.uniform(slots, CRITERION).clamp_min(1e-12)
+            deserts = deserts / self.config.criterion_temperature - (-uniform.log()).log()
+        return slots_to_commit(
+            deserts,
+            slots != self.canvas.bin,
+            tokens_per_step=tokens_per_step,
+            confidence=None if threshold is None else commit_scores(scores, "confidence").exp(),
+            threshold=threshold,
+            entropy=None if entropy_budget is None else -commit_scores(scores, "entropy"),
+            entropy_budget=entropy_budget,
+        )
+
+    def warped(self, scores: torch.Tensor) -> torch.Tensor:
+        """Processed logits after the sampling processors, if anything is sampled."""
+        return self.processors.warp(scores) if self.config.do_sample else scores
+
+    def choose(self, scores: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """(B, Q) a token for each slot, from warped logits."""
+        return choose_tokens(scores, self.uniform(slots, SAMPLE) if self.config.do_sample else None)
+
+    def commit(self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> None:
+        """Writes tokens (B, n) at columns `index` (B, n); `logits` (B, n, V) are the model's own, `scores` (B, n, V) what the
+        tokens were chosen from.
+        """
+        canvas = self.canvas
+        canvas.commit(index, tokens, logits, scores, self.step)
+        if logits.device.type == "cpu" or (self.step + 1) % FINITE_CHECK_EVERY == 0:
+            self.check_finite()
+        if canvas.eos_token_ids.numel() and not self.has_ended:
+            self.has_ended = bool((canvas.end < canvas.bin - 1).any())
+            self.encoder.ragged = self.encoder.ragged or self.has_ended
+        self.observers.after_step(self.step)
+        self.step += 1
+
+    def check_finite(self) -> None:
+        """Whether all that was written could be.
+
+        Raises:
+            NonFiniteLogitsError: the model's logits were NaN.
+            ValueError: nothing was left to choose from.
+        """
+        failed, excluded = self.canvas.failed_step, self.canvas.excluded_step
+        if int(torch.maximum(failed, excluded)) < 0:  # one look, which on a GPU is a wait
+            return
+        if int(failed) >= 0:
+            raise NonFiniteLogitsError(int(failed))
+        raise ValueError(
+            f"suppress_tokens, bad_words_ids, logits_processor or logits_hook leave no token to write at step {int(excluded)} "
+            "(an EOS does not count where text stands behind it); leave at least one"
+        )
+
+    def still_open(self, columns: torch.Tensor) -> torch.Tensor:
+        """`columns` (B, n), the bin in place of those behind the end of a continuation."""
+        if not self.has_ended:
+            return columns
+        return columns.masked_fill(self.canvas.is_over(columns), self.canvas.bin)
+
+    def finish_at_once(self, content: torch.Tensor) -> None:
+        """Time is up: the continuation ends with its last written token, which what was written later has seen, and what is
+        open before that is written in one pass.
+        """
+        canvas = self.canvas
+        columns = torch.arange(canvas.bin, device=canvas.end.device)
+        last = torch.where(canvas.known(), columns, -1).amax(dim=1).clamp_min(canvas.new_from - 1)
+        canvas.end = torch.minimum(canvas.end, last)
+        slots = columns_of(canvas.blank_mask & ~canvas.known() & ~canvas.is_over(columns), canvas.bin)
+        if slots.shape[1]:
+            self.encoder.ragged, self.last_step = True, self.step
+            logits = self.ask(content, slots)
+            scores = self.warped(self.processed(logits, slots))
+            self.commit(slots, self.choose(scores, slots), logits, scores)

@@ -1,0 +1,118 @@
+"""What happens to logits between the model and the choice of tokens: transformers' processors, at slots anywhere."""
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
+
+from .generation_config import A3GenerationConfig
+from .generation_sampling import at_least_float32
+
+# in the order in which `generate` applies them
+WARPERS = {
+    "temperature": logits_process.TemperatureLogitsWarper,
+    "top_k": logits_process.TopKLogitsWarper,
+    "top_p": logits_process.TopPLogitsWarper,
+    "min_p": logits_process.MinPLogitsWarper,
+    "typical_p": logits_process.TypicalLogitsWarper,
+    "epsilon_cutoff": logits_process.EpsilonLogitsWarper,
+}
+
+
+class SlotProcessors:
+    """The processors that a config asks for, applied to the logits of slots.
+
+    Those that look at the text so far (`repetition_penalty`, and the caller's own) get, for each slot, the row turned so
+    that it ends just before the slot: what stands after the slot, then what stands before it, by position. Places not yet
+    written hold the row's first given token (BOS), and so does what fills a shorter row, in front.
+
+    An EOS is left out wherever a given or written token stands behind it, and before the continuation: a text does not end
+    in its middle.
+    """
+
+    def __init__(self, config: A3GenerationConfig, canvas, own_processors: LogitsProcessorList | None):
+        self.canvas = canvas
+        self.contextual = LogitsProcessorList()
+        if config.repetition_penalty is not None and config.repetition_penalty != 1.0:
+            self.contextual.append(logits_process.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        self.contextual.extend(own_processors or [])
+        self.bad_words = [list(words) for words in config.bad_words_ids or []]
+        suppressed = list(config.suppress_tokens or []) + [words[0] for words in self.bad_words if len(words) == 1]
+        self.suppressed = torch.tensor(sorted(set(suppressed)), device=canvas.sequences.device)
+        self.bad_words = [words for words in self.bad_words if len(words) > 1]
+        self.eos = torch.tensor(config.eos_token_ids(), device=canvas.sequences.device, dtype=torch.long)
+        self.forced_eos = config.forced_eos_token_id
+        self.warpers = LogitsProcessorList()
+        for name, warper in WARPERS.items():
+            value = getattr(config, name)
+            # transformers writes 1.0 and 0 for "off" into saved configs
+            off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0}.get(name)
+            if config.do_sample and value is not None and value != off:
+                self.warpers.append(warper(value))
+
+    def process(self, logits: torch.Tensor, slots: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Logits (B, Q, V) after all processors but the sampling ones, at the columns `slots` (B, Q).
+
+        Args:
+            known: (B, 1, S) or (B, Q, S), where the canvas holds tokens that a slot may look at.
+        """
+        if len(self.contextual):
+            context = self._contexts(slots, known)
+            scores = self.contextual(context.flatten(0, 1), at_least_float32(logits).flatten(0, 1))
+            logits = scores.view_as(logits)
+        if self.suppressed.numel():
+            logits = logits.index_fill(-1, self.suppressed, -torch.inf)
+        for words in self.bad_words:
+            logits = self._without(words, logits, slots, known)
+        if self.eos.numel():
+            inside = (slots < self._last_known(known))[..., None]
+            logits = torch.where(inside, logits.index_fill(-1, self.eos, -torch.inf), logits)
+        if self.forced_eos is not None:
+            last = (slots == self.canvas.bin - 1)[..., None]
+            other = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            other[self.forced_eos] = False
+            logits = logits.masked_fill(last & other, -torch.inf)
+        return logits
+
+    def warp(self, logits: torch.Tensor) -> torch.Tensor:
+        """The sampling processors (temperature, top-k, …) on logits (B, Q, V)."""
+        if not len(self.warpers) or not logits.numel():
+            return logits
+        logits = at_least_float32(logits)
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # 0 at the likeliest stays 0 under any temperature
+        return self.warpers(None, logits.flatten(0, 1)).view_as(logits)
+
+    def _last_known(self, known: torch.Tensor) -> torch.Tensor:
+        """(B, 1) or (B, Q) the last column that holds a token, or else the first of the continuation."""
+        columns = torch.arange(self.canvas.bin, device=known.device)
+        return torch.where(known, columns, -1).amax(dim=-1).clamp_min(self.canvas.new_from)
+
+    def _contexts(self, slots: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        canvas = self.canvas
+        width = canvas.bin
+        length = (canvas.given_mask | canvas.blank_mask).sum(dim=1)[:, None, None]  # of each row
+        turn = torch.arange(width - 1, device=slots.device) - (
+            width - length
+        )  # (B, 1, S − 1), negative where it is filled
+        position = canvas.position_ids.gather(1, slots)[..., None] + 1 + turn
+        columns = canvas.columns_at(torch.where(turn >= 0, position % length, -1))  # (B, Q, S − 1)
+        first = canvas.sequences.gather(1, canvas.given_mask.long().argmax(dim=1, keepdim=True))
+        text = torch.where(known, canvas.sequences[:, None, :-1], first[..., None])
+        text = torch.cat([text, first[..., None].expand(-1, text.shape[1], -1)], dim=2)  # the bin
+        return text.expand(-1, slots.shape[1], -1).gather(2, columns)
+
+    def _without(self, words: list[int], logits, slots, known) -> torch.Tensor:
+        """Forbids each token of `words` where all the others stand around it."""
+        canvas = self.canvas
+        text = torch.nn.functional.pad(canvas.sequences[:, None, :-1].masked_fill(~known, -1), (0, 1), value=-1)
+        text = text.expand(-1, slots.shape[1], -1)
+        position = canvas.position_ids.gather(1, slots)
+        for index, word in enumerate(words):
+            completed = slots != canvas.bin
+            for other, neighbour in enumerate(words):
+                if other != index:
+                    columns = canvas.columns_at(position + other - index)
+                    completed = completed & (text.gather(2, columns[..., None]).squeeze(-1) == neighbour)
+            banned = torch.zeros_like(logits, dtype=torch.bool)
+            banned[..., word] = completed
+            logits = logits.masked_fill(banned, -torch.inf)
+        return logits

@@ -1,0 +1,274 @@
+"""Forward passes over the text being filled, and their key/value cache."""
+
+import torch
+from torch.nn.functional import pad
+from transformers import StaticCache
+from transformers.cache_utils import Cache
+
+from .attention_masks import group_views, open_views, prompt_views
+from .generation_cache import first_tokens, roomy_cache
+from .generation_canvas import Canvas, columns_of
+
+# States of the same tokens, computed in two batch shapes, differ by rounding alone; by less than this share of their scale.
+CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+class Encoder:
+    """Runs the passes: encodes content columns of a canvas, once each, and asks slots.
+
+    Args:
+        ragged: some columns are the bin, so that keys need a mask.
+        one_group: without a cache, all that is known is encoded as one bidirectional group (the paper's dynamic variant).
+        static_width: the number of keys of a static cache; None: the cache grows.
+        prompt_cache: the content of the canvas's first columns, from an earlier pass; left as it is.
+    """
+
+    def __init__(
+        self,
+        model,
+        canvas: Canvas,
+        *,
+        use_cache: bool,
+        one_group: bool = False,
+        ragged: bool = False,
+        static_width: int | None = None,
+        prompt_cache: Cache | None = None,
+        compile_config=None,
+    ):
+        self.model, self.canvas, self.one_group, self.ragged = model, canvas, one_group, ragged
+        self.implementation = model.config._attn_implementation
+        self.width = static_width
+        self.passes = 0
+        self.call = model
+        self.compiled_call = None
+        device = canvas.sequences.device
+        self.encoded = torch.empty(canvas.sequences.shape[0], 0, dtype=torch.long, device=device)
+        self.groups = torch.empty(0, dtype=torch.long, device=device)
+        self.next_group = 0
+        self.lead = int(canvas.blank_mask.any(dim=0).long().argmax())  # the columns before the first blank of any row
+        if not use_cache:
+            self.cache = None
+        elif static_width is not None:
+            self.cache = StaticCache(config=model.config, max_cache_len=static_width)
+            if compile_config is not None:
+                self.compiled_call = model.get_compiled_call(compile_config)
+        else:
+            self.cache = roomy_cache(model.config.num_hidden_layers, first_room=canvas.bin + 1)
+            if prompt_cache is not None and prompt_cache.get_seq_length() > 0:
+                self._take(prompt_cache)
+
+    def given_columns(self) -> torch.Tensor:
+        """(B, n) the given columns not yet encoded: those before every row's first blank as they stand (so that a cache
+        lines up with `input_ids`), then the others, packed.
+        """
+        lead, taken = self.lead, self.encoded.shape[1]
+        columns = torch.arange(lead, device=self.encoded.device).expand(self.encoded.shape[0], -1)
+        first = columns.masked_fill(~self.canvas.given_mask[:, :lead], self.canvas.bin)
+        rest = self.canvas.given_mask.clone()
+        rest[:, :lead] = False
+        return torch.cat([first[:, taken:], columns_of(rest, self.canvas.bin)], dim=1)
+
+    def ask(
+        self,
+        content: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        singletons: bool = False,
+        slot_groups: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, Q, V) at the columns `slots` (B, Q), given all content so far and `content` (B, C), new.
+
+        Args:
+            singletons: the new content is a group per column, in the order given; otherwise one group.
+            slot_groups: (Q,) with `singletons`: slot q sees the first `slot_groups[q]` columns of `content`. None: all.
+        """
+        num_new, num_slots, device = content.shape[1], slots.shape[1], content.device
+        num_cached = self.encoded.shape[1]
+        left = {}
+        if self.model.config.slot_start == "left_token":
+            left["target_input_ids"] = self._left_tokens(content, slots, slot_groups)
+        new_groups = torch.arange(num_new, device=device) if singletons else content.new_zeros(num_new)
+        self.groups = torch.cat([self.groups, self.next_group + new_groups])
+        first_group = self.next_group
+        self.next_group += num_new if singletons else 1
+        self.encoded = torch.cat([self.encoded, content], dim=1)
+        key_mask = self.encoded != self.canvas.bin if self.ragged else None
+        if slot_groups is None:
+            slot_groups = torch.full((num_slots,), num_new if singletons else 1, device=device)
+        rows = content.shape[0] if self.ragged else 1
+        if self.cache is None:
+            content, num_cached = self.encoded, 0
+            if self.one_group:
+                views = open_views(self.implementation, content.shape[1] + num_slots, key_mask)
+            else:
+                views = group_views(
+                    self.implementation,
+                    group_ids=self.groups.expand(rows, -1),
+                    target_group_ids=(first_group + slot_groups).expand(rows, -1),
+                    key_mask=key_mask,
+                )
+        elif singletons and num_cached == 0 and self.width is None and self.passes == 0:
+            views = prompt_views(self.implementation, num_new, num_slots, key_mask, device)
+        elif singletons and num_new:
+            views = group_views(
+                self.implementation,
+                group_ids=new_groups.expand(rows, -1),
+                target_group_ids=slot_groups.expand(rows, -1),
+                key_mask=key_mask,
+                num_cached=num_cached,
+                num_keys=self.width,
+            )
+        else:
+            if self.width is not None:
+                present = torch.arange(self.width, device=device) < self.encoded.shape[1]
+                present = present.expand(rows, -1)
+                if key_mask is not None:
+                    present = present & pad(key_mask, (0, self.width - key_mask.shape[1]))
+                key_mask = present
+            views = open_views(self.implementation, num_new + num_slots, key_mask)
+        call = self.call if self.compiled_call is None or self.passes == 0 else self.compiled_call
+        self.passes += 1
+        return call(
+            input_ids=self.canvas.sequences.gather(1, content),
+            position_ids=self.canvas.position_ids.gather(1, content),
+            target_position_ids=self.canvas.position_ids.gather(1, slots),
+            attention_mask=views,
+            cache=self.cache,
+            use_cache=self.cache is not None,
+            **left,
+        ).logits
+
+    def _left_tokens(
+        self, content: torch.Tensor, slots: torch.Tensor, slot_groups: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, Q) the token at the position left of each slot's where the slot sees it, and −1 elsewhere."""
+        num_new, last = content.shape[1], torch.iinfo(content.dtype).max
+        # The first of the new columns that must be seen for a column to be: none for those of earlier passes.
+        needed = torch.full_like(self.canvas.sequences, last)
+        needed.scatter_(1, content, torch.arange(num_new, device=content.device).expand_as(content))
+        needed.scatter_(1, self.encoded, -1)
+        left = self.canvas.columns_at(self.canvas.position_ids.gather(1, slots) - 1)
+        limit = num_new if slot_groups is None else slot_groups
+        is_visible = (needed.gather(1, left) < limit) & (left != self.canvas.bin)
+        return self.canvas.sequences.gather(1, left).masked_fill(~is_visible, -1)
+
+    def forget(self, fallen: torch.Tensor, surplus: int) -> None:
+        """Takes back columns of the last pass's content: `fallen` (B, C), True where a draft didn't stand; the last
+        `surplus` columns did so in no row.
+        """
+        num_new = fallen.shape[1]
+        self.encoded[:, -num_new:] = self.encoded[:, -num_new:].masked_fill(fallen, self.canvas.bin)
+        if surplus:
+            self.encoded, self.groups = self.encoded[:, :-surplus], self.groups[:-surplus]
+            if self.cache is not None:
+                self.cache.crop(-surplus)
+
+    def compact(self) -> None:
+        """Moves each row's keys and values together, so that forgotten ones don't pile up in a batch."""
+        keep = self.encoded != self.canvas.bin
+        keep[:, : self.lead] = True
+        width = int(keep.sum(dim=1).max())
+        if self.cache is None or width == keep.shape[1]:
+            return
+        index = (~keep).long().argsort(dim=1, stable=True)[:, :width]
+        self.encoded = self.encoded.masked_fill(~keep, self.canvas.bin).gather(1, index)
+        self.groups = self.groups[:width]
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                states = getattr(layer, name)
+                where = index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                setattr(layer, name, states.gather(2, where))
+
+    def prompt_cache(self) -> Cache | None:
+        """The cache of the columns before the first blank."""
+        if self.cache is None or self.width is not None or self.lead == 0:
+            return None
+        return first_tokens(self.cache, self.lead)
+
+    def _take(self, cache: Cache) -> None:
+        """Starts from a cache of the canvas's first columns, after checking that it is one."""
+        canvas, config, length = self.canvas, self.model.config, cache.get_seq_length()
+        batch_size, lead = canvas.sequences.shape[0], self.lead
+        if length > lead:
+            raise ValueError(
+                f"past_key_values holds {length} tokens, but only the first {lead} columns of input_ids are given before a "
+                "blank; it takes a cache of those columns or of fewer"
+            )
+        heads, dim = config.num_key_value_heads, getattr(config, "head_dim", None)
+        dim = dim or config.hidden_size // config.num_attention_heads
+        shapes = {tuple(layer.keys.shape) for layer in cache.layers}
+        fitting = {(rows, heads, length, dim) for rows in {1, batch_size}}
+        if len(cache.layers) != config.num_hidden_layers or len(shapes) != 1 or not shapes <= fitting:
+            raise ValueError(
+                f"past_key_values has {len(cache.layers)} layers of shape {sorted(shapes)}; this model takes "
+                f"{config.num_hidden_layers} of {(batch_size, heads, length, dim)} (or a batch of 1)"
+            )
+        columns = torch.arange(length, device=canvas.sequences.device).expand(batch_size, -1)
+        self.encoded = columns.masked_fill(~canvas.given_mask[:, :length], canvas.bin)
+        self.groups = torch.arange(length, device=columns.device)
+        self.next_group = length
+        expected = self.model.model.first_layer_keys(canvas.sequences[:, :length], canvas.position_ids[:, :length])
+        keys = cache.layers[0].keys
+        different = ((keys - expected).abs() > CACHE_TOLERANCE.get(keys.dtype, 1e-3) * expected.abs().amax()).any(dim=3)
+        different = different.any(dim=1) & (self.encoded != canvas.bin)
+        if different.any():
+            row, column = different.nonzero()[0].tolist()
+            raise ValueError(
+                f"past_key_values does not belong to input_ids: it differs at row {row}, column {column} (another text, "
+                "other positions or another model)"
+            )
+        self._check_states(cache)
+        for index, layer in enumerate(cache.layers):
+            states = (tensor.expand(batch_size, -1, -1, -1) for tensor in (layer.keys, layer.values))
+            self.cache.update(*states, index)
+
+    def _check_states(self, cache: Cache) -> None:
+        """Encodes the first and the last token of each row again, and compares what they leave in every layer. The first sees
+        itself alone, the last all of the cache, and both go through all weights that decide what a cache holds.
+
+        Raises:
+            ValueError: they differ.
+        """
+        length, given = cache.get_seq_length(), self.encoded != self.canvas.bin
+        place = torch.arange(length, device=given.device)
+        rows, batch_size = given.any(dim=1), given.shape[0]
+        first, last = given.long().argmax(dim=1), torch.where(given, place, 0).amax(dim=1)
+        alone = torch.zeros_like(given)
+        for columns, before in ((first, alone), (last, given & (place != last[:, None]))):
+            again = first_tokens(cache, length)
+            for layer in again.layers:
+                layer.keys, layer.values = (
+                    states.expand(batch_size, -1, -1, -1) for states in (layer.keys, layer.values)
+                )
+            self._encode_again(columns[:, None], again, pad(before, (0, 1), value=True))
+            for index, (new, old) in enumerate(zip(again.layers, cache.layers, strict=True)):
+                for name in ("keys", "values"):
+                    states = getattr(old, name).expand(batch_size, -1, -1, -1)
+                    where = columns[:, None, None, None].expand(-1, states.shape[1], 1, states.shape[3])
+                    error = _relative_error(getattr(new, name)[:, :, -1:], states.gather(2, where))
+                    wrong = rows & ~(error <= CACHE_TOLERANCE.get(states.dtype, 1e-3))
+                    if wrong.any():
+                        row = int(wrong.nonzero()[0])
+                        raise ValueError(
+                            f"past_key_values was not made by this model as it is now: the {name} of layer {index} at row "
+                            f"{row}, column {int(columns[row])}, are others (other weights, or adapters that were on or off, "
+                            "or a prompt that was not encoded from left to right); make it again"
+                        )
+
+    def _encode_again(self, columns: torch.Tensor, cache: Cache, key_mask: torch.Tensor) -> None:
+        """Appends the states of `columns` (B, 1) to `cache`, of which they see the keys under `key_mask` (B, cached + 1)."""
+        position_ids = self.canvas.position_ids.gather(1, columns)
+        self.model.model(
+            input_ids=self.canvas.sequences.gather(1, columns),
+            position_ids=position_ids,
+            target_position_ids=position_ids[:, :0],
+            attention_mask=open_views(self.implementation, 1, key_mask),
+            cache=cache,
+            use_cache=True,
+        )
+
+
+def _relative_error(states: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """(B,) how far states (B, H, 1, D / H) are from others, as a share of their norm."""
+    states, expected = states.float().flatten(1), expected.float().flatten(1)
+    return (states - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,296 @@
+"""The four ways to fill a canvas: which columns a pass asks, and what is committed after it."""
+
+from dataclasses import replace
+
+import torch
+
+from .generation_canvas import Canvas, columns_of, pack
+from .generation_config import A3GenerationConfig
+from .generation_decoder import ACCEPT, RESIDUAL, SAMPLE, Chance, Decoder
+from .generation_sampling import accept_drafts, choose_tokens, ngram_draft
+from .orders import GroupOrder
+
+DRAFT_TOKENS = 4
+
+
+REFINE_ROUNDS, REFINE_FRACTION = 4, 0.25
+
+
+COMPACT_EVERY = 16  # passes of a speculative batch between two tidyings of the cache
+
+
+def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
+    """Algorithm 1: the groups are fixed; predict each from those before it.
+
+    Args:
+        steps: (B, K, g) the columns of each group, from `group_columns`.
+    """
+    content = decoder.encoder.given_columns()
+    for slots in steps.unbind(dim=1):
+        slots = decoder.still_open(slots)
+        if decoder.has_ended and bool((slots == decoder.canvas.bin).all()):
+            decoder.step += 1  # as beside rows that go on: a step is a group
+            continue
+        if decoder.out_of_time():
+            return decoder.finish_at_once(content)
+        logits = decoder.ask(content, slots)
+        scores = decoder.warped(decoder.processed(logits, slots))
+        decoder.commit(slots, decoder.choose(scores, slots), logits, scores)
+        content = decoder.still_open(slots)
+
+
+def fill_dynamic(decoder: Decoder) -> None:
+    """Algorithm 2: ask the open blanks (those in the window), commit the best, and ask the rest again."""
+    canvas, config = decoder.canvas, decoder.config
+    tokens_per_step = config.tokens_per_step or 1
+    content, waiting = decoder.encoder.given_columns(), columns_of(canvas.blank_mask, canvas.bin)
+    while waiting.shape[1]:
+        if decoder.out_of_time():
+            return decoder.finish_at_once(content)
+        slots = waiting[:, : config.window]
+        logits = decoder.ask(content, slots)
+        scores = decoder.processed(logits, slots)
+        chosen = decoder.select(scores, slots, tokens_per_step)
+        scores = decoder.warped(scores)
+        decoder.commit(slots.masked_fill(~chosen, canvas.bin), decoder.choose(scores, slots), logits, scores)
+        written = decoder.still_open(slots.masked_fill(~chosen, canvas.bin))
+        waiting = decoder.still_open(
+            torch.cat([slots.masked_fill(chosen, canvas.bin), waiting[:, slots.shape[1] :]], 1)
+        )
+        if decoder.widths_known():
+            num_written = min(tokens_per_step, slots.shape[1])
+            num_waiting = waiting.shape[1] - num_written
+        else:
+            counts = torch.stack([(columns != canvas.bin).sum(dim=1).amax() for columns in (written, waiting)])
+            num_written, num_waiting = counts.tolist()
+        content = pack(written, written != canvas.bin, canvas.bin)[:, :num_written]
+        waiting = pack(waiting, waiting != canvas.bin, canvas.bin)[:, :num_waiting]
+
+
+def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
+    """ASSD (paper §3), both of its passes in one: a pass encodes the last certain token and up to k drafts, checks each
+    draft from a slot that sees what stands before it, and drafts the next k from slots that see all of this.
+
+    What stands after a pass follows the sequential model exactly: the drafts up to the first that falls, and then either
+    its replacement or, where all stand, the first of the new ones, which saw everything before it. The drafts behind a
+    fallen one are kept: the rule holds for drafts from any distribution, as long as it is known. Each pass writes at
+    least one token. With a cache, what fell is taken out of it. An EOS is never a draft, for what is drafted after it would
+    have to know where the text ends; it is written as a replacement or as the token after the drafts.
+
+    Args:
+        path: (B, N) each row's blanks in the order in which they are generated, then the bin.
+    """
+    canvas, config = decoder.canvas, decoder.config
+    num_drafts = config.draft_tokens or DRAFT_TOKENS
+    by_ngram, greedy = config.draft == "ngram", not config.do_sample
+    batch_size, device = path.shape[0], path.device
+    num_new = 1 if by_ngram else num_drafts  # slots behind the drafts
+    rest = path  # what is not yet certain
+    pending = decoder.encoder.given_columns()
+    drafts = rest.new_zeros(batch_size, 0)
+    count = rest.new_zeros(batch_size)  # drafts of each row
+    draft_scores = None
+    while rest.shape[1]:
+        if decoder.out_of_time():
+            return decoder.finish_at_once(pending)
+        first_pass, width = decoder.encoder.passes == 0, drafts.shape[1]
+        # 1. One pass: [certain | drafts] as content, [checks | new drafts] as slots.
+        place = torch.arange(width, device=device)
+        is_draft = place < count[:, None]
+        columns = _ahead(rest, torch.zeros_like(count), width, canvas.bin).masked_fill(~is_draft, canvas.bin)
+        slots = torch.cat([columns, _ahead(rest, count, num_new, canvas.bin)], dim=1)
+        canvas.sequences.scatter_(1, columns, drafts)
+        seen = torch.cat([place, torch.full((num_new,), width, device=device)])
+        groups = {} if first_pass else {"singletons": True, "slot_groups": seen + pending.shape[1]}
+        logits = decoder.ask(torch.cat([pending, columns], dim=1), slots, **groups)
+        draft_number = torch.full_like(canvas.sequences, width).scatter_(1, columns, place.expand_as(columns))
+        known = canvas.known()[:, None] | (draft_number[:, None, :-1] < seen[:, None])
+        scores = decoder.warped(decoder.processed(logits, slots, known))
+        # 2. Which drafts stand, and the certain token after them.
+        noise = (None if greedy else decoder.uniform(columns, purpose) for purpose in (ACCEPT, RESIDUAL))
+        stands, replacement = accept_drafts(scores[:, :width], draft_scores, drafts, is_draft, *noise)
+        new_noise = None if greedy else decoder.uniform(slots[:, width:], SAMPLE)
+        new_scores = _without_eos(scores[:, width:], canvas.eos_token_ids)
+        new_tokens = choose_tokens(new_scores, new_noise)
+        after_all = choose_tokens(scores[:, width], None if greedy else new_noise[:, 0])
+        all_stand = stands == count
+        certain = torch.where(all_stand, after_all, replacement)
+        # 3. Commit them.
+        certain_slot = torch.where(all_stand, width, stands)[:, None]
+        certain_column = slots.gather(1, certain_slot)
+        of_certain = certain_slot[..., None].expand(-1, -1, logits.shape[-1])
+        decoder.commit(
+            torch.cat([columns.masked_fill(place >= stands[:, None], canvas.bin), certain_column], dim=1),
+            torch.cat([drafts, certain[:, None]], dim=1),
+            *(torch.cat([each[:, :width], each.gather(1, of_certain)], dim=1) for each in (logits, scores)),
+        )
+        # 4. Go on behind them: what is left of the old drafts, then the new ones; after an EOS, from scratch.
+        rest = _ahead(rest, stands + 1, rest.shape[1] - 1, canvas.bin)
+        if decoder.has_ended:
+            rest = decoder.still_open(rest)
+            rest = pack(rest, rest != canvas.bin, canvas.bin)
+        left = (rest != canvas.bin).sum(dim=1)
+        if by_ngram:
+            next_count = left.clamp_max(num_drafts)
+        else:
+            next_count = torch.minimum(left, (count + num_new - stands - 1).clamp_max(num_drafts))
+            next_count = next_count.masked_fill(torch.isin(certain, canvas.eos_token_ids), 0)
+        kept = torch.where(certain_column[:, 0] == canvas.bin, 0, 1 + stands)  # content of this pass that stays
+        max_kept, next_width, max_left = torch.stack([kept.amax(), next_count.amax(), left.amax()]).tolist()
+        if not first_pass:
+            fallen = torch.nn.functional.pad(place >= stands[:, None], (1, 0))
+            decoder.encoder.forget(fallen, surplus=width + 1 - max(max_kept, 1))
+            if batch_size > 1 and decoder.encoder.passes % COMPACT_EVERY == 0:
+                decoder.encoder.compact()
+        if by_ngram:
+            drafts = _ngram_drafts(canvas, rest, next_width)
+        else:
+            source = stands[:, None] + 1 + torch.arange(next_width, device=device)
+            source = torch.where(source < count[:, None], source, source - count[:, None] + width)
+            source = source.clamp_max(width + num_new - 1)
+            drafts = torch.cat([drafts, new_tokens], dim=1).gather(1, source)
+            if not greedy:
+                both = new_scores if draft_scores is None else torch.cat([draft_scores, new_scores], dim=1)
+                draft_scores = both.gather(1, source[..., None].expand(-1, -1, both.shape[-1]))
+        count, pending = next_count, certain_column
+        rest = rest[:, :max_left]
+
+
+def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, bin_column: int) -> torch.Tensor:
+    """(B, width) the entries of `rest` (B, N) from `skip` (B,) on, then the bin."""
+    place = skip[:, None] + torch.arange(width, device=rest.device)
+    padded = torch.nn.functional.pad(rest, (0, 1), value=bin_column)
+    return padded.gather(1, place.clamp_max(rest.shape[1]))
+
+
+def _ngram_drafts(canvas: Canvas, rest: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, width) drafts for the next columns, each building on those before it. Where one would be an EOS, it is the first
+    token that is none.
+    """
+    pad = torch.nn.functional.pad
+    by_position = pad(canvas.by_position, (0, 1), value=canvas.bin)
+    tokens = canvas.sequences.gather(1, by_position)
+    known = pad(canvas.known(), (0, 1)).gather(1, by_position)
+    ends = canvas.eos_token_ids
+    other = next(token for token in range(len(ends) + 1) if token not in ends.tolist()) if len(ends) else 0
+    drafts = []
+    for column in rest[:, :width].unbind(dim=1):
+        place = canvas.position_ids.gather(1, column[:, None]).masked_fill(column[:, None] == canvas.bin, canvas.bin)
+        draft = ngram_draft(tokens[:, :-1], known[:, :-1], place[:, 0])
+        draft = draft.masked_fill(torch.isin(draft, ends), other)
+        drafts.append(draft)
+        tokens.scatter_(1, place, draft[:, None])
+        known.scatter_(1, place, True)
+    return torch.stack(drafts, dim=1) if drafts else rest[:, :0]
+
+
+def _without_eos(scores: torch.Tensor, eos_token_ids: torch.Tensor) -> torch.Tensor:
+    """Scores (B, n, V) to draw drafts from: without EOS, or where nothing else is left, anything else, which then falls."""
+    if not eos_token_ids.numel():
+        return scores
+    scores = scores.index_fill(-1, eos_token_ids, -torch.inf)
+    nothing = scores.amax(dim=-1, keepdim=True) == -torch.inf
+    return torch.where(nothing, torch.zeros_like(scores).index_fill(-1, eos_token_ids, -torch.inf), scores)
+
+
+def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
+    """`dynamic`, then rounds that open the least likely tokens again and fill them in sight of all the others (not in the
+    paper). The likelihood that is compared is the exact one of the written tokens, one by one from left to right, given
+    all other text. Tokens opened in a round that was not kept are left alone until nothing else is left to try.
+
+    Args:
+        make_decoder: makes a `Decoder` for another canvas, with its own chance, going on at a step.
+        log_likelihood: the model's, of (sequences, group_ids, attention_mask).
+
+    Returns:
+        The passes of the model beyond those of `decoder`.
+    """
+    canvas, config = decoder.canvas, decoder.config
+    fill_dynamic(decoder)
+    written = canvas.blank_mask & (canvas.commit_step[:, :-1] >= 0)
+    real = canvas.given_mask | written
+    groups = GroupOrder.infilling(written, attention_mask=real).group_ids
+    is_eos = torch.isin(canvas.sequences[:, :-1], canvas.eos_token_ids)
+    quota = (written.sum(dim=1) * (config.refine_fraction or REFINE_FRACTION)).ceil().long()
+    tried = torch.zeros_like(written)
+    passes, step, chance = 1, decoder.step, decoder.chance
+    log_probs = log_likelihood(canvas.sequences[:, :-1], groups, real) * written
+    for _ in range(config.refine_rounds or REFINE_ROUNDS):
+        if decoder.out_of_time():
+            break
+        eligible = written & ~is_eos & ~tried
+        none_left = ~eligible.any(dim=1, keepdim=True)
+        tried &= ~none_left
+        eligible = written & ~is_eos & ~tried
+        rank = log_probs.masked_fill(~eligible, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+        reopened = eligible & (rank < quota[:, None])
+        candidate = replace(
+            canvas,
+            sequences=canvas.sequences.masked_fill(torch.nn.functional.pad(reopened, (0, 1)), 0),
+            commit_step=canvas.commit_step.masked_fill(torch.nn.functional.pad(reopened, (0, 1)), -1),
+            log_probs=canvas.log_probs.clone(),
+            given_mask=real & ~reopened,
+            blank_mask=reopened,
+            new_from=canvas.bin,  # EOS is not written into the middle
+            logits=None if canvas.logits is None else canvas.logits.clone(),
+        )
+        chance = chance.afresh()
+        again = make_decoder(candidate, chance, step)
+        fill_dynamic(again)
+        again.check_finite()
+        passes, step = passes + again.encoder.passes + 1, again.step
+        rewritten = log_likelihood(candidate.sequences[:, :-1], groups, real) * written
+        risen = rewritten.sum(dim=1) > log_probs.sum(dim=1)
+        kept = (torch.ones_like(risen) if config.refine_keep == "all" else risen)[:, None]
+        log_probs = torch.where(kept, rewritten, log_probs)
+        for name in ("sequences", "commit_step"):
+            setattr(canvas, name, torch.where(kept, getattr(candidate, name), getattr(canvas, name)))
+        if canvas.logits is not None:
+            canvas.logits = torch.where(kept[..., None], candidate.logits, canvas.logits)
+        tried = (tried | reopened) & ~kept
+    canvas.log_probs[:, :-1] = log_probs
+    decoder.step = step
+    return passes
+
+
+def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: Chance) -> torch.Tensor:
+    """(B, K, g) the columns of each group in turn, padded with the bin.
+
+    Raises:
+        ValueError: an `order` tensor of another shape than the canvas, or with groups of several tokens for strategy
+            `speculative`.
+    """
+    blank = canvas.blank_mask
+    if isinstance(config.order, torch.Tensor):
+        if config.order.shape != blank.shape:
+            raise ValueError(
+                f"order has shape {tuple(config.order.shape)}; it takes a group for every token and blank, "
+                f"{tuple(blank.shape)}"
+            )
+        group = config.order.to(blank.device)
+    else:
+        name = config.order or "left_to_right"
+        group = GroupOrder.infilling(
+            blank,
+            attention_mask=blank | canvas.given_mask,
+            order=name,
+            group_size=config.group_size or 1,
+            span_length=config.span_length,
+            generator=chance.order_generators() if name in ("random", "spans") else None,
+        ).group_ids
+    # number the groups of each row's blanks from 0, then the blanks inside each
+    last = torch.iinfo(group.dtype).max
+    by_group = group.masked_fill(~blank, last).argsort(dim=1, stable=True)
+    is_blank = blank.gather(1, by_group)
+    ordered = group.gather(1, by_group)
+    starts = is_blank & torch.cat([is_blank[:, :1], ordered[:, 1:] != ordered[:, :-1]], dim=1)
+    number = starts.long().cumsum(dim=1) - 1
+    place = torch.arange(blank.shape[1], device=blank.device).expand_as(blank)
+    inside = place - torch.where(starts, place, 0).cummax(dim=1).values
+    num_groups, group_size = int(number.max()) + 1, int(inside.masked_fill(~is_blank, 0).max()) + 1
+    if config.strategy == "speculative" and group_size > 1:
+        raise ValueError("order holds groups of several tokens; strategy='speculative' takes one token a group")
+    steps = torch.full((blank.shape[0], num_groups * group_size + 1), canvas.bin, device=blank.device)
+    target = torch.where(is_blank, number * group_size + inside, num_groups * group_size)
+    steps.scatter_(1, target, by_group.masked_fill(~is_blank, canvas.bin))
+    return steps[:, :-1].view(-1, num_groups, group_size)

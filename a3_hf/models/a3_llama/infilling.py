@@ -1,0 +1,305 @@
+"""Infilling and rewriting of text: templates with blanks in, text out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .generation import A3GenerateOutput
+from .generation_config import A3GenerationConfig, resolve_config
+from .infilling_lengths import choose_lengths
+from .infilling_templates import (
+    Length,
+    Template,
+    begins_with_space,
+    check_length,
+    decode_template,
+    encode_piece,
+    encode_template,
+    lent_spaces,
+    special_token_ids,
+)
+from .modeling_outputs import BriefOutput
+
+AUTO_LENGTHS = (1, 16)
+# Arguments of `generate_any_order` that are no fields of its config, and of these the ones for what is returned alone.
+ARGUMENTS = ("logits_processor", "logits_hook", "commit_hook", "streamer", "past_key_values", "cache", "steps")
+OBSERVERS = ("streamer", "commit_hook")
+
+
+@dataclass(repr=False)
+class A3InfillOutput(BriefOutput):
+    """What `infill` and `rewrite` return with `return_outputs`, one entry per row of `generation`: one per text, or
+    `num_return_sequences` side by side.
+
+    Attributes:
+        texts: the texts, filled.
+        written: what was written into each blank.
+        lengths: the tokens of each blank.
+        length_scores: for each blank the score of each candidate length (see `lengths.choose_lengths`), in nats; empty
+            where the length was given.
+        generation: the passes' output; its rows are left-padded to the longest text.
+    """
+
+    texts: list[str] | None = None
+    written: list[list[str]] | None = None
+    lengths: list[tuple[int, ...]] | None = None
+    length_scores: list[list[dict[int, float]]] | None = None
+    generation: A3GenerateOutput | None = None
+
+
+class A3InfillingMixin:
+    """`infill` and `rewrite` for a model with `generate_any_order` and `log_likelihood`."""
+
+    def infill(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str | list[str],
+        *,
+        auto_lengths: tuple[int, int] = AUTO_LENGTHS,
+        generation_config: A3GenerationConfig | None = None,
+        return_outputs: bool = False,
+        **overrides: Any,
+    ) -> str | list[str] | list[list[str]] | A3InfillOutput:
+        """Fills the blanks of a text, or of several texts in one batch.
+
+        A blank reads `<blank:N>` (N tokens are written there), `<blank:MIN..MAX>` or `<blank:auto>` (the length is chosen
+        by exact likelihood, see `lengths.choose_lengths`). A backslash before a marker makes plain text of it (see
+        `Template.parse`). Given text comes back character by character, and what stands in a blank is what its tokens
+        say: the last space before a marker belongs to the blank's first token, as in the tokens of a running text, which
+        then is one that begins with a space. Special tokens are never written. The text begins with BOS, once.
+
+        Args:
+            tokenizer: of the model; it needs no pad token.
+            text: e.g. `"The dog <blank:6> home."`.
+            auto_lengths: the least and the most tokens of `<blank:auto>`.
+            generation_config, overrides: as in `generate_any_order`, hooks included, but for `max_new_tokens`. With
+                `num_return_sequences` a length is chosen once for a text, by the first of its sequences. `seed` is an
+                integer, or a list with one for each sequence of each text.
+            return_outputs: return an `A3InfillOutput`.
+
+        Returns:
+            The text, or a list of texts if a list was given; with `num_return_sequences` above 1 a list of its texts in
+            place of each text.
+
+        Raises:
+            ValueError: a marker that can't be read (see `Template.parse`), an empty range of lengths, a text that with its
+                longest blanks exceeds the model's context, `max_new_tokens`, a tokenizer without BOS, an empty list, and
+                what `generate_any_order` refuses.
+        """
+        if not isinstance(text, (str, list, tuple)):
+            raise ValueError(f"text is a {type(text).__name__}; it takes a string or a list of strings")
+        texts = [text] if isinstance(text, str) else text
+        check_length("auto_lengths", _pair("auto_lengths", auto_lengths))
+        templates = [Template.parse(one).with_range(auto_lengths) for one in texts]
+        if not templates:
+            raise ValueError("text is an empty list; it takes at least one text")
+        output = self.fill_templates(tokenizer, templates, generation_config=generation_config, **overrides)
+        if return_outputs:
+            return output
+        copies = len(output.texts) // len(templates)
+        filled = [output.texts[start : start + copies] for start in range(0, len(output.texts), copies)]
+        filled = [one if copies > 1 else one[0] for one in filled]
+        return filled[0] if isinstance(text, str) else filled
+
+    def rewrite(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        spans: list[tuple[int, int]],
+        *,
+        length: Literal["same", "auto"] | int | tuple[int, int] = "same",
+        auto_lengths: tuple[int, int] = AUTO_LENGTHS,
+        generation_config: A3GenerationConfig | None = None,
+        return_outputs: bool = False,
+        **overrides: Any,
+    ) -> str | list[str] | A3InfillOutput:
+        """Writes spans of a text anew, in sight of all the rest.
+
+        Args:
+            text: the whole text; blank markers in it are plain text.
+            spans: (start, end) in characters, in any order, not overlapping.
+            length: of each span: `"same"` (as many tokens as it has), `"auto"`, a number of tokens, or a range.
+            auto_lengths, generation_config, return_outputs, overrides: as in `infill`.
+
+        Returns:
+            The text; with `num_return_sequences` above 1 a list of texts.
+
+        Raises:
+            ValueError: spans that are empty, outside the text or overlapping; an unknown `length`; and as in `infill`.
+        """
+        check_length("auto_lengths", _pair("auto_lengths", auto_lengths))
+        same = length == "same"
+        template = Template.cut(text, spans, 1 if same else _checked_length(length))
+        if same:
+            template = replace(template, lengths=_tokens_of_spans(tokenizer, template, text, sorted(map(tuple, spans))))
+        template = template.with_range(auto_lengths)
+        output = self.fill_templates(tokenizer, [template], generation_config=generation_config, **overrides)
+        if return_outputs:
+            return output
+        return output.texts if len(output.texts) > 1 else output.texts[0]
+
+    def fill_templates(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        templates: list[Template],
+        *,
+        generation_config: A3GenerationConfig | None = None,
+        **overrides: Any,
+    ) -> A3InfillOutput:
+        """Fills texts with blanks, all lengths of which are numbers or ranges, in one batch.
+
+        Args:
+            generation_config, overrides: as in `infill`.
+        """
+        templates = list(templates)
+        if not templates:
+            raise ValueError("templates is empty; it takes at least one Template")
+        fields = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
+        config = resolve_config(generation_config, None, fields, None)
+        copies = config.num_return_sequences or 1
+        self._check_templates(tokenizer, templates, config)
+        special = special_token_ids(tokenizer, self.config.vocab_size)
+        overrides["suppress_tokens"] = sorted({*(config.suppress_tokens or []), *special})
+        if config.seed is None and any(not isinstance(one, int) for template in templates for one in template.lengths):
+            overrides["seed"] = int(torch.randint(2**62, ()))  # what is returned is drawn as the candidate was
+        silent = {name: value for name, value in overrides.items() if name not in OBSERVERS}
+
+        def fill_candidates(seed, candidates):
+            one_each = {"num_return_sequences": 1} if copies > 1 else {}
+            seeds = {} if seed is None else {"seed": [seed] * len(candidates)}
+            output, blanks = self._fill(tokenizer, candidates, generation_config, {**silent, **one_each, **seeds})
+            return output.sequences, blanks.to(output.sequences.device)
+
+        length_scores = []
+        for index, template in enumerate(templates):
+            seed = config.seed[index * copies] if isinstance(config.seed, (list, tuple)) else None
+            templates[index], scores = choose_lengths(
+                self, template, partial(fill_candidates, seed), end_token_id=tokenizer.eos_token_id
+            )
+            length_scores.append(scores)
+        output, blanks = self._fill(tokenizer, templates, generation_config, overrides)
+        texts, written = [], []
+        for row, sequence in enumerate(output.sequences.tolist()):
+            numbers = blanks[row // copies]
+            start = int((numbers < 0).sum())
+            filled, fresh = decode_template(
+                tokenizer, templates[row // copies], sequence[start:], numbers[start:].tolist()
+            )
+            texts.append(filled)
+            written.append(fresh)
+        return A3InfillOutput(
+            texts=texts,
+            written=written,
+            lengths=[template.lengths for template in templates for _ in range(copies)],
+            length_scores=[scores for scores in length_scores for _ in range(copies)],
+            generation=output,
+        )
+
+    def _check_templates(
+        self, tokenizer: PreTrainedTokenizerBase, templates: list[Template], config: A3GenerationConfig
+    ) -> None:
+        if config.max_new_tokens is not None:
+            raise ValueError(
+                f"max_new_tokens={config.max_new_tokens}: a text with blanks is not gone on from; end it with a blank, "
+                "<blank:N> or <blank:auto>, or call generate_any_order"
+            )
+        copies = config.num_return_sequences or 1
+        if isinstance(config.seed, (list, tuple)) and len(config.seed) != len(templates) * copies:
+            raise ValueError(
+                f"seed holds {len(config.seed)} seeds; it takes an integer or one for each sequence of each text, "
+                f"{len(templates) * copies}"
+            )
+        for template in templates:
+            if not isinstance(template, Template) or None in template.lengths:
+                raise ValueError(
+                    f"templates holds {template!r:.200}; it takes Template, every length a number or a range"
+                )
+            context = self.config.max_position_embeddings
+            given, _ = encode_template(tokenizer, replace(template, lengths=(1,) * len(template.lengths)))
+            most = sum(one if isinstance(one, int) else one[1] for one in template.lengths)
+            total = len(given) - len(template.lengths) + most
+            if total > context:
+                raise ValueError(
+                    f"text {str(template)!r:.60} and its blanks, {most} tokens at most, take {total} positions, "
+                    f"{total - context} more than the model's context (max_position_embeddings={context})"
+                )
+
+    def _fill(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        templates: list[Template],
+        generation_config: A3GenerationConfig | None,
+        overrides: dict[str, Any],
+    ) -> tuple[A3GenerateOutput, torch.Tensor]:
+        """Fills templates whose lengths are numbers; the number of each token's blank (B, S), 0 where it was given and −1 at
+        padding, on the left.
+        """
+        encoded = [encode_template(tokenizer, template) for template in templates]
+        width = max(len(ids) for ids, _ in encoded)
+        input_ids = torch.zeros(len(encoded), width, dtype=torch.long)
+        blanks = torch.full_like(input_ids, -1)
+        is_spaced = torch.zeros(len(encoded), width + 1, dtype=torch.bool)  # and the canvas's bin
+        for row, (template, (ids, numbers)) in enumerate(zip(templates, encoded, strict=True)):
+            start = width - len(ids)
+            input_ids[row, start:], blanks[row, start:] = torch.tensor(ids), torch.tensor(numbers)
+            for number, is_lent in enumerate(lent_spaces(tokenizer, template), start=1):
+                is_spaced[row, start + numbers.index(number)] = is_lent
+        if is_spaced.any():
+            begins = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+            begins[[token_id for token_id in begins_with_space(tokenizer) if token_id < len(begins)]] = True
+            hook = overrides.get("logits_hook")
+            overrides = {**overrides, "logits_hook": _spaced(hook, is_spaced.to(self.device), begins.to(self.device))}
+        output = self.generate_any_order(
+            input_ids.to(self.device),
+            (blanks > 0).to(self.device),
+            generation_config=generation_config,
+            attention_mask=(blanks >= 0).to(self.device),
+            **overrides,
+        )
+        return output, blanks
+
+
+def _spaced(hook: Callable | None, is_spaced: torch.Tensor, begins: torch.Tensor) -> Callable:
+    """A logits hook, after `hook`: at the columns `is_spaced` (texts, S + 1) only tokens in `begins` (V,) are written."""
+
+    def spaced(step: int, columns: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if hook is not None:
+            logits = hook(step, columns, logits)
+        here = is_spaced.repeat_interleave(len(columns) // len(is_spaced), dim=0).gather(1, columns)
+        return logits.masked_fill(here[..., None] & ~begins, -torch.inf)
+
+    return spaced
+
+
+def _tokens_of_spans(
+    tokenizer: PreTrainedTokenizerBase, template: Template, text: str, spans: list[tuple[int, int]]
+) -> tuple[int, ...]:
+    """The tokens of each span, with the space before it where `encode_template` leaves it to the blank."""
+    lent = lent_spaces(tokenizer, template)
+    pieces = [(" " if one else "") + text[start:end] for one, (start, end) in zip(lent, spans, strict=True)]
+    starts = [start == 0 or (one and start == 1) for one, (start, _) in zip(lent, spans, strict=True)]
+    return tuple(
+        max(len(encode_piece(tokenizer, piece, is_start=is_start)), 1)
+        for piece, is_start in zip(pieces, starts, strict=True)
+    )
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name}={value!r}; it takes two numbers of tokens, (least, most)")
+    return tuple(value)
+
+
+def _checked_length(length) -> Length:
+    if length == "auto":
+        return None
+    if isinstance(length, tuple) and len(length) == 2:
+        check_length("length", length)
+        return length
+    if isinstance(length, int) and not isinstance(length, bool) and length >= 1:
+        return length
+    raise ValueError(f"length={length!r}; it takes 'same', 'auto', a number of tokens or (least, most)")

@@ -1,0 +1,1 @@
+"""Decoupled RoPE on LLaMA: the single-stream control (second paper)."""

@@ -1,0 +1,123 @@
+"""Any-order generation where one stream both holds the text and asks for more of it: what differs from A3's."""
+
+import torch
+from transformers.cache_utils import Cache
+
+from a3_hf.models.a3_llama.generation import A3GenerationMixin
+from a3_hf.models.a3_llama.generation_cache import first_tokens
+from a3_hf.models.a3_llama.generation_config import A3GenerationConfig
+from a3_hf.models.a3_llama.generation_runner import Encoder
+
+from .configuration_decoupled_rope_llama import SINGLETONS_ONLY
+
+
+class DecoupledRopeEncoder(Encoder):
+    """Identical to `Encoder` except: a pass has no rows for slots. A slot is asked by the token before it, the last that its
+    row encodes; a row that asks for nothing holds its last token back until it does.
+    """
+
+    held: torch.Tensor | None = None  # (B, 1) columns that wait for a slot, the bin where none does
+
+    def ask(
+        self,
+        content: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        singletons: bool = False,
+        slot_groups: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, 1, V) at the columns `slots` (B, 1), given all content so far and `content` (B, C), new, a group per
+        column in the order given; C = 1 after the first pass. With one slot a row, which sees all of it, `singletons` and
+        `slot_groups` have nothing to say.
+
+        Raises:
+            ValueError: more than one slot a row.
+        """
+        canvas, bin_column = self.canvas, self.canvas.bin
+        if slots.shape[1] != 1:
+            raise ValueError(
+                f"order has {slots.shape[1]} tokens in a group. {SINGLETONS_ONLY}; give each blank a group of its own"
+            )
+        # 1. What is encoded now, and who asks: the last token of each row.
+        if self.held is not None:
+            content = torch.where(content == bin_column, self.held, content)
+        place = torch.arange(1, content.shape[1] + 1, device=content.device)
+        last = (place * (content != bin_column)).argmax(dim=1, keepdim=True)
+        text = torch.cat([self.encoded, content, slots], dim=1)
+        if self.ragged:
+            asking = content.gather(1, last)
+            asks_nothing = slots == bin_column
+            self.held = asking.masked_fill(~asks_nothing, bin_column)
+            content = content.scatter(1, last, asking.masked_fill(asks_nothing, bin_column))
+        num_cached = self.encoded.shape[1]
+        self.encoded = torch.cat([self.encoded, content], dim=1)
+
+        # 2. Where each token's successor stands: the next column that is not the bin.
+        columns, successors = self.encoded, text[:, 1:]
+        if self.ragged:
+            places = torch.arange(text.shape[1], device=text.device)
+            next_places = torch.where(text == bin_column, text.shape[1] - 1, places)
+            successors = text.gather(1, next_places.flip(1).cummin(dim=1).values.flip(1)[:, 1:])
+        if self.cache is None:
+            last = last + num_cached
+        else:
+            columns, successors = columns[:, num_cached:], successors[:, num_cached:]
+
+        # 3. One pass.
+        call = self.call if self.compiled_call is None or self.passes == 0 else self.compiled_call
+        self.passes += 1
+        return call(
+            input_ids=canvas.sequences.gather(1, columns),
+            position_ids=canvas.position_ids.gather(1, columns),
+            target_position_ids=canvas.position_ids.gather(1, successors),
+            attention_mask=(self.encoded != bin_column).long() if self.ragged else None,
+            cache=self.cache,
+            use_cache=self.cache is not None,
+            logits_to_keep=last,
+        ).logits
+
+    def _encode_again(self, columns: torch.Tensor, cache: Cache, key_mask: torch.Tensor) -> None:
+        canvas = self.canvas
+        place = torch.arange(canvas.bin, device=columns.device)
+        behind = canvas.given_mask & (place > columns)
+        successors = torch.where(behind, place, canvas.bin).amin(dim=1, keepdim=True)
+        self.model.model(
+            input_ids=canvas.sequences.gather(1, columns),
+            position_ids=canvas.position_ids.gather(1, columns),
+            target_position_ids=canvas.position_ids.gather(1, successors),
+            attention_mask=key_mask.long(),
+            cache=cache,
+            use_cache=True,
+        )
+
+    def _take(self, cache: Cache) -> None:
+        # The states of a row's last token depend on where its successor stands, which may be elsewhere now.
+        length = cache.get_seq_length()
+        if length <= self.lead:
+            given = self.canvas.given_mask[:, :length]
+            place = torch.arange(length, device=given.device)
+            last = torch.where(given.any(dim=1), place.masked_fill(~given, -1).amax(dim=1), length - 1)
+            cache = first_tokens(cache, int(last.min()))
+        if cache.get_seq_length() > 0:
+            super()._take(cache)
+
+
+class DecoupledRopeGenerationMixin(A3GenerationMixin):
+    """`generate_any_order` one token a pass, in any order fixed beforehand, sampled or not, cached or not, in ragged
+    batches; blanks, infilling and rewriting as A3 has them.
+    """
+
+    encoder_class = DecoupledRopeEncoder
+
+    def check_generation(self, config: A3GenerationConfig) -> None:
+        """Raises a ValueError for a strategy or a group size that asks for several positions at once, and for `max_time`,
+        after which the open blanks would be written at once.
+        """
+        if config.strategy != "groupwise":
+            raise ValueError(f"strategy={config.strategy!r}; it takes 'groupwise'. {SINGLETONS_ONLY}")
+        if (config.group_size or 1) > 1:
+            raise ValueError(f"group_size={config.group_size}; it takes 1. {SINGLETONS_ONLY}")
+        if config.max_time is not None:
+            raise ValueError(
+                f"max_time={config.max_time}; it takes None, for what is open then would be written at once. {SINGLETONS_ONLY}"
+            )

@@ -1,0 +1,516 @@
+"""Decoupled RoPE as a difference from transformers' LLaMA: one stream of tokens, each asking for the one after it."""
+
+import torch
+import transformers
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+from transformers.utils.generic import can_return_tuple
+
+from a3_hf.models.a3_llama.attention_masks import sees_something
+from a3_hf.models.a3_llama.caching import CACHE, check_filled, one_cache, take_cache
+from a3_hf.models.a3_llama.chunked_cross_entropy import chunked_cross_entropy, slot_cross_entropy
+from a3_hf.models.a3_llama.infilling import A3InfillingMixin
+from a3_hf.models.a3_llama.input_validation import (
+    check_content,
+    check_integers,
+    check_kept,
+    check_keywords,
+    check_labels,
+    check_numbers,
+    check_padding_mask,
+)
+from a3_hf.models.a3_llama.likelihood import A3LikelihoodMixin, checked_text
+from a3_hf.models.a3_llama.modeling_a3_llama import A3CausalLMOutput, A3LlamaModel, apply_rotary
+from a3_hf.models.a3_llama.pretrained import WholeCheckpointMixin
+from a3_hf.models.a3_llama.rope import FixedRotaryEmbedding
+from a3_hf.models.a3_llama.scoring import A3ScoringMixin
+
+from .configuration_decoupled_rope_llama import SINGLETONS_ONLY, DecoupledRopeLlamaConfig
+from .generation_decoupled_rope import DecoupledRopeGenerationMixin
+
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (B or 1, C, D / H)
+
+
+class DecoupledRopeLlamaAttention(LlamaAttention):
+    # Identical to LlamaAttention except: with `rotations`, queries are turned by the first of them and keys by the second, in
+    # place of both by `position_embeddings`.
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Rotation | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if "rotations" not in kwargs:  # None would be LLaMA's own form
+            raise RuntimeError(
+                f"transformers {transformers.__version__}: LlamaModel no longer hands its keyword arguments to attention, so "
+                "that Decoupled RoPE's rotations are lost"
+            )
+        rotations = kwargs.pop("rotations")
+        if rotations is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        cache = take_cache(kwargs)
+        query_rotation, key_rotation = rotations
+        query_states, key_states, value_states = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query_states = apply_rotary(query_states, *query_rotation)
+        key_states = apply_rotary(key_states, *key_rotation)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attn_output, attn_weights = attend(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()), attn_weights
+
+
+class DecoupledRopeLlamaPreTrainedModel(WholeCheckpointMixin, LlamaPreTrainedModel):
+    config_class = DecoupledRopeLlamaConfig
+
+
+class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
+    """Identical to `LlamaModel` except: the attention above, and rows in generation order, where each token is told the
+    position of the next (paper §2). It has LLaMA's weights and no others.
+
+    Token t of the order, x_σ(t), has its key turned by its own position σ(t) and its query by σ(t + 1) − 1; its state
+    forecasts x_σ(t + 1). The paper turns the query by σ(t + 1): the same family of models, one position apart, but with the
+    −1 left to right is LLaMA bit for bit, before any training. Keys depend on nothing that comes later, and a token's
+    states on where its successor stands, which is settled when it is encoded: what a cache holds is exact.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [
+        *DecoupledRopeLlamaPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^lm_head\.",
+    ]
+
+    def __init__(self, config: DecoupledRopeLlamaConfig):
+        super().__init__(config)
+        for layer_idx, layer in enumerate(self.layers):
+            layer.self_attn = DecoupledRopeLlamaAttention(config=config, layer_idx=layer_idx)
+        self.rotary_emb = FixedRotaryEmbedding(config=config)
+        self.post_init()
+
+    first_layer_keys = A3LlamaModel.first_layer_keys  # the same: a key knows its token and its position alone
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        group_ids: torch.LongTensor | None = None,
+        target_position_ids: torch.LongTensor | None = None,
+        target_group_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        target_document_ids: torch.LongTensor | None = None,
+        content_hidden_state: bool = False,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """One pass, in one of three forms:
+
+        - neither `group_ids` nor `target_position_ids`: LLaMA's own.
+        - `target_position_ids` (B, C) beside `position_ids`: rows in generation order, with the position that each token
+          asks for. State t (B, C, D) is that of token t.
+        - `group_ids`: rows in any layout, put in order inside. State i (B, C, D) forecasts token i, or with
+          `target_position_ids` and `target_group_ids` (B, Q) state q (B, Q, D) the token of slot q.
+
+        Args:
+            input_ids: (B, C) tokens (or `inputs_embeds`, (B, C, D)).
+            attention_mask: (B, cached + C), 0 at padding, on whichever side.
+            position_ids: (B, C) or (1, C). Default with groups: the number of tokens before, padding not counted.
+            past_key_values, cache: two words for the keys and values of earlier tokens of the order; not with groups.
+            group_ids: (B, C) integers, lower = earlier, each token's its own; any values, any layout. The first token of a
+                row is given, for nothing asks for it; the state in its place is 0. `hidden_states` and `attentions`, when
+                asked for, are those of generation order, padding last.
+            target_group_ids: (B, Q) groups of the slots: the last token of an earlier group must ask for the slot's
+                position, as it does where that is its successor's, or where it has none. State 0 where there is no such
+                token.
+            document_ids, target_document_ids: None; documents of one row can't be kept apart.
+            content_hidden_state: False; there is one stream.
+
+        Raises:
+            ValueError: groups of several tokens; a slot that the token before it does not ask for; shapes that don't
+                match, ids that are not integers, arguments that belong to two streams, and a cache under both words or a
+                third.
+            RuntimeError: the layers did not fill the cache.
+        """
+        cache = one_cache(past_key_values, cache, kwargs, takes_paged=True)
+        if cache is None or isinstance(cache, Cache):  # continuous batching has words of its own beside a paged one
+            check_keywords(kwargs, type(self).forward)
+        input_ids = check_content(
+            input_ids, inputs_embeds, self.embed_tokens.num_embeddings, may_be_empty=cache is not None
+        )
+        _check_one_stream(document_ids, target_document_ids, content_hidden_state)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        num_cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached)
+        if group_ids is None and target_position_ids is None and target_group_ids is None:
+            return self._llama(
+                inputs_embeds,
+                cache,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                rotations=None,
+                **kwargs,
+            )
+        if group_ids is None:
+            _check_targets(inputs_embeds, position_ids, target_position_ids, target_group_ids)
+            # LLaMA's causal mask serves, for rows are stored in generation order; their positions are for `rotations` alone.
+            return self._llama(
+                inputs_embeds,
+                cache,
+                attention_mask=attention_mask,
+                use_cache=use_cache,
+                rotations=self._rotations(inputs_embeds, position_ids, target_position_ids),
+                **kwargs,
+            )
+
+        _check_groups(inputs_embeds, group_ids, target_position_ids, target_group_ids)
+        if cache is not None or use_cache:
+            raise ValueError(
+                "past_key_values and use_cache=True don't go with group_ids: a cache needs rows in generation order; give "
+                "position_ids and target_position_ids, where each token's successor stands"
+            )
+        batch_size, length, _ = inputs_embeds.shape
+        real = inputs_embeds.new_ones(batch_size, length, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask.to(torch.bool)
+        if position_ids is None:
+            position_ids = (real.long().cumsum(dim=1) - 1).clamp_min(0)
+
+        # 1. Generation order, padding last: there the causal mask hides it.
+        groups = group_ids.long().masked_fill(~real, torch.iinfo(torch.long).max)
+        order = groups.argsort(dim=1, stable=True)
+        groups, real, positions = (
+            tensor.gather(1, order) for tensor in (groups, real, position_ids.expand(batch_size, -1))
+        )
+        _check_singletons(groups, real)
+
+        # 2. How many tokens stand before each of those asked for, and where each token's successor stands.
+        if target_group_ids is None:
+            num_before, successors = order.argsort(dim=1), _successors(positions, real)
+        else:
+            num_before = torch.searchsorted(groups, target_group_ids.long().contiguous())
+            successors = _successors(positions, real, target_position_ids, num_before)
+
+        # 3. One pass; the state that forecasts a token is that of the one before it.
+        outputs = self._llama(
+            inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds)),
+            None,
+            use_cache=False,
+            rotations=self._rotations(inputs_embeds, positions, successors),
+            **kwargs,
+        )
+        states = nn.functional.pad(outputs.last_hidden_state, (0, 0, 1, 0))
+        outputs.last_hidden_state = states.gather(1, num_before[..., None].expand(-1, -1, states.shape[2]))
+        return outputs
+
+    def _llama(self, inputs_embeds: torch.Tensor, cache: Cache | None, **arguments) -> BaseModelOutputWithPast:
+        """`LlamaModel.forward`, with the cache under its own word, and a look at what is in it after."""
+        if cache is not None and not isinstance(cache, Cache):  # that of continuous batching goes on as it came
+            return super().forward(inputs_embeds=inputs_embeds, return_dict=True, cache=cache, **arguments)
+        filled = inputs_embeds.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        outputs = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **{CACHE: cache}, **arguments)
+        if getattr(outputs, CACHE) is not None:
+            check_filled(getattr(outputs, CACHE), filled, last_layer=self.config.num_hidden_layers - 1)
+        return outputs
+
+    def _rotations(
+        self, states: torch.Tensor, position_ids: torch.Tensor, successor_ids: torch.Tensor
+    ) -> tuple[Rotation, Rotation]:
+        """Of the queries and of the keys, of tokens at `position_ids` with successors at `successor_ids`. In one call: some
+        kinds of RoPE look at the largest position of a pass.
+        """
+        rows = max(position_ids.shape[0], successor_ids.shape[0])
+        both = torch.cat([successor_ids.expand(rows, -1) - 1, position_ids.expand(rows, -1)], dim=1)
+        cos, sin = (part.chunk(2, dim=1) for part in self.rotary_emb(states, position_ids=both))
+        return (cos[0], sin[0]), (cos[1], sin[1])
+
+
+class DecoupledRopeLlamaForCausalLM(
+    DecoupledRopeLlamaPreTrainedModel,
+    DecoupledRopeGenerationMixin,
+    A3InfillingMixin,
+    A3LikelihoodMixin,
+    A3ScoringMixin,
+    LlamaForCausalLM,
+):
+    """Identical to `LlamaForCausalLM` except: the body above, three forms of `forward`, and A3's methods
+    `generate_any_order`, `infill`, `rewrite`, `score` and `log_likelihood`, for groups of one token.
+    """
+
+    def __init__(self, config: DecoupledRopeLlamaConfig):
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = DecoupledRopeLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        group_ids: torch.LongTensor | None = None,
+        target_position_ids: torch.LongTensor | None = None,
+        target_group_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        target_document_ids: torch.LongTensor | None = None,
+        content_hidden_state: bool = False,
+        content_logits_at: tuple[torch.LongTensor, torch.LongTensor] | None = None,
+        chunked_loss: bool = False,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> A3CausalLMOutput:
+        """Three forms, by what is given:
+
+        - `model(input_ids)`: LLaMA's causal contract, and LLaMA's values. `labels` (B, C) are shifted inside.
+        - `model(input_ids, group_ids=g)`: `logits[:, i]` (B, C, V) scores `input_ids[:, i]` given all tokens of lower groups,
+          of one token each. `labels` (B, C) are not shifted. The lowest group sees nothing: its logits mean nothing. With
+          `target_position_ids` and `target_group_ids` (B, Q), logits (B, Q, V) and `labels` (B, Q) follow these slots.
+        - `model(input_ids, position_ids=p, target_position_ids=q)`, both (B, C), rows in generation order: `logits[:, t]`
+          (B, C, V) forecasts the token at position `q[:, t]` given tokens up to t. `labels` (B, C) are not shifted.
+
+        Other arguments as in `DecoupledRopeLlamaModel.forward`; −100 in `labels` is ignored. `logits_to_keep` is LLaMA's (the
+        last n, or indices (n,)) or indices (B, n), each row its own; not with groups. With `chunked_loss` the logits never
+        exist all at once: the output holds `loss` and `token_losses`, of the labels' shape, and no logits.
+
+        Raises:
+            ValueError: as `DecoupledRopeLlamaModel.forward`; a label of another shape than its logits, at padding, or where
+                nothing is seen; `logits_to_keep` with groups; `chunked_loss` without labels, groups or targets;
+                `content_logits_at`, which belongs to two streams.
+        """
+        cache = one_cache(past_key_values, cache, kwargs, takes_paged=True)
+        if cache is None or isinstance(cache, Cache):  # continuous batching has words of its own beside a paged one
+            check_keywords(kwargs, type(self).forward)
+        causal_contract = group_ids is None and target_position_ids is None
+        if labels is not None:
+            check_labels(
+                labels, input_ids if inputs_embeds is None else inputs_embeds, self.vocab_size, causal_contract
+            )
+            labels = labels.long()
+        if chunked_loss and (labels is None or causal_contract):
+            raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
+        if content_logits_at is not None:
+            raise ValueError("content_logits_at is for models of two streams; the logits of this one's are in `logits`")
+        if group_ids is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("logits_to_keep does not go with group_ids; ask for fewer targets instead")
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            group_ids=group_ids,
+            target_position_ids=target_position_ids,
+            target_group_ids=target_group_ids,
+            document_ids=document_ids,
+            target_document_ids=target_document_ids,
+            content_hidden_state=content_hidden_state,
+            **kwargs,
+        )
+        hidden_states = _kept(outputs.last_hidden_state, logits_to_keep)
+        if labels is not None and not causal_contract:
+            _check_labels(labels, hidden_states, attention_mask, group_ids, target_group_ids)
+        loss = token_losses = logits = None
+        if chunked_loss:
+            loss, token_losses = chunked_cross_entropy(
+                hidden_states, self.lm_head, labels, num_items=kwargs.get("num_items_in_batch")
+            )
+        else:
+            logits = self.lm_head(hidden_states)
+        if labels is not None and causal_contract:  # transformers' own loss, which shifts them
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif labels is not None and not chunked_loss:
+            loss = slot_cross_entropy(logits, labels, num_items=kwargs.get("num_items_in_batch"))
+        return A3CausalLMOutput(
+            loss=loss,
+            token_losses=token_losses,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
+        )
+
+    def log_likelihood_and_greedy(
+        self,
+        input_ids: torch.LongTensor,
+        group_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        scored_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+        """What `log_likelihood` returns, and (B, S) whether each scored token is the likeliest one at its place. A group of
+        several tokens raises a ValueError.
+        """
+        input_ids, group_ids, attention_mask, scored_mask = checked_text(
+            input_ids, group_ids, attention_mask, scored_mask, vocab_size=self.config.vocab_size
+        )
+        if attention_mask is not None:
+            # Rows with fewer tokens to score are filled up with others, padding included, which thus asks for nothing.
+            group_ids = group_ids.masked_fill(~attention_mask, torch.iinfo(group_ids.dtype).min)
+        return super().log_likelihood_and_greedy(input_ids, group_ids, attention_mask, scored_mask=scored_mask)
+
+
+def _successors(
+    positions: torch.Tensor,
+    real: torch.Tensor,
+    target_position_ids: torch.Tensor | None = None,
+    num_before: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(B, C) where the successor of each token stands, of rows in generation order, `positions` and `real` (B, C). The last
+    token's is that of the slots behind it, or else, as for LLaMA, right behind it.
+
+    Args:
+        target_position_ids: (B, Q) positions of slots, each with `num_before` (B, Q) tokens before it.
+
+    Raises:
+        ValueError: a slot that the token before it does not ask for.
+    """
+    count = real.sum(dim=1, keepdim=True)
+    place = torch.arange(positions.shape[1], device=positions.device)
+    successors = torch.where(place < count - 1, positions.roll(-1, dims=1), positions + 1)
+    if target_position_ids is None:
+        return successors
+    is_behind = num_before == count
+    farthest = target_position_ids.masked_fill(~is_behind, -1).amax(dim=1, keepdim=True)
+    successors = torch.where((place == count - 1) & is_behind.any(dim=1, keepdim=True), farthest, successors)
+    if torch.compiler.is_compiling():
+        return successors
+    asked = successors.gather(1, (num_before - 1).clamp_min(0))
+    amiss = (num_before > 0) & (asked != target_position_ids)
+    if amiss.any():
+        row, slot = amiss.nonzero()[0].tolist()
+        raise ValueError(
+            f"target_position_ids asks at row {row}, slot {slot}, for position {int(target_position_ids[row, slot])}, and the "
+            f"token before it asks for {int(asked[row, slot])}. {SINGLETONS_ONLY}"
+        )
+    return successors
+
+
+def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    check_kept(logits_to_keep, hidden_states.shape[1])
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[2]))
+
+
+def _check_one_stream(document_ids, target_document_ids, content_hidden_state: bool) -> None:
+    if document_ids is not None or target_document_ids is not None:
+        raise ValueError(
+            "document_ids: Decoupled RoPE keeps no documents of one row apart, for each token has one successor; give each "
+            "document a row of its own"
+        )
+    if content_hidden_state:
+        raise ValueError("content_hidden_state=True is for models of two streams; last_hidden_state is this one's")
+
+
+def _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached: int) -> None:
+    batch_size, length = inputs_embeds.shape[:2]
+    if isinstance(attention_mask, tuple):
+        raise ValueError("attention_mask holds views made for two streams; it takes a tensor, 0 at padding, or None")
+    prepared = isinstance(attention_mask, dict | BlockMask) or (
+        isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+    )
+    if attention_mask is not None and not prepared:
+        check_padding_mask("attention_mask", attention_mask, batch_size, num_cached, length)
+    if position_ids is not None:
+        check_numbers("position_ids", position_ids, at_least=0)
+    if position_ids is not None and tuple(position_ids.shape) not in {(batch_size, length), (1, length)}:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; it takes that of input_ids, {(batch_size, length)}"
+        )
+
+
+def _check_targets(inputs_embeds, position_ids, target_position_ids, target_group_ids) -> None:
+    if target_group_ids is not None:
+        raise ValueError("target_group_ids needs group_ids: what comes before a slot?")
+    if position_ids is None:
+        raise ValueError("target_position_ids needs position_ids: where does each token itself stand?")
+    check_numbers("target_position_ids", target_position_ids, at_least=0)
+    shapes = {tuple(inputs_embeds.shape[:2]), (1, inputs_embeds.shape[1])}
+    if tuple(target_position_ids.shape) not in shapes:
+        raise ValueError(
+            f"target_position_ids has shape {tuple(target_position_ids.shape)}; without group_ids it takes that of input_ids, "
+            f"{tuple(inputs_embeds.shape[:2])}, one position for each token"
+        )
+
+
+def _check_groups(content, group_ids, target_position_ids, target_group_ids) -> None:
+    for name, ids in (("group_ids", group_ids), ("target_group_ids", target_group_ids)):
+        if ids is not None:
+            check_integers(name, ids)
+    if target_position_ids is not None:
+        check_numbers("target_position_ids", target_position_ids, at_least=0)
+    if group_ids.shape != content.shape[:2]:
+        raise ValueError(
+            f"group_ids has shape {tuple(group_ids.shape)}; it takes that of input_ids, {tuple(content.shape[:2])}"
+        )
+    shapes = [None if ids is None else tuple(ids.shape) for ids in (target_position_ids, target_group_ids)]
+    if shapes[0] != shapes[1] or (shapes[0] is not None and (len(shapes[0]) != 2 or shapes[0][0] != len(content))):
+        raise ValueError(
+            f"target_position_ids has shape {shapes[0]} and target_group_ids {shapes[1]}; with group_ids they take the same, "
+            f"({len(content)}, slots)"
+        )
+
+
+def _check_singletons(groups: torch.Tensor, real: torch.Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    same = (groups[:, 1:] == groups[:, :-1]) & real[:, 1:]
+    if same.any():
+        row, place = same.nonzero()[0].tolist()
+        raise ValueError(
+            f"group_ids has several tokens in group {int(groups[row, place])} of row {row}. {SINGLETONS_ONLY}; give each "
+            "token a group of its own"
+        )
+
+
+def _check_labels(labels, hidden_states, attention_mask, group_ids, target_group_ids) -> None:
+    if labels.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; with groups or targets it takes that of the logits, "
+            f"{tuple(hidden_states.shape[:2])}"
+        )
+    if torch.compiler.is_compiling() or group_ids is None:
+        return  # in generation order each token sees itself at least
+    scored = labels != -100
+    if target_group_ids is None and attention_mask is not None and (scored & (attention_mask == 0)).any():
+        raise ValueError("labels holds a token at padding (attention_mask is 0 there); it takes -100 at padding")
+    targets = group_ids if target_group_ids is None else target_group_ids
+    blind = scored & ~sees_something(group_ids, targets, attention_mask, num_cached=0)
+    if blind.any():
+        row, slot = blind.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels asks for a score at row {row}, slot {slot}, which sees no token: nothing is in an earlier group. "
+            "Put -100 there, or a given token (BOS) into an earlier group"
+        )

@@ -1,0 +1,1 @@
+"""Masked diffusion on LLaMA: the bidirectional control."""

@@ -1,0 +1,1 @@
+"""Training: recipes, curriculum, trainers, runs that stop and resume."""

@@ -1,0 +1,67 @@
+"""Auxiliary losses of training: next tokens on the content stream, and its forecasts taught to the query stream."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from a3_hf.models.a3_llama.orders import GroupOrder
+
+
+class Pairs(NamedTuple):
+    """The places where both streams forecast the same token, one after another: each (N,), N ≥ 0.
+
+    `rows` of the batch; `content`, where in its row the content token stands that has seen exactly the tokens before (its
+    own state forecasts the next token, as LLaMA's does); `slots`, where the slot of that next token stands.
+    """
+
+    rows: torch.Tensor
+    content: torch.Tensor
+    slots: torch.Tensor
+
+
+def next_token_pairs(order: GroupOrder, labels: torch.Tensor, document_ids: torch.Tensor | None = None) -> Pairs:
+    """The scored tokens of rows in left-to-right order, one token at a time, and the content tokens before them.
+
+    Elsewhere a content token has seen its own group, or later text, or not all of the text before: what its state
+    forecasts is not the next token given the text before, and the rows have no part in the auxiliary losses.
+
+    Args:
+        order: of a batch (B, S), as text.
+        labels: (B, Q) of the batch in generation order, as `model_inputs` gives them: a slot for every
+            token (Q = S), or one for all but the first (Q = S − 1), or one for the scored ones alone, first to last.
+        document_ids: (B, S), as text; a row is left to right where each of its documents is.
+    """
+    group, real = order.group_ids, order.attention_mask
+    neighbours = real[:, 1:] & real[:, :-1]
+    if document_ids is not None:
+        neighbours = neighbours & (document_ids[:, 1:] == document_ids[:, :-1])
+    ascends = ((group[:, 1:] > group[:, :-1]) | ~neighbours).all(dim=1)
+    length = group.shape[1]
+    # A token stands where its group does: all are singletons.
+    tokens_of_groups = torch.zeros_like(group).scatter_add(1, group.clamp_min(0), real.to(group.dtype))
+    is_left_to_right = ascends & (tokens_of_groups <= 1).all(dim=1)
+    scored = order.scored_mask[:, 1:] & neighbours & is_left_to_right[:, None]
+    rows, before = scored.nonzero(as_tuple=True)
+    content, place = group[rows, before], group[rows, before + 1]
+    if order.context_mask is not None:
+        # Slots of the scored tokens alone: each at its rank among them.
+        first_scored = group.masked_fill(~order.scored_mask, length).amin(dim=1)
+        slots = place - first_scored[rows]
+    else:
+        slots = place - (length - labels.shape[1])
+    return Pairs(rows, content, slots)
+
+
+def content_loss(content_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Next-token loss of the content stream, summed: logits (N, V), labels (N,)."""
+    return nn.functional.cross_entropy(content_logits.float(), labels, reduction="sum")
+
+
+def distillation_loss(query_logits: torch.Tensor, content_logits: torch.Tensor) -> torch.Tensor:
+    """Σ KL(content ‖ query) over N tokens, from logits (N, V). The content stream is the teacher and gets no gradient
+    from it.
+    """
+    teacher = content_logits.detach().float().log_softmax(dim=-1)
+    student = query_logits.float().log_softmax(dim=-1)
+    return nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)

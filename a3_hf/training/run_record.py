@@ -1,0 +1,218 @@
+"""What a run was started with, and whether it may go on with other settings."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from a3_hf.data.documents import fingerprint
+
+from .arguments import Recipe
+
+RECORD_FILE = "run.json"
+NO_RECORD = "without it, the same command goes on, and nobody can tell whether its settings are those of the start"
+# Settings that may change between a run and its resume: they decide how it goes, not what comes out. How the batch is divided
+# among processes and passes may change as well, as long as its rows stay as many (`rows_per_step`).
+FREE = {
+    "accept_changed_inputs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "attn_implementation",
+    "cache_dir",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_backend",
+    "ddp_timeout",
+    "deepspeed",
+    "disable_tqdm",
+    "eval_accumulation_steps",
+    "eval_delay",
+    "eval_on_start",
+    "eval_steps",
+    "eval_strategy",
+    "fsdp",
+    "fsdp_config",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_strategy",
+    "hub_token",
+    "log_level",
+    "logging_nan_inf_filter",
+    "logging_first_step",
+    "logging_steps",
+    "logging_strategy",
+    "loss",
+    "max_eval_rows",
+    "model_name_or_path",
+    "output_dir",
+    "peak_flops",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+    "project",
+    "push_to_hub",
+    "report_to",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "tokenizer_name_or_path",
+    "torch_compile",
+    "use_cpu",
+}
+# Settings that older runs did not have, with what they did.
+ADDED = {"architecture": "a3", "slot_start": None, "masking": "rate", "low_discrepancy": False, "anneal_steps": 0}
+
+
+def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A recipe and its tokenizer in plain values."""
+    training = recipe.training
+    settings = {
+        **asdict(recipe.model),
+        **asdict(recipe.data),
+        **{name: value for name, value in training.to_dict().items() if not name.startswith("_")},
+        "curriculum": None if recipe.curriculum is None else asdict(recipe.curriculum),
+        "lora": None if recipe.lora is None else asdict(recipe.lora),
+        "rows_per_step": training.rows_per_step,
+        "tokenizer": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
+        "tokenizer_rules": _tokenizer_rules(tokenizer),
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def describe_inputs(recipe: Recipe, train_rows: Any) -> dict[str, list]:
+    """What the files are that a run reads, beyond their names: of each input its files, each by name, size, and a hash of its
+    ends (of a hub's file: by its path, which names the revision); of a packed dataset of the hub, its rows.
+    """
+    data = recipe.data
+    paths = {name: [Path(path)] for name in ("train_file", "validation_file") if (path := getattr(data, name))}
+    if recipe.lora is not None:  # a checkpoint of whole weights does without
+        paths["model_name_or_path"] = sorted(Path(recipe.model.model_name_or_path).glob("*.safetensors"))
+    inputs = {name: [[file.name, *fingerprint(file)] for file in files] for name, files in paths.items()}
+    if data.sources is not None:
+        inputs |= {f"sources.{source.name}": source.versions for source in train_rows.sources}
+    if data.dataset_name is not None:
+        ends = json.dumps([train_rows[0], train_rows[len(train_rows) - 1]])
+        inputs["dataset_name"] = [["rows", len(train_rows), hashlib.sha256(ends.encode()).hexdigest()]]
+    return json.loads(json.dumps(inputs))
+
+
+def check_inputs(recipe: Recipe, inputs: dict[str, list]) -> list[str]:
+    """Compares what a run is about to read with what it was started on, if that is on record.
+
+    Returns:
+        The changes, in words, which the recipe accepts; they are then on record in place of what was there.
+
+    Raises:
+        ValueError: changes that it does not accept.
+    """
+    record = _read_record(recipe)
+    before = (record or {}).get("inputs")
+    if before is None:
+        return []
+    changes = [
+        f"{name}: {change}" for name, files in inputs.items() if (change := _file_changes(before.get(name), files))
+    ]
+    if changes and not recipe.data.accept_changed_inputs:
+        raise ValueError(
+            f"output_dir={recipe.training.output_dir!r}: what its run reads was changed since the run was started, so that "
+            f"documents would be lost or read twice: {'; '.join(changes)}. Put it back, or set accept_changed_inputs: true"
+        )
+    if changes:
+        _write(recipe, {**record, "inputs": inputs})
+    return changes
+
+
+def _file_changes(before: list[list] | None, now: list[list]) -> str | None:
+    if before is None or before == now:
+        return None
+    old, new = {file[0]: file[1:] for file in before}, {file[0]: file[1:] for file in now}
+    gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
+    changed = [name for name in old if name in new and old[name] != new[name]]
+    parts = [f"{', '.join(gone[:3])} is gone"] if gone else []
+    parts += [f"{', '.join(added[:3])} is new"] if added else []
+    for name in changed[:3]:
+        sizes = f"had {old[name][0]} bytes and has {new[name][0]}"
+        parts.append(f"{name} {sizes if old[name][0] != new[name][0] else 'holds something else'}")
+    return ", ".join(parts) or "its files are in another order"
+
+
+def _read_record(recipe: Recipe) -> dict[str, Any] | None:
+    """What the run was started with; None where that is not on record.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    path = Path(recipe.training.output_dir) / RECORD_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged ({error}); {NO_RECORD}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: is damaged (it holds {json.dumps(record)[:40]}, not settings); {NO_RECORD}")
+    return record
+
+
+def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A hash of what a fast tokenizer does beside its vocabulary; None for another."""
+    if not tokenizer.is_fast:
+        return None
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = [rules["normalizer"], rules["pre_tokenizer"], rules["model"].get("merges")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Compares a recipe with what the run in its `output_dir` was started with, if that is on record.
+
+    Returns:
+        The changes that make no difference to the result, in words.
+
+    Raises:
+        ValueError: changes that do; says which.
+    """
+    before, now = _read_record(recipe), describe(recipe, tokenizer)
+    if before is None:
+        return []
+    before.pop("inputs", None)
+    for name, value in {**ADDED, "tokenizer_rules": now["tokenizer_rules"]}.items():
+        before.setdefault(name, value)
+    changes = {
+        name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
+    if "tokenizer" in changes:
+        changes["tokenizer"] = "the tokenizer has another vocabulary"
+    if "tokenizer_rules" in changes:
+        changes["tokenizer_rules"] = "the tokenizer cuts texts by other rules"
+    # A checkpoint holds the model, but an adapter's leaves its base where it was.
+    free = FREE if recipe.lora is None else FREE - {"model_name_or_path"}
+    refused = [text for name, text in changes.items() if name not in free]
+    if refused:
+        raise ValueError(
+            f"{Path(recipe.training.output_dir) / RECORD_FILE}: the run was started with other settings: "
+            f"{'; '.join(refused)}. It would not go on to the same result: put them back, or give another "
+            f"output_dir (where the same text now lies elsewhere, correct {RECORD_FILE})"
+        )
+    return list(changes.values())
+
+
+def write_record(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, list] | None = None) -> None:
+    """Leaves in `output_dir` what a run is started with."""
+    _write(recipe, {**describe(recipe, tokenizer), **({} if inputs is None else {"inputs": inputs})})
+
+
+def _write(recipe: Recipe, record: dict[str, Any]) -> None:
+    path = Path(recipe.training.output_dir) / RECORD_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")

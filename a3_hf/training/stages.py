@@ -1,0 +1,190 @@
+"""Stages: what each of them trains on and where it ends, as a recipe says it, checked."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+from .order_sampling import SHAPES, Drawn, RowKind
+from .plateaus import Plateau
+
+STAGES = ("ar", "expand", "permute")
+UNITS = ("steps", "tokens", "fraction")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a curriculum.
+
+    Attributes:
+        name: `"ar"` (left to right, one token at a time), `"expand"` (neighbouring tokens in groups, left to right) or
+            `"permute"` (groups of a random permutation).
+        until: where the stage ends, counted from the start of the run in the curriculum's unit; a `Plateau`: where its
+            loss is flat; None: at the end.
+        group_size: a whole number; a pair (first, last): the size grows by whole numbers, each with an equal share of
+            the stage (of `at_least`, where the stage ends at a plateau), and a stage of fewer steps than sizes leaves
+            some out; or `Drawn`, a size for each row.
+        shapes: for `"permute"`, shapes of `a3_hf.training.order_sampling.SHAPES` with their weights, drawn for each row.
+        span_length: tokens of a span, needed by the shape `"spans"` alone: a whole number or `Drawn`.
+        predict_last: the share of each row's order that is scored, counted from its end; what comes before is context. A
+            number or, exactly, text such as `"1/6"`.
+        rehearsal: the share of rows drawn as an earlier stage would, each of them equally likely, at any of its group
+            sizes.
+    """
+
+    name: str
+    until: int | float | Plateau | None = None
+    group_size: int | tuple[int, int] | Drawn = 1
+    shapes: tuple[tuple[str, float], ...] = (("scattered", 1),)
+    span_length: int | Drawn | None = None
+    predict_last: int | float | str = 1
+    rehearsal: int | float = 0
+
+    @property
+    def group_sizes(self) -> range:
+        """The sizes in the order in which they come, or from the smallest that is drawn: (1, 4) → 1, 2, 3, 4."""
+        if isinstance(self.group_size, Drawn):
+            return self.group_size.values
+        first, last = (self.group_size, self.group_size) if isinstance(self.group_size, int) else self.group_size
+        return range(first, last + 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row of a step is drawn alike."""
+        fixed = not isinstance(self.group_size, Drawn) and self.shapes == (("scattered", 1),)
+        return fixed and self.predict_last == 1 and self.rehearsal == 0
+
+    def kind(self, group_sizes: range, *, weight: float) -> RowKind:
+        """Its rows, at those group sizes."""
+        lengths = self.span_length if isinstance(self.span_length, Drawn) else Drawn(*[self.span_length or 1] * 2)
+        return RowKind(
+            weight=weight,
+            group_sizes=group_sizes,
+            shapes=self.shapes if self.name == "permute" else (("contiguous", 1),),
+            span_lengths=lengths.values,
+            predict_last=Fraction(str(self.predict_last)),
+        )
+
+
+def from_plain(key: str, value: Any, label: str) -> Any:
+    """A value of a stage from what a YAML file holds."""
+    if key in ("group_size", "span_length") and isinstance(value, Mapping):
+        numbers = value.get("draw")
+        if set(value) != {"draw"} or not isinstance(numbers, Sequence) or len(numbers) != 2:
+            raise ValueError(f"{label} has {key}={value!r}; what is drawn is written {{draw: [smallest, largest]}}")
+        return Drawn(*numbers)
+    if key == "group_size" and isinstance(value, list):
+        return tuple(value)
+    if key == "until" and isinstance(value, Mapping):
+        known = {field.name for field in fields(Plateau)}
+        if set(value) != known:
+            raise ValueError(f"{label} has until={value!r}; a plateau takes the keys flat, window, at_least, at_most")
+        return Plateau(**value)
+    if key == "shapes":
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{label} has shapes={value!r}; it takes weights, as {{scattered: 3, spans: 1}}")
+        return tuple(value.items())
+    return value
+
+
+def check_stage(stage: Stage, number: int, unit: str, *, is_last: bool) -> None:
+    if stage.name not in STAGES:
+        raise ValueError(f"stage {number} is called {stage.name!r}; it takes one of {', '.join(STAGES)}")
+    label = f"stage {number} ({stage.name!r})"
+
+    if stage.until is None:
+        if not is_last:
+            raise ValueError(f"{label} has no until; only the last stage may do without")
+    elif isinstance(stage.until, Plateau):
+        if is_last:
+            raise ValueError(f"{label}, the last, has until={stage.until}; it goes on to the end of the run")
+        if not _is_number(stage.until.flat) or stage.until.flat <= 0:
+            raise ValueError(f"{label} has flat={stage.until.flat!r}; it takes a number of nats above 0")
+        plateau = stage.until
+        lengths = {"window": plateau.window, "at_least": plateau.at_least, "at_most": plateau.at_most}
+        for name, length in lengths.items():
+            if not _is_number(length):
+                raise ValueError(f"{label} has {name}={length!r}; it takes a number")
+            _check_length(length, f"{label} has {name}={length}", unit)
+    elif not _is_number(stage.until):
+        raise ValueError(f"{label} has until={stage.until!r}; it takes a number")
+    else:
+        _check_length(stage.until, f"{label} ends at {stage.until}", unit)
+
+    if isinstance(stage.group_size, Drawn):
+        pair = _check_drawn(stage.group_size, "group_size", label)
+    else:
+        pair = stage.group_size if isinstance(stage.group_size, tuple) else (stage.group_size, stage.group_size)
+    if len(pair) != 2 or not all(_is_size(size) for size in pair):
+        raise ValueError(
+            f"{label} has group_size={stage.group_size!r}; it takes a whole number of at least 1, a pair (first, "
+            "last), or {draw: [smallest, largest]}"
+        )
+    if pair[0] > pair[1]:
+        raise ValueError(f"{label} has group_size={stage.group_size!r}; a pair (first, last) grows")
+    if stage.name == "ar" and pair != (1, 1):
+        raise ValueError(
+            f"{label} has group_size={stage.group_size!r}; ar is one token at a time (group_size 1), expand takes more"
+        )
+    _check_rows(stage, number, label)
+
+
+def _check_rows(stage: Stage, number: int, label: str) -> None:
+    for shape, weight in stage.shapes:
+        if shape not in SHAPES:
+            raise ValueError(f"{label} has the shape {shape!r}; it takes {', '.join(SHAPES)}")
+        if not _is_number(weight) or weight <= 0:
+            raise ValueError(f"{label} gives {shape} the weight {weight!r}; it takes a number above 0")
+    if not stage.shapes:
+        raise ValueError(f"{label} has no shapes; it takes one or more of {', '.join(SHAPES)}")
+    if stage.name != "permute" and stage.shapes != (("scattered", 1),):
+        raise ValueError(f"{label} has shapes; they belong to permute, {stage.name} is neighbours from left to right")
+
+    has_spans = any(shape == "spans" for shape, _ in stage.shapes)
+    if has_spans != (stage.span_length is not None):
+        raise ValueError(f"{label} has span_length={stage.span_length}; the shape spans needs it, others don't take it")
+    if isinstance(stage.span_length, Drawn):
+        _check_drawn(stage.span_length, "span_length", label)
+    elif stage.span_length is not None and not _is_size(stage.span_length):
+        raise ValueError(
+            f"{label} has span_length={stage.span_length!r}; it takes a whole number of at least 1, or {{draw: "
+            "[smallest, largest]}"
+        )
+
+    try:
+        share = None if isinstance(stage.predict_last, bool) else Fraction(str(stage.predict_last))
+    except (ValueError, ZeroDivisionError):
+        share = None
+    if share is None or not 0 < share <= 1:
+        raise ValueError(
+            f"{label} has predict_last={stage.predict_last!r}; it takes a share above 0 and at most 1, as 0.25 or 1/6"
+        )
+    if not _is_number(stage.rehearsal) or not 0 <= stage.rehearsal < 1:
+        raise ValueError(f"{label} has rehearsal={stage.rehearsal!r}; it takes a share of at least 0 and below 1")
+    if stage.rehearsal and number == 1:
+        raise ValueError(f"{label} has rehearsal={stage.rehearsal}; there is no earlier stage to rehearse")
+
+
+def _check_drawn(drawn: Drawn, key: str, label: str) -> tuple[int, int]:
+    if not _is_size(drawn.smallest) or not _is_size(drawn.largest) or drawn.smallest > drawn.largest:
+        raise ValueError(
+            f"{label} has {key}={{draw: [{drawn.smallest!r}, {drawn.largest!r}]}}; it takes two whole numbers of at least "
+            "1, the smaller first"
+        )
+    return drawn.smallest, drawn.largest
+
+
+def _check_length(length: int | float, found: str, unit: str) -> None:
+    if unit == "fraction" and not 0 < length <= 1:
+        raise ValueError(f"{found}; a fraction of the run is above 0 and at most 1")
+    if unit != "fraction" and (length <= 0 or length != int(length)):
+        raise ValueError(f"{found}; {unit} are whole numbers of at least 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

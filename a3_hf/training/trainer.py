@@ -1,0 +1,331 @@
+"""Training: orders drawn on the main process as the curriculum says, evaluation under fixed orders."""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+
+from a3_hf.models.a3_llama.attention_masks import KeptViews, group_views
+from a3_hf.models.a3_llama.orders import GroupOrder
+from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import (
+    DecoupledRopeLlamaConfig,
+)
+
+from .auxiliary_losses import Pairs, content_loss, distillation_loss, next_token_pairs
+from .base_trainer import EVALUATION_SEED, BaseTrainer, given_tokens, row_generator, scored_tokens
+from .curriculum import Curriculum, draw_order
+from .curriculum_callbacks import AdaptiveCallback, CurriculumCallback
+from .model_inputs import model_inputs
+from .schedule import AdaptiveSchedule, Schedule, StageAtStep
+from .stage_checks import check_one_stream, check_two_streams
+from .throughput import peak_flops, training_flops
+
+# The orders of the evaluation, each as the stage that draws it.
+EVALUATION_ORDERS = {
+    "left_to_right": StageAtStep("ar", group_size=1, index=0),
+    "contiguous_4": StageAtStep("expand", group_size=4, index=0),
+    "scattered_1": StageAtStep("permute", group_size=1, index=0),
+    "scattered_4": StageAtStep("permute", group_size=4, index=0),
+}
+
+
+LOSSES = ("plain", "chunked")
+
+
+class A3Trainer(BaseTrainer):
+    """A `Trainer` whose orders follow a curriculum.
+
+    Identical to `BaseTrainer` except:
+
+    - What is drawn is the order of each row, on the main process, in the stage of the step.
+    - `evaluate` measures nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
+      `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. With
+      Decoupled RoPE the two orders of single tokens alone.
+    - The logs hold the stage's `stage_index` and `group_size`, and `mfu` where it is known.
+    - A `DecoupledRopeLlamaForCausalLM` is trained and evaluated under orders of single tokens.
+
+    Args:
+        curriculum: the stages; resolved in whole steps when the trainer is made (`.schedule`; None without a training
+            set).
+        tokens_per_row: tokens of a row, for a curriculum counted in tokens; by default the length of the first row of
+            the training set.
+        loss: `"plain"`, or `"chunked"`, which never holds the logits of a batch: see `chunked_cross_entropy`.
+        peak_flops: what one device can do in a second, for the share that is put to use (`mfu` in the logs); None: as
+            known for the device, and no `mfu` where it isn't.
+        content_loss_weight: weight of the content stream's own next-token loss, in rows drawn left to right one token at
+            a time (`a3_hf.training.auxiliary_losses`); it is summed over their tokens and divided as the main loss is.
+        distillation_weight: weight of KL(content ‖ query) in the same rows: the query stream learns what the content
+            stream, which computes what the LLaMA does, forecasts. The content stream gets no gradient from it.
+
+    Raises:
+        ValueError: a curriculum that doesn't fit the run or the model, an attention implementation that can't express its
+            groups, or what `BaseTrainer` refuses.
+    """
+
+    instead_of_liger = "; loss='chunked' is the loss that holds no logits"
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        curriculum: Curriculum,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple = (None, None),
+        tokens_per_row: int | None = None,
+        loss: str = "plain",
+        peak_flops: float | None = None,
+        content_loss_weight: float = 0.0,
+        distillation_weight: float = 0.0,
+    ):
+        if loss not in LOSSES:
+            raise ValueError(f"loss={loss!r}; it takes one of {', '.join(LOSSES)}")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            compute_metrics=self._losses_by_order,
+        )
+        self.curriculum = curriculum
+        self.chunked_loss = loss == "chunked"
+        self.peak_flops = peak_flops
+        self._kept_views = KeptViews()
+        self._row_length = 0
+        self.content_loss_weight = content_loss_weight
+        self.distillation_weight = distillation_weight
+        self.one_stream = self.model.config.model_type == DecoupledRopeLlamaConfig.model_type
+        self.slot_start = "query_embed" if self.one_stream else self.model.config.slot_start
+        self.evaluation_orders = {
+            name: stage for name, stage in EVALUATION_ORDERS.items() if stage.group_size == 1 or not self.one_stream
+        }
+        # Since the last log, summed over tokens: content loss, distillation loss; and the number of tokens.
+        self._auxiliary_sums = torch.zeros(3, device=self.args.device)
+        self.schedule = self._resolve(tokens_per_row) if train_dataset is not None else None
+        self._check_implementation()
+        has_callback = any(isinstance(each, CurriculumCallback) for each in callbacks)
+        if isinstance(self.schedule, AdaptiveSchedule):
+            if has_callback:
+                raise ValueError(
+                    "callbacks holds a CurriculumCallback; this curriculum has stages that end at a plateau, which only "
+                    "the trainer's own callback can tell: leave it out"
+                )
+            self.add_callback(AdaptiveCallback(self.schedule, self.step_loss))
+        elif self.schedule is not None and not has_callback:
+            self.add_callback(CurriculumCallback(self.schedule))
+
+    def _resolve(self, tokens_per_row: int | None) -> Schedule | AdaptiveSchedule:
+        max_steps = self.args.max_steps
+        if max_steps <= 0:  # as `Trainer` will count them: `count_scored` looks whether it did
+            steps_per_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+            max_steps = math.ceil(max(steps_per_epoch, 1) * self.args.num_train_epochs)
+        self._planned_steps = max_steps
+        if self.curriculum.unit != "tokens":
+            return self.curriculum.resolve(max_steps=max_steps)
+        if tokens_per_row is None:
+            tokens_per_row = len(next(iter(self.train_dataset))["input_ids"])
+        tokens_per_step = self.get_total_train_batch_size(self.args) * tokens_per_row
+        return self.curriculum.resolve(max_steps=max_steps, tokens_per_step=tokens_per_step)
+
+    def _check_implementation(self) -> None:
+        # Now, and not when the stage with groups begins, hours later.
+        stages = self.schedule.stages if self.schedule is not None else ()
+        weights = {"content_loss_weight": self.content_loss_weight, "distillation_weight": self.distillation_weight}
+        if self.one_stream:
+            check_one_stream(stages, **weights)
+            return
+        check_two_streams(stages, chunked_loss=self.chunked_loss, **weights)
+        needs_groups = any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages)
+        if self.eval_dataset is not None or needs_groups:
+            group = torch.zeros(1, 1, dtype=torch.long)
+            group_views(self.model.config._attn_implementation, group_ids=group, target_group_ids=group)
+
+    def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """As `BaseTrainer.count_scored`; where orders leave tokens out of the loss, only the others count.
+
+        Raises:
+            RuntimeError: `Trainer` makes another number of steps than the curriculum was laid out for.
+        """
+        if self.state.max_steps != self._planned_steps:
+            raise RuntimeError(
+                f"the Trainer of transformers {transformers.__version__} makes {self.state.max_steps} steps; the curriculum "
+                f"was laid out for {self._planned_steps}. Give max_steps in place of num_train_epochs"
+            )
+        if self.schedule.at(self.state.global_step).scores_everything:
+            return super().count_scored(batches)
+        return torch.stack(
+            [self._draw(batch, micro_batch).scored_mask.sum() for micro_batch, batch in enumerate(batches)]
+        ).sum()
+
+    def _draw(self, inputs: dict[str, torch.Tensor], micro_batch: int) -> GroupOrder:
+        """The orders of this step's n-th micro-batch on this rank, the same however often they are drawn."""
+        first_row = self.first_training_row(micro_batch)
+        generators = [
+            row_generator(self.args.seed, self.state.global_step, first_row + row)
+            for row in range(len(inputs["input_ids"]))
+        ]
+        return draw_order(
+            self.schedule.at(self.state.global_step),
+            inputs["attention_mask"].bool(),
+            given_mask=given_tokens(inputs),
+            generator=generators,
+        )
+
+    def step_loss(self) -> float:
+        """The loss of the step that has just been made, over all ranks and to the last bit the same on each: nats per
+        scored token, without auxiliary losses.
+        """
+        of_ranks = self.accelerator.gather(torch.stack(self._step_losses).sum()[None]).tolist()
+        return math.fsum(of_ranks) / len(of_ranks)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ):
+        """The loss of a micro-batch (B, S) under the orders of this step; logits come in generation order.
+
+        Raises:
+            ValueError: labels at padding, or a row that scores a token but gives none, so that its first would see
+                nothing.
+        """
+        order = self._draw(inputs, self.count(inputs))
+        self._row_length = inputs["input_ids"].shape[1]
+        arguments = model_inputs(
+            order,
+            inputs["input_ids"],
+            group_size=self.schedule.at(self.state.global_step).largest_group,
+            implementation=self.model.config._attn_implementation,
+            document_ids=inputs.get("document_ids"),
+            kept=self._kept_views,
+            one_stream=self.one_stream,
+            slot_start=self.slot_start,
+        )
+        if self.chunked_loss:
+            arguments["chunked_loss"] = True
+        pairs = None
+        if self.content_loss_weight or self.distillation_weight:
+            pairs = next_token_pairs(order, arguments["labels"], inputs.get("document_ids"))
+            if len(pairs.rows):
+                arguments["content_logits_at"] = (pairs.rows, pairs.content)
+        loss, outputs = super().compute_loss(
+            model, arguments, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if pairs is not None and len(pairs.rows):
+            loss = loss + self._auxiliary_loss(outputs, arguments["labels"], pairs, num_items_in_batch)
+            self._computed_loss = loss.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def _auxiliary_loss(
+        self, outputs, labels: torch.Tensor, pairs: Pairs, num_items_in_batch: torch.Tensor | int
+    ) -> torch.Tensor:
+        of_content = of_slots = torch.zeros((), device=labels.device)
+        if self.content_loss_weight:
+            of_content = content_loss(outputs.content_logits, labels[pairs.rows, pairs.slots])
+        if self.distillation_weight:
+            of_slots = distillation_loss(outputs.logits[pairs.rows, pairs.slots], outputs.content_logits)
+        tokens = torch.full_like(of_content, len(pairs.rows))
+        self._auxiliary_sums += torch.stack([of_content, of_slots, tokens]).detach()
+        total = self.content_loss_weight * of_content + self.distillation_weight * of_slots
+        return total / num_items_in_batch * self.ranks_averaged()
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Each row's loss, summed over its scored tokens, under each of the `evaluation_orders` (B, orders), and
+        their number (B,); `predict` returns the same.
+        """
+        inputs = self._prepare_inputs(inputs)
+        given = given_tokens(inputs)
+        first_row = self.next_evaluation_row()
+        losses = []
+        for index, (name, stage) in enumerate(EVALUATION_ORDERS.items()):
+            if name not in self.evaluation_orders:
+                continue
+            generators = [
+                row_generator(EVALUATION_SEED, index, first_row + row) for row in range(len(inputs["input_ids"]))
+            ]
+            order = draw_order(stage, inputs["attention_mask"].bool(), given_mask=given, generator=generators)
+            arguments = model_inputs(
+                order,
+                inputs["input_ids"],
+                group_size=stage.group_size,
+                implementation=self.model.config._attn_implementation,
+                document_ids=inputs.get("document_ids"),
+                one_stream=self.one_stream,
+                slot_start=self.slot_start,
+            )
+            with torch.no_grad(), self.compute_loss_context_manager():
+                if self.chunked_loss:
+                    token_losses = model(**arguments, chunked_loss=True).token_losses
+                else:
+                    labels = arguments.pop("labels")
+                    logits = model(**arguments).logits.float()
+                    token_losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            losses.append(token_losses.sum(dim=1))
+        return None, torch.stack(losses, dim=1), (inputs["labels"] != -100).sum(dim=1)
+
+    def _losses_by_order(self, prediction: EvalPrediction) -> dict[str, float]:
+        return losses_by_order(prediction, self.evaluation_orders)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The logs of training carry the group size; the stage's name is a word, which not every logger takes.
+        if "loss" in logs:
+            stage = self.schedule.at(self.state.global_step - 1)
+            logs["stage_index"] = stage.index
+            logs["group_size"] = stage.group_size
+            if self.content_loss_weight or self.distillation_weight:
+                self._meter.pause()  # the ranks wait for each other
+                logs.update(self._auxiliary_logs())
+        super().log(logs, start_time)
+
+    def costs(self) -> dict[str, float]:
+        """As in `BaseTrainer`, and where the device's peak is known the share of it that is put to use, `mfu`."""
+        costs = super().costs()
+        dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((self.args.bf16, self.args.fp16))
+        peak = self.peak_flops or peak_flops(self.args.device, dtype or self.model.dtype)
+        if peak is not None and "tokens_per_second" in costs:
+            flops = training_flops(self.model.config, length=self._row_length, slots=not self.one_stream)
+            costs["mfu"] = costs["tokens_per_second"] / self.args.world_size * flops / peak
+        return costs
+
+    def _auxiliary_logs(self) -> dict[str, float]:
+        """Nats per token of the rows that the auxiliary losses apply to, over all ranks, since the last log."""
+        sums = self.accelerator.gather(self._auxiliary_sums[None]).sum(dim=0).tolist()
+        self._auxiliary_sums.zero_()
+        weights = {"content_loss": self.content_loss_weight, "distillation_loss": self.distillation_weight}
+        return {
+            name: total / sums[2]
+            for (name, weight), total in zip(weights.items(), sums[:2], strict=True)
+            if weight and sums[2]
+        }
+
+
+def losses_by_order(prediction: EvalPrediction, orders: Collection[str]) -> dict[str, float]:
+    """Nats per token under each of the `orders` from the losses of rows (N, orders) and their scored tokens (N,), and
+    `loss`, the mean over the orders.
+
+    Raises:
+        ValueError: no token is scored.
+    """
+    losses = prediction.predictions.astype(np.float64).sum(axis=0) / scored_tokens(prediction)
+    by_order = {f"loss_{name}": float(loss) for name, loss in zip(orders, losses, strict=True)}
+    return {**by_order, "loss": float(losses.mean())}

@@ -1,0 +1,1 @@
+"""How a text was generated, replayed in the terminal and on an HTML page."""
