@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from a3_hf import adapters  # noqa: F401  (it registers them)
 from a3_hf.models.a3_llama.configuration_a3_llama import A3LlamaConfig
 from a3_hf.models.a3_llama.generation_config import A3GenerationConfig
+from a3_hf.models.a3_llama.infilling_pipeline import A3InfillingPipeline
 from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM, A3LlamaModel
 from a3_hf.models.a3_llama.orders import GroupOrder
 from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
@@ -20,7 +21,6 @@ from a3_hf.training.curriculum import Curriculum
 from a3_hf.training.curriculum_callbacks import CurriculumCallback
 from a3_hf.training.trainer import A3Trainer
 
-from .pipeline import A3InfillingPipeline
 from .versions import TESTED_TRANSFORMERS, warn_if_newer
 
 __all__ = [

@@ -29,8 +29,7 @@ MAY_IMPORT = {
     "experiments": "models adapters data settings training evaluation",
     "visualization": "models",
     "versions": "",
-    "pipeline": "models",
-    "registration": "models adapters training pipeline versions",
+    "registration": "models adapters training versions",
     "cli": "models adapters data settings training evaluation experiments visualization registration versions",
 }
 # Where a library may be imported, by the start of a module's name.

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
-from a3_hf.models.a3_llama.infilling_templates import Template
-from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
+from .infilling_templates import Template
+from .modeling_a3_llama import A3LlamaForCausalLM
 
 
 class A3InfillingPipeline(Pipeline):
