@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from a3_hf.cli import app
 from a3_hf.cli import evaluation as command
+from a3_hf.evaluation.lm_harness.command import TASKS, leave_out_expected_warnings
 from tests.test_sources import write_all
 from tests.test_tasks import METRICS
 
@@ -55,7 +56,7 @@ def test_help_and_measurements_are_found():
     assert run("eval").output == run("eval", "--help").output == command.HELP + "\n"
     shown = run("eval", "ppl", "--help")
     assert shown.exit_code == 0 and "--orders" in shown.output and "a3 eval ppl" in shown.output
-    assert (command.task_folder() / "paper" / "a3_hellaswag.yaml").is_file()
+    assert (TASKS / "paper" / "a3_hellaswag.yaml").is_file()
 
 
 def test_what_is_wrong_is_said_in_a_line(source, own_tasks_alone, monkeypatch):
@@ -69,14 +70,14 @@ def test_what_is_wrong_is_said_in_a_line(source, own_tasks_alone, monkeypatch):
 
 
 def test_what_is_meant_is_no_warning(monkeypatch):
-    command.leave_out_what_is_meant()
+    leave_out_expected_warnings()
     index, task = logging.getLogger("lm_eval.tasks._index"), logging.getLogger("lm_eval.api.task")
     said = []
     handler = logging.Handler()
     handler.emit = said.append
     for logger in (index, task):
         monkeypatch.setattr(logger, "handlers", [handler])
-    index.warning("Task 'piqa' from %s/stock/piqa.yaml overrides existing task from there", command.task_folder())
+    index.warning("Task 'piqa' from %s/stock/piqa.yaml overrides existing task from there", TASKS)
     task.warning("a3_piqa: Custom kwargs can be passed to `--metadata` in console")
     index.warning("Task 'piqa' from mine/piqa.yaml overrides existing task from there")
     task.warning("a3_piqa: something else")
@@ -89,7 +90,7 @@ def test_options_take_hyphens(source, tmp_path, own_tasks_alone):
         "--model-args",
         f"pretrained={source},slot_start=left_token",
         "--include-path",
-        str(command.task_folder()),
+        str(TASKS),
     ]
     settings += ["--tasks", "a3_piqa", f"--metadata=data_dir={tmp_path / 'data'}", "--limit=2"]
     command.run(["--model", "a3", *settings, "--output-path", str(tmp_path / "results-of-a-run")])

@@ -16,7 +16,7 @@ def evaluate(args: list[str]) -> None:
     """Runs lm-eval with its own arguments; its tasks are those of this package unless `--include_path` is given, and its
     device is the CPU where there is no GPU.
     """
-    _leave_out_expected_warnings()
+    leave_out_expected_warnings()
     given = {arg.split("=")[0] for arg in args}
     if "--include_path" not in given:
         args = [*args, "--include_path", str(TASKS)]
@@ -26,7 +26,7 @@ def evaluate(args: list[str]) -> None:
     cli_evaluate()
 
 
-def _leave_out_expected_warnings() -> None:
+def leave_out_expected_warnings() -> None:
     """lm-eval warns of what this command does on purpose: that its tasks stand in for lm-eval's own, and that they take
     `--metadata`.
     """
