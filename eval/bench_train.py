@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from a3_hf.models.a3_llama.attention_masks import KeptViews
+from a3_hf.models.a3_llama.attention_masks import MaskCache
 from a3_hf.models.a3_llama.chunked_cross_entropy import chunked_cross_entropy
 from a3_hf.training.curriculum import draw_order
 from a3_hf.training.model_inputs import model_inputs
@@ -105,7 +105,7 @@ def text_order_inputs(order, input_ids: torch.Tensor) -> dict:
 def contestants(base, a3, input_ids: torch.Tensor, *, on_gpu: bool) -> dict[str, Callable[[], torch.Tensor]]:
     """What is compared: calls that return a loss, orders drawn within."""
     attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
-    generator, kept = torch.Generator().manual_seed(0), KeptViews()
+    generator, kept = torch.Generator().manual_seed(0), MaskCache()
 
     def llama(chunked: bool) -> torch.Tensor:
         if not chunked:

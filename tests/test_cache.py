@@ -3,14 +3,14 @@
 import torch
 from transformers import DynamicCache
 
-from a3_hf.models.a3_llama.generation_cache import first_tokens, roomy_cache
+from a3_hf.models.a3_llama.generation_cache import first_tokens, preallocated_cache
 
 ROOM = 32
 
 
 def test_it_holds_what_a_dynamic_cache_holds():
     generator = torch.Generator().manual_seed(0)
-    ours, theirs = roomy_cache(2, ROOM), DynamicCache()
+    ours, theirs = preallocated_cache(2, ROOM), DynamicCache()
     for step, length in enumerate((5, 1, ROOM, 3, 2 * ROOM, 1)):
         if step in (2, 4):
             for cache in (ours, theirs):
@@ -23,7 +23,7 @@ def test_it_holds_what_a_dynamic_cache_holds():
 
 
 def test_a_step_is_written_in_place():
-    cache = roomy_cache(1, ROOM)
+    cache = preallocated_cache(1, ROOM)
     for _ in range(10):
         cache.update(*torch.zeros(2, 1, 1, 1, 4), 0)
     address = cache.layers[0].keys.data_ptr()
@@ -33,7 +33,7 @@ def test_a_step_is_written_in_place():
 
 
 def test_states_put_in_from_outside_are_kept():
-    cache = roomy_cache(1, ROOM)
+    cache = preallocated_cache(1, ROOM)
     cache.update(*torch.zeros(2, 1, 1, 6, 4), 0)
     layer = cache.layers[0]
     layer.keys, layer.values = layer.keys[:, :, 3:].clone() + 1, layer.values[:, :, 3:].clone() + 2
@@ -42,7 +42,7 @@ def test_states_put_in_from_outside_are_kept():
 
 
 def test_the_first_tokens_are_a_copy():
-    cache = roomy_cache(1, ROOM)
+    cache = preallocated_cache(1, ROOM)
     cache.update(*torch.zeros(2, 1, 1, 6, 4), 0)
     kept = first_tokens(cache, 4)
     cache.layers[0].keys += 1

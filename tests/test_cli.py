@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from a3_hf import A3LlamaForCausalLM
 from a3_hf.cli import app
-from a3_hf.cli.common import or_exit
+from a3_hf.cli.common import report_user_errors
 from a3_hf.models.a3_llama.orders import GroupOrder
 from tests.conftest import tiny_model
 
@@ -143,7 +143,7 @@ def test_help_waits_for_no_library(arguments):
         "import transformers as t, a3_hf",
         "from transformers import AutoModelForCausalLM; import transformers as t, a3_hf",
         "import a3_command, a3_hf, transformers as t; from a3_hf import A3LlamaForCausalLM",
-        "import a3_command, transformers as t; from a3_hf.cli.common import or_exit; or_exit(lambda: None)",
+        "import a3_command, transformers as t, a3_hf.cli.common as common; common.report_user_errors(lambda: None)",
     ],
 )
 def test_models_are_registered_in_any_order_of_imports(checkpoint, first):
@@ -184,5 +184,5 @@ def test_the_prompt_is_shown_as_it_was_given(checkpoint):
 
 
 def test_warnings_to_developers_are_not_shown(checkpoint, recwarn):
-    or_exit(lambda: warnings.warn("x is deprecated", FutureWarning, stacklevel=1))
+    report_user_errors(lambda: warnings.warn("x is deprecated", FutureWarning, stacklevel=1))
     assert not [warning for warning in recwarn if warning.category is FutureWarning]

@@ -21,7 +21,7 @@ from a3_hf import (
 from a3_hf.adapters.arguments import LoraArguments
 from a3_hf.adapters.checkpoints import load_model
 from a3_hf.data.arguments import DataArguments
-from a3_hf.models.a3_llama.attention_masks import singleton_views
+from a3_hf.models.a3_llama.attention_masks import singleton_attention_mask
 from a3_hf.models.a3_llama.generation_sampling import choose_tokens, uniform_noise
 from a3_hf.models.a3_llama.generation_strategies import SAMPLE
 from a3_hf.models.a3_llama.orders import seed_of
@@ -831,7 +831,7 @@ ALIGNED = {"position_ids": GROUPS, "target_position_ids": GROUPS + 1}
         ({**ALIGNED, "target_document_ids": GROUPS}, "document_ids: Decoupled RoPE keeps no documents"),
         ({**ALIGNED, "content_logits_at": (GROUPS[0], GROUPS[0])}, "content_logits_at is for models of two streams"),
         ({"content_hidden_state": True}, "content_hidden_state=True is for models of two streams"),
-        ({**ALIGNED, "attention_mask": singleton_views("sdpa", 6, IDS.device)}, "views made for two streams"),
+        ({**ALIGNED, "attention_mask": singleton_attention_mask("sdpa", 6, IDS.device)}, "views made for two streams"),
         ({"chunked_loss": True, "labels": IDS}, "chunked_loss=True takes labels, with"),
         ({"inputs_embeds": torch.zeros(2, 6, 32)}, "exactly one of input_ids and inputs_embeds"),
     ],

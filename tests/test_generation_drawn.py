@@ -1,4 +1,4 @@
-"""Drawn cases of generation: what is returned has the likelihood that is returned, and a row is the same alone.
+"""UniformInt cases of generation: what is returned has the likelihood that is returned, and a row is the same alone.
 
 fp64 throughout, so that rounding (1e-13) is far below both the tolerance and any true effect (1e-3 and more).
 """

@@ -17,7 +17,7 @@ from tests.test_generation import STRATEGIES, problem
 EVERY_STRATEGY = {**STRATEGIES, "refine": {"strategy": "refine", "refine_rounds": 2}}
 
 
-# Chance
+# SlotNoise
 
 
 def neighbours(number: int):

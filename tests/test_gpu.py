@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from a3_hf import GroupOrder
-from a3_hf.models.a3_llama.attention_masks import singleton_views
+from a3_hf.models.a3_llama.attention_masks import singleton_attention_mask
 from tests.conftest import tiny_model
 from tests.test_modeling import generation_order, group_by_group, leaks, random_ids, text_order
 from tests.test_orders import BUILDERS, generators, ragged_mask
@@ -100,7 +100,7 @@ def test_singletons_through_a_causal_kernel():
             stored.input_ids[:, :-1],
             position_ids=stored.position_ids[:, :-1],
             target_position_ids=stored.position_ids[:, 1:],
-            attention_mask=singleton_views("sdpa", 63, ids.device),
+            attention_mask=singleton_attention_mask("sdpa", 63, ids.device),
         ).logits
     index = order.generation_order()[:, 1:, None].expand_as(logits)
     assert (logits - text_order(model, order, ids).gather(1, index)).abs().max() < 1e-3

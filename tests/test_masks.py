@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from a3_hf import GroupOrder
 from a3_hf.models.a3_llama import attention_masks as masks
-from a3_hf.models.a3_llama.attention_masks import KeptViews, group_views, sees_something
+from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask, sees_something
 from a3_hf.training.model_inputs import model_inputs
 
 LENGTH = 15
@@ -173,7 +173,7 @@ GROUPS = torch.arange(4)[None]
             {
                 "document_ids": DOCUMENTS,
                 "group_ids": GROUPS,
-                "attention_mask": group_views("sdpa", group_ids=GROUPS, target_group_ids=GROUPS),
+                "attention_mask": group_attention_mask("sdpa", group_ids=GROUPS, target_group_ids=GROUPS),
             },
             "no prepared views",
         ),
@@ -195,8 +195,10 @@ def test_bad_documents_are_refused(model, arguments, message):
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
 def test_masks_are_made_once_while_groups_stay(implementation, monkeypatch):
     made = []
-    monkeypatch.setattr(masks, "group_views", lambda *args, **kwargs: made.append(1) or group_views(*args, **kwargs))
-    kept, model = KeptViews(), tiny_model(attn_implementation=implementation, num_hidden_layers=2)
+    monkeypatch.setattr(
+        masks, "group_attention_mask", lambda *args, **kwargs: made.append(1) or group_attention_mask(*args, **kwargs)
+    )
+    kept, model = MaskCache(), tiny_model(attn_implementation=implementation, num_hidden_layers=2)
     ids = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(ids, dtype=torch.bool)
     for number, size in ((1, 4), (1, 4), (2, 3), (3, 4), (3, 4)):
@@ -210,13 +212,13 @@ def test_masks_are_made_once_while_groups_stay(implementation, monkeypatch):
 
 
 def test_rows_that_differ_share_no_mask():
-    kept, groups = KeptViews(), torch.tensor([[0, 1, 1], [0, 1, 2]])
+    kept, groups = MaskCache(), torch.tensor([[0, 1, 1], [0, 1, 2]])
     real = torch.ones_like(groups, dtype=torch.bool)
-    assert kept.views("sdpa", group_ids=groups, target_group_ids=groups, key_mask=real) is None
+    assert kept.masks("sdpa", group_ids=groups, target_group_ids=groups, key_mask=real) is None
     alike = groups[:1].expand(2, -1)
     padded = real & (torch.arange(3) < 2)
-    assert kept.views("sdpa", group_ids=alike, target_group_ids=alike, key_mask=padded) is None
-    assert kept.views("sdpa", group_ids=alike, target_group_ids=alike, key_mask=real)[0].mask.shape == (1, 1, 6, 3)
+    assert kept.masks("sdpa", group_ids=alike, target_group_ids=alike, key_mask=padded) is None
+    assert kept.masks("sdpa", group_ids=alike, target_group_ids=alike, key_mask=real)[0].mask.shape == (1, 1, 6, 3)
 
 
 @pytest.mark.parametrize("runs", [1, 2, 4])
@@ -227,7 +229,7 @@ def test_runs_of_rows_see_what_the_whole_mask_shows(size, runs, monkeypatch):
     ids = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
     order = GroupOrder.scattered(torch.ones_like(ids), group_size=size, generator=generators(2))
     inputs = {"group_size": 2, "implementation": "sdpa"}  # not 1: singletons take no mask
-    cut = model_inputs(order, ids, **inputs, kept=KeptViews())
+    cut = model_inputs(order, ids, **inputs, kept=MaskCache())
     views = cut["attention_mask"]
     assert [view.rows for view in views] == 2 * [len(part) for part in torch.arange(13).chunk(runs)]
     assert views[runs - 1].keys == 13 and (runs == 1 or views[0].keys < 13)

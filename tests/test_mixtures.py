@@ -1,4 +1,4 @@
-"""Drawn rows against what their settings say, by counting and one by one."""
+"""UniformInt rows against what their settings say, by counting and one by one."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ from test_trainer import make_trainer, naive_loss, rows
 from a3_hf.models.a3_llama.orders import GroupOrder
 from a3_hf.training.base_trainer import row_generator
 from a3_hf.training.curriculum import Curriculum, draw_order
-from a3_hf.training.order_sampling import RowKind, draw_rows
+from a3_hf.training.order_sampling import RowSpec, draw_rows
 
 README = Path(__file__).parents[1] / "README.md"
 LENGTH = 13  # BOS and 12 open tokens
@@ -78,7 +78,7 @@ def test_shapes_come_as_often_as_their_weights_say():
 
 
 def test_span_lengths_are_drawn_evenly():
-    kind = RowKind(1, range(12, 13), (("spans", 1),), span_lengths=range(2, 5))
+    kind = RowSpec(1, range(12, 13), (("spans", 1),), span_lengths=range(2, 5))
     order = draw_rows([kind], torch.ones(300, LENGTH, dtype=torch.bool), generator=torch.Generator().manual_seed(0))
     seen = Counter()
     for row in order.group_ids.tolist():

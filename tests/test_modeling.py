@@ -19,7 +19,7 @@ from transformers import (
 
 from a3_hf import A3LlamaForCausalLM, A3LlamaModel, GroupOrder
 from a3_hf.models.a3_llama import attention_masks as masks
-from a3_hf.models.a3_llama.attention_masks import singleton_views
+from a3_hf.models.a3_llama.attention_masks import singleton_attention_mask
 from tests.conftest import ROPES, tiny_config, tiny_model
 from tests.test_orders import BUILDERS, generators, ragged_mask
 
@@ -335,7 +335,7 @@ def test_singletons_in_generation_order_need_no_mask(model):
             position_ids=layout.position_ids[:, :-1],
             target_position_ids=layout.position_ids[:, 1:],
             labels=layout.labels[:, 1:],
-            attention_mask=singleton_views(implementation, 13, ids.device),
+            attention_mask=singleton_attention_mask(implementation, 13, ids.device),
         )
         index = order.generation_order()[:, 1:, None].expand(-1, -1, 61)
         expected = text_order(model, order, ids).gather(1, index)
@@ -431,7 +431,7 @@ def test_slots_do_not_need_the_last_content_rows(form, implementation):
             {
                 "position_ids": positions,
                 "target_position_ids": positions + 1,
-                "attention_mask": singleton_views(implementation, 12, ids.device),
+                "attention_mask": singleton_attention_mask(implementation, 12, ids.device),
             },
             12,
         ),

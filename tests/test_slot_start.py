@@ -12,13 +12,13 @@ from conftest import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from a3_hf import A3LlamaConfig, A3LlamaForCausalLM, GroupOrder
-from a3_hf.adapters.checkpoints import load_model, put_on
-from a3_hf.models.a3_llama.attention_masks import KeptViews, group_views
+from a3_hf.adapters.checkpoints import attach_adapter, load_model
+from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask
 from a3_hf.models.a3_llama.orders import left_tokens
 from a3_hf.training import run as train
 from a3_hf.training.base_trainer import row_generator
 from a3_hf.training.model_inputs import model_inputs
-from a3_hf.training.order_sampling import RowKind, draw_rows
+from a3_hf.training.order_sampling import RowSpec, draw_rows
 from a3_hf.training.recipes import parse_recipe
 
 
@@ -189,9 +189,9 @@ def kinds_of_orders(mask):
     yield GroupOrder.left_to_right(mask), 1
     yield GroupOrder.scattered(mask, group_size=1, generator=generator(1)), 1
     yield GroupOrder.scattered(mask, group_size=3, generator=generator(2)), 3
-    infilling = [RowKind(weight=1.0, group_sizes=range(2, 3), shapes=(("infilling", 1.0),))]
+    infilling = [RowSpec(weight=1.0, group_sizes=range(2, 3), shapes=(("infilling", 1.0),))]
     yield draw_rows(infilling, mask, generator=generator(4)), 2
-    partial = [RowKind(1.0, range(2, 3), (("scattered", 1.0),), predict_last=Fraction(1, 2))]
+    partial = [RowSpec(1.0, range(2, 3), (("scattered", 1.0),), predict_last=Fraction(1, 2))]
     yield draw_rows(partial, mask, generator=generator(5)), 2
 
 
@@ -201,7 +201,7 @@ def test_training_scores_what_the_likelihood_says(ragged):
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 7:] = not ragged
     for order, group_size in kinds_of_orders(mask):
-        kept = KeptViews()
+        kept = MaskCache()
         arguments = model_inputs(
             order, ids, group_size=group_size, implementation="sdpa", kept=kept, slot_start="left_token"
         )
@@ -239,7 +239,7 @@ def test_documents_of_a_row_are_kept_apart():
 def test_what_cannot_be_found_is_asked_for():
     model, ids = left_model(), ids_of(1, 6)
     groups = torch.arange(6)[None]
-    views = group_views("sdpa", group_ids=groups, target_group_ids=groups)
+    views = group_attention_mask("sdpa", group_ids=groups, target_group_ids=groups)
     with pytest.raises(ValueError, match="with prepared views needs target_input_ids"):
         model(ids, attention_mask=views, target_position_ids=groups)
     with pytest.raises(ValueError, match="with inputs_embeds needs target_input_ids"):
@@ -277,7 +277,7 @@ def test_an_adapter_of_a_plain_llama_holds_it(source, tmp_path, rows):
         load_model(str(out), slot_start="query_embed")
     base = A3LlamaForCausalLM.from_pretrained(source, slot_start="query_embed")
     with pytest.raises(ValueError, match="trained with slot_start='left_token', and the model has 'query_embed'"):
-        put_on(base, str(out))
+        attach_adapter(base, str(out))
     with pytest.raises(ValueError, match="slot_start='query_embed': the adapter .* was trained with 'left_token'"):
         train.run(
             parse_recipe(

@@ -196,10 +196,10 @@ def load_model(
         settings["config"].update(start)
         start = {}
     model = A3LlamaForCausalLM.from_pretrained(base, **settings, **start)
-    return put_on(model, path, trainable=trainable)
+    return attach_adapter(model, path, trainable=trainable)
 
 
-def put_on(model: A3LlamaForCausalLM, path: str, *, trainable: bool = False) -> PeftModel:
+def attach_adapter(model: A3LlamaForCausalLM, path: str, *, trainable: bool = False) -> PeftModel:
     """Puts the adapter at `path` into a model, its base.
 
     Raises:
@@ -313,7 +313,7 @@ def merge(path: str, output: str | PathLike, *, base: str | None = None) -> None
     tokenizer.save_pretrained(output)
 
 
-def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     """How a base is held in 4 bits (QLoRA's NF4, twice quantised); its products are in `dtype`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,

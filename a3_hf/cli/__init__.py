@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Base, Commands, ModelPath, SlotStart, check_page, load, or_exit
+from .common import Base, Commands, ModelPath, SlotStart, check_page, load, report_user_errors
 
 app = typer.Typer(
     cls=Commands,
@@ -122,7 +122,7 @@ def adapt(
         plan(parse_recipe(recipe, context.args), accelerate_configs=accelerate_configs, tflops=tflops)
         return 0
 
-    raise typer.Exit(or_exit(start))
+    raise typer.Exit(report_user_errors(start))
 
 
 @app.command()
@@ -166,7 +166,7 @@ def infill(
                     f"blank {number}: likeliest lengths {tried} nats, of the blank and all behind it", file=sys.stderr
                 )
 
-    or_exit(fill)
+    report_user_errors(fill)
 
 
 @app.command()
@@ -200,7 +200,7 @@ def generate(
         written = decode_after(tokenizer, ids[0].tolist(), output.sequences[0, ids.shape[1] :].tolist())
         _present(prompt + written, tokenizer, output, show, html, title=prompt or "From nothing")
 
-    or_exit(go_on)
+    report_user_errors(go_on)
 
 
 @app.command()
@@ -254,7 +254,7 @@ def score(
             pages = [(name, _score_pieces(tokenizer, one)) for name, one in ((order, scored), (beside, other))]
             html.write_text(surprise_page(pages, title=text), encoding="utf-8")
 
-    or_exit(tell)
+    report_user_errors(tell)
 
 
 @app.command()
@@ -271,7 +271,7 @@ def merge(
         merge(adapter, output, base=base)
         print(f"The model is in {output}.")
 
-    or_exit(join)
+    report_user_errors(join)
 
 
 @app.command("eval", context_settings={**PASS_ON, "help_option_names": []})
@@ -282,7 +282,7 @@ def evaluate(context: typer.Context) -> None:
     """
     from .evaluation import run
 
-    or_exit(lambda: run(context.args))
+    report_user_errors(lambda: run(context.args))
 
 
 @app.command()
@@ -300,7 +300,7 @@ def report(
 
         print(f"The report is {write_report(folder, output, plots=plots)}.")
 
-    or_exit(tell)
+    report_user_errors(tell)
 
 
 @app.command()
@@ -325,7 +325,7 @@ def experiment(
         command = f"a3 experiment {name} --size {size} --jobs {jobs}"
         return run(plan, output or Path("eval/results") / folder, jobs=jobs, command=command)
 
-    raise typer.Exit(or_exit(go))
+    raise typer.Exit(report_user_errors(go))
 
 
 def _range(name: str, text: str) -> tuple[int, int]:

@@ -104,7 +104,7 @@ def check_page(path: Path | None) -> None:
         raise ValueError(f"html={str(path)!r} is a folder; it takes the name of a file")
 
 
-def or_exit(action: Callable[[], Any]) -> Any:
+def report_user_errors(action: Callable[[], Any]) -> Any:
     """Runs an action, with the models registered; what the user can put right is said in a line, without a traceback."""
     try:
         from a3_hf import registration  # noqa: F401

@@ -14,7 +14,7 @@ from a3_hf.evaluation.reporting.results import write_result
 from a3_hf.models.auto import architecture_of, read_model_config
 from a3_hf.models.locations import check_is_there
 
-from .common import Commands, ModelPath, load, or_exit
+from .common import Commands, ModelPath, load, report_user_errors
 
 app = typer.Typer(
     cls=Commands,
@@ -125,7 +125,7 @@ def ppl(
         }
         _write(output, "ppl", config, rows, a3)
 
-    or_exit(measure)
+    report_user_errors(measure)
 
 
 @app.command()
@@ -196,7 +196,7 @@ def judge(
         }
         _write(output, "judge", config, rows, a3)
 
-    or_exit(measure)
+    report_user_errors(measure)
 
 
 @app.command()
@@ -262,7 +262,7 @@ def needle(
         }
         _write(output, "needle", config, rows, a3)
 
-    or_exit(measure)
+    report_user_errors(measure)
 
 
 @app.command()
@@ -364,7 +364,7 @@ def calibration(
         }
         _write(output, "calibration", config, rows, a3)
 
-    or_exit(measure)
+    report_user_errors(measure)
 
 
 def read_documents(path: Path, *, separator: str | None = None, documents: int | None = None) -> list[str]:

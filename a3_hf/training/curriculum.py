@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from a3_hf.models.a3_llama.orders import Generators, GroupOrder
 
-from .order_sampling import Drawn, draw_rows
+from .order_sampling import UniformInt, draw_rows
 from .plateaus import Plateau, PlateauInSteps
 from .schedule import AdaptiveSchedule, Schedule, StageAtStep
 from .stages import STAGES, UNITS, Stage, check_stage, from_plain
@@ -61,8 +61,8 @@ class Curriculum:
     @classmethod
     def from_config(cls, stages: Sequence[dict[str, Any]], *, unit: str = "fraction") -> "Curriculum":
         """Builds a curriculum from plain values, as a YAML file holds them: `{"name": …, "until": …, "group_size": …}`. A
-        pair is a list, `Drawn` is `{"draw": [2, 8]}`, `Plateau` is `{"flat": …, "window": …, "at_least": …, "at_most": …}`,
-        and shapes are `{"scattered": 3, "spans": 1}`.
+        pair is a list, `UniformInt` is `{"draw": [2, 8]}`, `Plateau` is `{"flat": …, "window": …, "at_least": …,
+        "at_most": …}`, and shapes are `{"scattered": 3, "spans": 1}`.
 
         Raises:
             ValueError: as for `Curriculum`, and keys that a stage does not take.
@@ -162,7 +162,7 @@ def draw_order(
 def _check_plateau(plateau: PlateauInSteps, stage: Stage, label: str) -> None:
     if plateau.window < 2:
         raise ValueError(f"{label} has a window of {plateau.window} step; a line takes 2 steps or more")
-    num_sizes = 1 if isinstance(stage.group_size, Drawn) else len(stage.group_sizes)
+    num_sizes = 1 if isinstance(stage.group_size, UniformInt) else len(stage.group_sizes)
     last_size_begins = math.ceil(Fraction(plateau.at_least * (num_sizes - 1), num_sizes))
     if plateau.at_most <= max(plateau.at_least, last_size_begins + plateau.window):
         raise ValueError(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from a3_hf.models.a3_llama.attention_masks import KeptViews, singleton_views
+from a3_hf.models.a3_llama.attention_masks import MaskCache, singleton_attention_mask
 from a3_hf.models.a3_llama.orders import GroupOrder, left_tokens
 
 
@@ -15,7 +15,7 @@ def model_inputs(
     group_size: int,
     implementation: str,
     document_ids: torch.Tensor | None = None,
-    kept: KeptViews | None = None,
+    kept: MaskCache | None = None,
     one_stream: bool = False,
     slot_start: str = "query_embed",
 ) -> dict[str, Any]:
@@ -59,21 +59,21 @@ def model_inputs(
             "input_ids": layout.input_ids[:, :-1],
             "position_ids": layout.position_ids[:, :-1],
             "target_position_ids": layout.position_ids[:, 1:],
-            "attention_mask": None if one_stream else singleton_views(implementation, length, device),
+            "attention_mask": None if one_stream else singleton_attention_mask(implementation, length, device),
             **({} if left is None else {"target_input_ids": left[:, 1:]}),
             "labels": layout.labels[:, 1:].contiguous(),  # transformers' loss takes a view of them
             "use_cache": False,
         }
-    views = None
+    masks = None
     if kept is not None and document_ids is None:
         groups = {"group_ids": layout.group_ids, "target_group_ids": layout.group_ids}
-        views = kept.views(implementation, **groups, key_mask=layout.attention_mask)
-    if views is not None:
+        masks = kept.masks(implementation, **groups, key_mask=layout.attention_mask)
+    if masks is not None:
         return {
             "input_ids": layout.input_ids,
             "position_ids": layout.position_ids,
             "target_position_ids": layout.position_ids,
-            "attention_mask": views,
+            "attention_mask": masks,
             **({} if left is None else {"target_input_ids": left}),
             "labels": layout.labels,
             "use_cache": False,

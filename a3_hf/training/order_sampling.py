@@ -13,7 +13,7 @@ SHAPES = ("scattered", "spans", "infilling")
 
 
 @dataclass(frozen=True)
-class Drawn:
+class UniformInt:
     """A whole number drawn for each row from `smallest` to `largest`, both included, each equally likely. A recipe
     writes it `{draw: [2, 8]}`.
     """
@@ -27,7 +27,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class RowKind:
+class RowSpec:
     """One way to draw a row.
 
     Attributes:
@@ -51,7 +51,7 @@ class RowKind:
 
 
 def draw_rows(
-    kinds: Sequence[RowKind],
+    kinds: Sequence[RowSpec],
     attention_mask: torch.Tensor,
     *,
     given_mask: torch.Tensor | None = None,
@@ -83,7 +83,7 @@ def draw_rows(
 
 
 def _draw_row(
-    kinds: Sequence[RowKind], mask: torch.Tensor, given: torch.Tensor | None, source: torch.Generator | None
+    kinds: Sequence[RowSpec], mask: torch.Tensor, given: torch.Tensor | None, source: torch.Generator | None
 ) -> GroupOrder:
     # Always six numbers, so that what follows does not depend on what they decide.
     device = "cpu" if source is None else source.device

@@ -19,9 +19,9 @@ from a3_hf.adapters.checkpoints import (
     base_of,
     check_same,
     check_start,
-    four_bits,
     load_to_train,
     load_tokenizer,
+    nf4_config,
     start_of,
 )
 from a3_hf.data.collator import RowCollator
@@ -182,7 +182,7 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         architecture=recipe.model.architecture,
         dtype=dtype,
         attn_implementation=recipe.model.attn_implementation,
-        **({"quantization_config": four_bits(dtype)} if recipe.model.load_in_4bit else {}),
+        **({"quantization_config": nf4_config(dtype)} if recipe.model.load_in_4bit else {}),
         **({} if recipe.model.slot_start is None else {"slot_start": recipe.model.slot_start}),
     )
     trainer = _make_trainer(recipe, model, tokenizer, train_rows, eval_rows, is_resumed=checkpoint is not None)

@@ -16,7 +16,7 @@ RECORD_FILE = "run.json"
 NO_RECORD = "without it, the same command goes on, and nobody can tell whether its settings are those of the start"
 # Settings that may change between a run and its resume: they decide how it goes, not what comes out. How the batch is divided
 # among processes and passes may change as well, as long as its rows stay as many (`rows_per_step`).
-FREE = {
+RESULT_NEUTRAL_SETTINGS = {
     "accept_changed_inputs",
     "activation_checkpointing",
     "activation_checkpointing_kwargs",
@@ -68,7 +68,13 @@ FREE = {
     "use_cpu",
 }
 # Settings that older runs did not have, with what they did.
-ADDED = {"architecture": "a3", "slot_start": None, "masking": "rate", "low_discrepancy": False, "anneal_steps": 0}
+OLD_RUN_DEFAULTS = {
+    "architecture": "a3",
+    "slot_start": None,
+    "masking": "rate",
+    "low_discrepancy": False,
+    "anneal_steps": 0,
+}
 
 
 def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -184,7 +190,7 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
     if before is None:
         return []
     before.pop("inputs", None)
-    for name, value in {**ADDED, "tokenizer_rules": now["tokenizer_rules"]}.items():
+    for name, value in {**OLD_RUN_DEFAULTS, "tokenizer_rules": now["tokenizer_rules"]}.items():
         before.setdefault(name, value)
     changes = {
         name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -196,7 +202,7 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
     if "tokenizer_rules" in changes:
         changes["tokenizer_rules"] = "the tokenizer cuts texts by other rules"
     # A checkpoint holds the model, but an adapter's leaves its base where it was.
-    free = FREE if recipe.lora is None else FREE - {"model_name_or_path"}
+    free = RESULT_NEUTRAL_SETTINGS if recipe.lora is None else RESULT_NEUTRAL_SETTINGS - {"model_name_or_path"}
     refused = [text for name, text in changes.items() if name not in free]
     if refused:
         raise ValueError(

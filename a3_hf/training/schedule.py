@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .order_sampling import Drawn, RowKind
+from .order_sampling import RowSpec, UniformInt
 from .plateaus import PlateauInSteps, fitted_fall
 from .stages import Stage
 
@@ -20,7 +20,7 @@ class StageAtStep:
     name: str
     group_size: int
     index: int
-    kinds: tuple[RowKind, ...] = ()
+    kinds: tuple[RowSpec, ...] = ()
 
     @property
     def largest_group(self) -> int:
@@ -56,10 +56,10 @@ class Schedule:
         stage, sizes = self.stages[index], self.stages[index].group_sizes
         grown = self.ends[index] if self.grown is None else self.grown[index]
         share = min((step - start) * len(sizes) // (grown - start), len(sizes) - 1)
-        size = sizes[-1] if isinstance(stage.group_size, Drawn) else sizes[share]
+        size = sizes[-1] if isinstance(stage.group_size, UniformInt) else sizes[share]
         if stage.is_plain:
             return StageAtStep(stage.name, size, index)
-        own = stage.kind(sizes if isinstance(stage.group_size, Drawn) else range(size, size + 1), weight=1)
+        own = stage.kind(sizes if isinstance(stage.group_size, UniformInt) else range(size, size + 1), weight=1)
         kinds = [replace(own, weight=1 - stage.rehearsal)]
         if stage.rehearsal:
             weight = stage.rehearsal / index

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
 
-from .order_sampling import SHAPES, Drawn, RowKind
+from .order_sampling import SHAPES, RowSpec, UniformInt
 from .plateaus import Plateau
 
 STAGES = ("ar", "expand", "permute")
@@ -24,9 +24,9 @@ class Stage:
             loss is flat; None: at the end.
         group_size: a whole number; a pair (first, last): the size grows by whole numbers, each with an equal share of
             the stage (of `at_least`, where the stage ends at a plateau), and a stage of fewer steps than sizes leaves
-            some out; or `Drawn`, a size for each row.
+            some out; or `UniformInt`, a size for each row.
         shapes: for `"permute"`, shapes of `a3_hf.training.order_sampling.SHAPES` with their weights, drawn for each row.
-        span_length: tokens of a span, needed by the shape `"spans"` alone: a whole number or `Drawn`.
+        span_length: tokens of a span, needed by the shape `"spans"` alone: a whole number or `UniformInt`.
         predict_last: the share of each row's order that is scored, counted from its end; what comes before is context. A
             number or, exactly, text such as `"1/6"`.
         rehearsal: the share of rows drawn as an earlier stage would, each of them equally likely, at any of its group
@@ -35,16 +35,16 @@ class Stage:
 
     name: str
     until: int | float | Plateau | None = None
-    group_size: int | tuple[int, int] | Drawn = 1
+    group_size: int | tuple[int, int] | UniformInt = 1
     shapes: tuple[tuple[str, float], ...] = (("scattered", 1),)
-    span_length: int | Drawn | None = None
+    span_length: int | UniformInt | None = None
     predict_last: int | float | str = 1
     rehearsal: int | float = 0
 
     @property
     def group_sizes(self) -> range:
         """The sizes in the order in which they come, or from the smallest that is drawn: (1, 4) → 1, 2, 3, 4."""
-        if isinstance(self.group_size, Drawn):
+        if isinstance(self.group_size, UniformInt):
             return self.group_size.values
         first, last = (self.group_size, self.group_size) if isinstance(self.group_size, int) else self.group_size
         return range(first, last + 1)
@@ -52,13 +52,15 @@ class Stage:
     @property
     def is_plain(self) -> bool:
         """Whether every row of a step is drawn alike."""
-        fixed = not isinstance(self.group_size, Drawn) and self.shapes == (("scattered", 1),)
+        fixed = not isinstance(self.group_size, UniformInt) and self.shapes == (("scattered", 1),)
         return fixed and self.predict_last == 1 and self.rehearsal == 0
 
-    def kind(self, group_sizes: range, *, weight: float) -> RowKind:
+    def kind(self, group_sizes: range, *, weight: float) -> RowSpec:
         """Its rows, at those group sizes."""
-        lengths = self.span_length if isinstance(self.span_length, Drawn) else Drawn(*[self.span_length or 1] * 2)
-        return RowKind(
+        lengths = (
+            self.span_length if isinstance(self.span_length, UniformInt) else UniformInt(*[self.span_length or 1] * 2)
+        )
+        return RowSpec(
             weight=weight,
             group_sizes=group_sizes,
             shapes=self.shapes if self.name == "permute" else (("contiguous", 1),),
@@ -73,7 +75,7 @@ def from_plain(key: str, value: Any, label: str) -> Any:
         numbers = value.get("draw")
         if set(value) != {"draw"} or not isinstance(numbers, Sequence) or len(numbers) != 2:
             raise ValueError(f"{label} has {key}={value!r}; what is drawn is written {{draw: [smallest, largest]}}")
-        return Drawn(*numbers)
+        return UniformInt(*numbers)
     if key == "group_size" and isinstance(value, list):
         return tuple(value)
     if key == "until" and isinstance(value, Mapping):
@@ -112,7 +114,7 @@ def check_stage(stage: Stage, number: int, unit: str, *, is_last: bool) -> None:
     else:
         _check_length(stage.until, f"{label} ends at {stage.until}", unit)
 
-    if isinstance(stage.group_size, Drawn):
+    if isinstance(stage.group_size, UniformInt):
         pair = _check_drawn(stage.group_size, "group_size", label)
     else:
         pair = stage.group_size if isinstance(stage.group_size, tuple) else (stage.group_size, stage.group_size)
@@ -144,7 +146,7 @@ def _check_rows(stage: Stage, number: int, label: str) -> None:
     has_spans = any(shape == "spans" for shape, _ in stage.shapes)
     if has_spans != (stage.span_length is not None):
         raise ValueError(f"{label} has span_length={stage.span_length}; the shape spans needs it, others don't take it")
-    if isinstance(stage.span_length, Drawn):
+    if isinstance(stage.span_length, UniformInt):
         _check_drawn(stage.span_length, "span_length", label)
     elif stage.span_length is not None and not _is_size(stage.span_length):
         raise ValueError(
@@ -166,7 +168,7 @@ def _check_rows(stage: Stage, number: int, label: str) -> None:
         raise ValueError(f"{label} has rehearsal={stage.rehearsal}; there is no earlier stage to rehearse")
 
 
-def _check_drawn(drawn: Drawn, key: str, label: str) -> tuple[int, int]:
+def _check_drawn(drawn: UniformInt, key: str, label: str) -> tuple[int, int]:
     if not _is_size(drawn.smallest) or not _is_size(drawn.largest) or drawn.smallest > drawn.largest:
         raise ValueError(
             f"{label} has {key}={{draw: [{drawn.smallest!r}, {drawn.largest!r}]}}; it takes two whole numbers of at least "

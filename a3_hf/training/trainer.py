@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
-from a3_hf.models.a3_llama.attention_masks import KeptViews, group_views
+from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask
 from a3_hf.models.a3_llama.orders import GroupOrder
 from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import (
     DecoupledRopeLlamaConfig,
@@ -102,7 +102,7 @@ class A3Trainer(BaseTrainer):
         self.curriculum = curriculum
         self.chunked_loss = loss == "chunked"
         self.peak_flops = peak_flops
-        self._kept_views = KeptViews()
+        self._mask_cache = MaskCache()
         self._row_length = 0
         self.content_loss_weight = content_loss_weight
         self.distillation_weight = distillation_weight
@@ -150,7 +150,7 @@ class A3Trainer(BaseTrainer):
         needs_groups = any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages)
         if self.eval_dataset is not None or needs_groups:
             group = torch.zeros(1, 1, dtype=torch.long)
-            group_views(self.model.config._attn_implementation, group_ids=group, target_group_ids=group)
+            group_attention_mask(self.model.config._attn_implementation, group_ids=group, target_group_ids=group)
 
     def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """As `BaseTrainer.count_scored`; where orders leave tokens out of the loss, only the others count.
@@ -211,7 +211,7 @@ class A3Trainer(BaseTrainer):
             group_size=self.schedule.at(self.state.global_step).largest_group,
             implementation=self.model.config._attn_implementation,
             document_ids=inputs.get("document_ids"),
-            kept=self._kept_views,
+            kept=self._mask_cache,
             one_stream=self.one_stream,
             slot_start=self.slot_start,
         )

@@ -8,7 +8,7 @@ import torch
 from lm_eval.api.registry import register_model
 from transformers import PreTrainedModel
 
-from a3_hf.adapters.checkpoints import base_of, load_tokenizer, put_on, read_config, start_of
+from a3_hf.adapters.checkpoints import attach_adapter, base_of, load_tokenizer, read_config, start_of
 from a3_hf.evaluation.measures.text_windows import pad_left, pad_right
 from a3_hf.evaluation.tasks.requests import Blank
 from a3_hf.models.a3_llama.generation_config import OWN_OPTIONS, A3GenerationConfig
@@ -115,7 +115,7 @@ class A3LM(BatchedLM):
             kwargs.update(start_of(peft, base=pretrained, wanted=kwargs.pop("slot_start", None)))
         super()._create_model(pretrained, **kwargs)
         if peft is not None:
-            self._model = put_on(self._model, peft)
+            self._model = attach_adapter(self._model, peft)
 
     def settings(self) -> dict[str, Any]:
         """What decides the answers, beside the requests."""

@@ -12,7 +12,7 @@ MATERIALISED_IMPLEMENTATIONS = ("eager", "flex_attention")
 RUNS, ROWS_WORTH_A_CUT = 4, 256
 
 
-class View(NamedTuple):
+class AttentionMask(NamedTuple):
     """What a run of rows may see of the keys.
 
     `mask` is a boolean tensor (B or 1, 1, rows or 1, keys), True where a row sees a key; LLaMA's own mask (additive for
@@ -30,7 +30,7 @@ class View(NamedTuple):
 
 # One view for all rows of a pass (content tokens, then query slots), or two: the content's, then the slots'; or more, each
 # with the number of its rows, none with rows of both streams.
-Views = tuple[View, ...]
+AttentionMasks = tuple[AttentionMask, ...]
 
 
 def sees(row_group: torch.Tensor, row_is_slot: torch.Tensor, key_group: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def sees(row_group: torch.Tensor, row_is_slot: torch.Tensor, key_group: torch.Te
     return torch.where(row_is_slot, key_group < row_group, key_group <= row_group)
 
 
-def group_views(
+def group_attention_mask(
     implementation: str,
     *,
     group_ids: torch.Tensor,
@@ -48,7 +48,7 @@ def group_views(
     num_keys: int | None = None,
     document_ids: torch.Tensor | None = None,
     target_document_ids: torch.Tensor | None = None,
-) -> Views:
+) -> AttentionMasks:
     """Turns the groups of one pass into the mask that `implementation` takes.
 
     Args:
@@ -63,7 +63,7 @@ def group_views(
             cache alone. None: a row is one text.
 
     Returns:
-        One `View` over C + Q rows.
+        One `AttentionMask` over C + Q rows.
 
     Raises:
         ValueError: an implementation that can't express groups (flash attention takes plain causal masks only and drops
@@ -100,28 +100,28 @@ def group_views(
         if row_document is not None:
             rule = rule & (row_document[:, :, None] == document_ids[:, None, :])
         mask = (present[:, None, :] & (committed[None, None, :] | rule))[:, None]
-    return (View(mask),)
+    return (AttentionMask(mask),)
 
 
-class KeptViews:
-    """The views of batches in which every row has the same groups, as equal groups in generation order have: made once, and
+class MaskCache:
+    """The masks of batches in which every row has the same groups, as equal groups in generation order have: made once, and
     again when the groups change.
     """
 
     def __init__(self):
         self._made_for: tuple | None = None
         self._group_ids = self._target_group_ids = torch.empty(0)
-        self._views: Views | None = None
+        self._masks: AttentionMasks | None = None
 
-    def views(
+    def masks(
         self,
         implementation: str,
         *,
         group_ids: torch.Tensor,
         target_group_ids: torch.Tensor,
         key_mask: torch.Tensor,
-    ) -> Views | None:
-        """As `group_views`, one mask for all rows; None where rows differ or hold padding."""
+    ) -> AttentionMasks | None:
+        """As `group_attention_mask`, one mask for all rows; None where rows differ or hold padding."""
         row, target_row = group_ids[:1], target_group_ids[:1]
         made_for = (implementation, group_ids.device, group_ids.shape[1], target_group_ids.shape[1])
         same_for_all = (group_ids == row).all() & (target_group_ids == target_row).all() & key_mask.all()
@@ -129,59 +129,59 @@ class KeptViews:
             return None
         is_kept = made_for == self._made_for and torch.equal(row, self._group_ids)
         if not (is_kept and torch.equal(target_row, self._target_group_ids)):
-            views = group_views(implementation, group_ids=row, target_group_ids=target_row)
+            masks = group_attention_mask(implementation, group_ids=row, target_group_ids=target_row)
             if implementation == "flex_attention":
-                views = (views[0]._replace(of_slots=slots_view(views, row.shape[1])[0].mask),)
+                masks = (masks[0]._replace(of_slots=slots_attention_mask(masks, row.shape[1])[0].mask),)
             elif implementation == "sdpa" and row.shape[1] >= ROWS_WORTH_A_CUT:
-                views = in_runs(views[0].mask, row.shape[1])
+                masks = in_runs(masks[0].mask, row.shape[1])
             self._made_for, self._group_ids, self._target_group_ids = made_for, row.clone(), target_row.clone()
-            self._views = views
-        return self._views
+            self._masks = masks
+        return self._masks
 
 
-def in_runs(mask: torch.Tensor, content_length: int) -> Views:
+def in_runs(mask: torch.Tensor, content_length: int) -> AttentionMasks:
     """Cuts a mask (1, 1, C + Q, keys) of rows in generation order into runs of rows, each with the keys up to the last that
     one of its rows sees: a kernel that takes any mask multiplies with the others all the same, and of four runs' keys three
     eighths are left out.
     """
-    views = []
+    masks = []
     for rows in mask.split((content_length, mask.shape[2] - content_length), dim=2):
         for run in rows.chunk(RUNS, dim=2):
             seen = run.flatten(0, 2).any(dim=0).nonzero()
             keys = int(seen.max()) + 1 if len(seen) else 1
-            views.append(View(run[..., :keys].contiguous(), rows=run.shape[2], keys=keys))
-    return tuple(views)
+            masks.append(AttentionMask(run[..., :keys].contiguous(), rows=run.shape[2], keys=keys))
+    return tuple(masks)
 
 
-def singleton_views(implementation: str, length: int, device: torch.device) -> Views:
-    """Views of `length` singletons in generation order, where content row t and slot row t both see content 0..t: the
+def singleton_attention_mask(implementation: str, length: int, device: torch.device) -> AttentionMasks:
+    """AttentionMasks of `length` singletons in generation order, where content row t and slot row t both see content 0..t: the
     slot at row t predicts rank t + 1. Both are plain causal, so every kernel can take them, flash attention included.
     """
     if implementation in MATERIALISED_IMPLEMENTATIONS:
         ranks = torch.arange(length, device=device)[None]
-        return group_views(implementation, group_ids=ranks, target_group_ids=ranks + 1)
-    return View(None, is_causal=True), View(None, is_causal=True)
+        return group_attention_mask(implementation, group_ids=ranks, target_group_ids=ranks + 1)
+    return AttentionMask(None, is_causal=True), AttentionMask(None, is_causal=True)
 
 
-def prompt_views(
+def prompt_attention_mask(
     implementation: str, content_length: int, num_slots: int, key_mask: torch.Tensor | None, device: torch.device
-) -> Views:
-    """Views of the first decoding step: given tokens as singletons in storage order, slots that see all of them.
+) -> AttentionMasks:
+    """AttentionMasks of the first decoding step: given tokens as singletons in storage order, slots that see all of them.
     `key_mask` (B, C) is False at padding, None where there is none.
     """
     if key_mask is None and implementation not in MATERIALISED_IMPLEMENTATIONS:
-        return View(None, is_causal=True), View(None)
+        return AttentionMask(None, is_causal=True), AttentionMask(None)
     ranks = torch.arange(content_length, device=device).expand(1 if key_mask is None else key_mask.shape[0], -1)
     slots = torch.full((ranks.shape[0], num_slots), content_length, device=device)
-    return group_views(implementation, group_ids=ranks, target_group_ids=slots, key_mask=key_mask)
+    return group_attention_mask(implementation, group_ids=ranks, target_group_ids=slots, key_mask=key_mask)
 
 
-def open_views(implementation: str, num_rows: int, key_mask: torch.Tensor | None) -> Views:
-    """Views of a decoding step: the content of this pass is one group and the slots belong to a later one, so that every
-    row sees every key that is not padding. `key_mask` (B, keys) is False at padding, None where there is none.
+def all_visible_mask(implementation: str, num_rows: int, key_mask: torch.Tensor | None) -> AttentionMasks:
+    """Masks of a decoding step: the content of this pass is one group and the slots belong to a later one, so that every row
+    sees every key that is not padding. `key_mask` (B, keys) is False at padding, None where there is none.
     """
     if key_mask is None:
-        return (View(None),)
+        return (AttentionMask(None),)
     _check_can_mask(implementation)
     present = key_mask.to(torch.bool)
     if implementation == "flex_attention":
@@ -194,12 +194,14 @@ def open_views(implementation: str, num_rows: int, key_mask: torch.Tensor | None
             width,
             device=present.device,
         )
-        return (View(mask),)
-    return (View(present[:, None, None, :]),)
+        return (AttentionMask(mask),)
+    return (AttentionMask(present[:, None, None, :]),)
 
 
-def repeat_rows(implementation: str, content_mask, rows: torch.Tensor, content_length: int, num_keys: int) -> Views:
-    """Views of LLaMA's causal contract: slot j sees just what content row `rows[j]` sees, itself included, because it
+def next_token_mask(
+    implementation: str, content_mask, rows: torch.Tensor, content_length: int, num_keys: int
+) -> AttentionMasks:
+    """AttentionMasks of LLaMA's causal contract: slot j sees just what content row `rows[j]` sees, itself included, because it
     predicts the token after it.
 
     Args:
@@ -219,40 +221,40 @@ def repeat_rows(implementation: str, content_mask, rows: torch.Tensor, content_l
             width,
             device=rows.device,
         )
-        return (View(fused),)
+        return (AttentionMask(fused),)
     if content_mask is not None and content_mask.ndim == 4:
-        return (View(torch.cat([content_mask, content_mask[:, :, rows]], dim=2)),)
+        return (AttentionMask(torch.cat([content_mask, content_mask[:, :, rows]], dim=2)),)
     if content_length == 1 and rows.shape[0] == 1:
-        return (View(content_mask),)
-    content_view = View(content_mask, is_causal=True)
+        return (AttentionMask(content_mask),)
+    content_view = AttentionMask(content_mask, is_causal=True)
     if rows.shape[0] == content_length or implementation not in DENSE_IMPLEMENTATIONS:
         return content_view, content_view
     triangle = rows[:, None] >= torch.arange(num_keys, device=rows.device)
-    return content_view, View(triangle[None, None])
+    return content_view, AttentionMask(triangle[None, None])
 
 
-def slots_view(views: Views, content_length: int) -> Views:
-    """What the slots alone may see, of the views of a whole pass."""
-    if views[0].rows is not None:
-        rows_before = [sum(view.rows for view in views[:index]) for index in range(len(views))]
-        return tuple(view for view, before in zip(views, rows_before, strict=True) if before >= content_length)
-    mask, is_causal, of_slots = views[-1][:3]
+def slots_attention_mask(masks: AttentionMasks, content_length: int) -> AttentionMasks:
+    """What the slots alone may see, of the masks of a whole pass."""
+    if masks[0].rows is not None:
+        rows_before = [sum(view.rows for view in masks[:index]) for index in range(len(masks))]
+        return tuple(view for view, before in zip(masks, rows_before, strict=True) if before >= content_length)
+    mask, is_causal, of_slots = masks[-1][:3]
     if of_slots is not None:
-        return (View(of_slots),)
-    if len(views) == 2 or mask is None:
-        return (View(mask, is_causal),)
+        return (AttentionMask(of_slots),)
+    if len(masks) == 2 or mask is None:
+        return (AttentionMask(mask, is_causal),)
     if isinstance(mask, BlockMask):
         batch_size, _, num_rows, width = mask.shape
         mask = create_block_mask(
-            lambda batch, head, row, key: views[-1].mask.mask_mod(batch, head, row + content_length, key),
+            lambda batch, head, row, key: masks[-1].mask.mask_mod(batch, head, row + content_length, key),
             batch_size,
             None,
             num_rows - content_length,
             width,
             device=mask.kv_indices.device,
         )
-        return (View(mask),)
-    return (View(mask if mask.shape[2] == 1 else mask[:, :, content_length:]),)
+        return (AttentionMask(mask),)
+    return (AttentionMask(mask if mask.shape[2] == 1 else mask[:, :, content_length:]),)
 
 
 def sees_something(
@@ -264,9 +266,9 @@ def sees_something(
     document_ids: torch.Tensor | None = None,
     target_document_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(B, Q), True where a slot sees at least one content token. Shapes as in `group_views`."""
+    """(B, Q), True where a slot sees at least one content token. Shapes as in `group_attention_mask`."""
     if document_ids is not None:
-        views = group_views(
+        masks = group_attention_mask(
             "sdpa",
             group_ids=group_ids,
             target_group_ids=target_group_ids,
@@ -274,7 +276,7 @@ def sees_something(
             document_ids=document_ids,
             target_document_ids=target_document_ids,
         )
-        return views[0].mask[:, 0, group_ids.shape[1] :].any(dim=-1)
+        return masks[0].mask[:, 0, group_ids.shape[1] :].any(dim=-1)
     present = torch.ones_like(group_ids, dtype=torch.bool)
     cached = torch.full_like(group_ids[:, :1], num_cached > 0, dtype=torch.bool)
     if key_mask is not None:

@@ -12,10 +12,10 @@ from .caching import one_cache
 from .cpu_linear import fast_on_cpu
 from .generation_canvas import Canvas
 from .generation_config import A3GenerationConfig, resolve_config
-from .generation_decoder import Chance, Decoder, NonFiniteLogitsError
+from .generation_decoder import Decoder, NonFiniteLogitsError, SlotNoise
 from .generation_observers import Observers
 from .generation_processors import SlotProcessors
-from .generation_runner import Encoder
+from .generation_runner import ForwardRunner
 from .generation_strategies import fill_dynamic, fill_groupwise, fill_refine, fill_speculative, group_columns
 from .modeling_outputs import BriefOutput
 from .orders import PADDING_GROUP, GroupOrder
@@ -59,9 +59,9 @@ class A3GenerateOutput(BriefOutput):
 
 
 class A3GenerationMixin:
-    """`generate_any_order` for a model whose forward takes content tokens, slots and prepared views."""
+    """`generate_any_order` for a model whose forward takes content tokens, slots and prepared masks."""
 
-    encoder_class = Encoder  # what runs the passes
+    encoder_class = ForwardRunner  # what runs the passes
 
     def check_generation(self, config: A3GenerationConfig) -> None:
         """Raises a ValueError for settings that this kind of model has no meaning for; A3 takes all that a config does."""
@@ -131,7 +131,7 @@ class A3GenerationMixin:
             raise ValueError("past_key_values needs use_cache=True and no static cache")
         canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
         config.check_vocabulary(self.config.vocab_size, has_blanks=canvas.has_blanks_inside())
-        chance = Chance(config, canvas)
+        chance = SlotNoise(config, canvas)
         # A draft that is written again is no stream: `refine` shows its streamer the end alone.
         shows_drafts = config.strategy != "refine"
         observers = Observers(
@@ -143,13 +143,13 @@ class A3GenerationMixin:
         late = Observers(canvas, streamer=None if shows_drafts else streamer)
         steps = None if config.strategy in ("dynamic", "refine") else group_columns(canvas, config, chance)
 
-        def make_decoder(canvas, chance: Chance, step: int, observers: Observers, prompt_cache=None) -> Decoder:
-            encoder = _make_encoder(self, canvas, config, steps, prompt_cache)
+        def make_decoder(canvas, chance: SlotNoise, step: int, observers: Observers, prompt_cache=None) -> Decoder:
+            runner = _make_runner(self, canvas, config, steps, prompt_cache)
             processors = SlotProcessors(config, canvas, logits_processor)
             settings = {"logits_hook": logits_hook, "deadline": deadline, "step": step}
-            return Decoder(canvas, encoder, config, processors, chance, observers, **settings)
+            return Decoder(canvas, runner, config, processors, chance, observers, **settings)
 
-        def make_again(candidate: Canvas, chance: Chance, step: int) -> Decoder:
+        def make_again(candidate: Canvas, chance: SlotNoise, step: int) -> Decoder:
             again = Observers(candidate, commit_hook=commit_hook)
             again.history = observers.history
             return make_decoder(candidate, chance, step, again)
@@ -173,7 +173,7 @@ class A3GenerationMixin:
                 decoder,
                 group_ids=_group_ids(canvas, config, steps, decoder.last_step),
                 extra_passes=extra_passes,
-                cache=decoder.encoder.prompt_cache(),
+                cache=decoder.runner.prompt_cache(),
             )
 
         result = complete(self, decoder, fill, output)
@@ -209,11 +209,11 @@ def complete(
     try:
         with fast_on_cpu(model):
             fill()
-        canvas.settle()
+        canvas.materialize()
         decoder.check_finite()
     except NonFiniteLogitsError as error:
-        canvas.settle()
-        canvas.take_back(error.step)
+        canvas.materialize()
+        canvas.rollback(error.step)
         error.output = output()
         raise
     canvas.close(decoder.config.filler(model.config))
@@ -227,7 +227,7 @@ def make_output(
 ) -> A3GenerateOutput:
     """What is on the decoder's canvas, with the order `group_ids` (B, S) of its log-probabilities."""
     canvas, history = decoder.canvas, decoder.observers.history
-    passes = decoder.encoder.passes + extra_passes
+    passes = decoder.runner.passes + extra_passes
     written = canvas.commit_step[:, :-1] >= 0
     return A3GenerateOutput(
         sequences=canvas.sequences[:, :-1],
@@ -242,14 +242,14 @@ def make_output(
     )
 
 
-def _make_encoder(model, canvas: Canvas, config: A3GenerationConfig, steps, prompt_cache) -> Encoder:
+def _make_runner(model, canvas: Canvas, config: A3GenerationConfig, steps, prompt_cache) -> ForwardRunner:
     is_batch = canvas.sequences.shape[0] > 1
     ragged = canvas.is_ragged() or bool(canvas.eos_token_ids.numel())
     static_width = compile_config = None
     if config.strategy == "groupwise":
-        ragged = ragged or bool((steps[:, :-1] == canvas.bin).any())
+        ragged = ragged or bool((steps[:, :-1] == canvas.pad_column).any())
         if config.cache_implementation == "static":
-            static_width = canvas.bin + steps.shape[1] * steps.shape[2]
+            static_width = canvas.pad_column + steps.shape[1] * steps.shape[2]
             wants = config.compile_config is not None or canvas.sequences.device.type == "cuda"
             if wants and not config.disable_compile:
                 compile_config = config.compile_config or CompileConfig()

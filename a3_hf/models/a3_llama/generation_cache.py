@@ -5,7 +5,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Identical to `DynamicLayer` except: `keys` and `values` are views of tensors with room for `first_room` tokens, which
     double when they are full, instead of being joined anew at every step.
     """
@@ -43,9 +43,9 @@ class RoomyLayer(DynamicLayer):
         return self.keys.numel() == 0 or self.keys.data_ptr() == self.room[0].data_ptr()
 
 
-def roomy_cache(num_layers: int, first_room: int) -> Cache:
-    """An empty cache of `RoomyLayer`s, with room for `first_room` tokens."""
-    return Cache(layers=[RoomyLayer(first_room) for _ in range(num_layers)])
+def preallocated_cache(num_layers: int, first_room: int) -> Cache:
+    """An empty cache of `PreallocatedLayer`s, with room for `first_room` tokens."""
+    return Cache(layers=[PreallocatedLayer(first_room) for _ in range(num_layers)])
 
 
 def first_tokens(cache: Cache, length: int) -> DynamicCache:

@@ -65,7 +65,7 @@ class Canvas:
         )
 
     @property
-    def bin(self) -> int:
+    def pad_column(self) -> int:
         return self.given_mask.shape[1]
 
     def has_blanks_inside(self) -> bool:
@@ -84,9 +84,9 @@ class Canvas:
 
     def columns_at(self, positions: torch.Tensor) -> torch.Tensor:
         """(B, …) the columns at which `positions` (B, …) of the rows' texts stand, the bin where there is no such position."""
-        inside = (positions >= 0) & (positions < self.bin)
-        places = positions.clamp(0, self.bin - 1).flatten(1)
-        return self.by_position.gather(1, places).view_as(positions).masked_fill(~inside, self.bin)
+        inside = (positions >= 0) & (positions < self.pad_column)
+        places = positions.clamp(0, self.pad_column - 1).flatten(1)
+        return self.by_position.gather(1, places).view_as(positions).masked_fill(~inside, self.pad_column)
 
     def is_over(self, columns: torch.Tensor) -> torch.Tensor:
         """(B, n), True where `columns` stand behind the end of the row's continuation."""
@@ -100,9 +100,9 @@ class Canvas:
         left unwritten: nothing has seen them yet.
         """
         if self.eos_token_ids.numel():
-            is_end = torch.isin(tokens, self.eos_token_ids) & (index >= self.new_from) & (index != self.bin)
-            self.end = torch.minimum(self.end, index.masked_fill(~is_end, self.bin).amin(dim=1))
-            index = index.masked_fill(self.is_over(index), self.bin)
+            is_end = torch.isin(tokens, self.eos_token_ids) & (index >= self.new_from) & (index != self.pad_column)
+            self.end = torch.minimum(self.end, index.masked_fill(~is_end, self.pad_column).amin(dim=1))
+            index = index.masked_fill(self.is_over(index), self.pad_column)
         log_probs = token_log_probs(logits, tokens)
         self.sequences.scatter_(1, index, tokens)
         self.log_probs.scatter_(1, index, log_probs)
@@ -113,10 +113,10 @@ class Canvas:
         has_chance = scores.gather(-1, tokens[..., None]).squeeze(-1) > -torch.inf
         for name, wrong in (("failed_step", log_probs.isnan()), ("excluded_step", ~has_chance)):
             first = getattr(self, name)
-            is_new = (wrong & (index != self.bin)).any() & (first < 0)
+            is_new = (wrong & (index != self.pad_column)).any() & (first < 0)
             setattr(self, name, torch.where(is_new, step, first))
 
-    def settle(self) -> None:
+    def materialize(self) -> None:
         """Turns what was made in inference mode into ordinary tensors, of use in training as well."""
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor) and value.is_inference():
@@ -126,7 +126,7 @@ class Canvas:
         """Puts `pad_token_id` where nothing was written."""
         self._clear(pad(self.blank_mask, (0, 1)) & (self.commit_step < 0), pad_token_id)
 
-    def take_back(self, step: int) -> None:
+    def rollback(self, step: int) -> None:
         """Opens what was written at `step` or later."""
         blank = pad(self.blank_mask, (0, 1))
         self._clear(blank & ((self.commit_step >= step) | (self.commit_step < 0)), 0)
@@ -139,13 +139,13 @@ class Canvas:
             self.logits.masked_fill_(where[..., None], 0.0)
 
 
-def columns_of(mask: torch.Tensor, bin_column: int) -> torch.Tensor:
+def columns_of(mask: torch.Tensor, pad_column: int) -> torch.Tensor:
     """(B, n) the columns at which `mask` (B, S) is True, in text order, padded with the bin."""
     columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    return pack(columns, mask, bin_column)[:, : int(mask.sum(dim=1).max())]
+    return pack(columns, mask, pad_column)[:, : int(mask.sum(dim=1).max())]
 
 
-def pack(columns: torch.Tensor, keep: torch.Tensor, bin_column: int) -> torch.Tensor:
+def pack(columns: torch.Tensor, keep: torch.Tensor, pad_column: int) -> torch.Tensor:
     """Moves the kept entries of each row to its front, in order; the rest become the bin."""
     first = (~keep).long().argsort(dim=1, stable=True)
-    return columns.masked_fill(~keep, bin_column).gather(1, first)
+    return columns.masked_fill(~keep, pad_column).gather(1, first)

@@ -11,7 +11,7 @@ from .generation_canvas import Canvas, columns_of
 from .generation_config import A3GenerationConfig
 from .generation_observers import Observers
 from .generation_processors import SlotProcessors
-from .generation_runner import Encoder
+from .generation_runner import ForwardRunner
 from .generation_sampling import (
     choose_tokens,
     commit_scores,
@@ -36,7 +36,7 @@ class NonFiniteLogitsError(ValueError):
         self.output = None
 
 
-class Chance:
+class SlotNoise:
     """Every blank's own random numbers, whatever the batch and padding."""
 
     def __init__(self, config: A3GenerationConfig, canvas: Canvas):
@@ -49,7 +49,7 @@ class Chance:
         """(B, n) numbers in [0, 1) for the canvas `columns` (B, n)."""
         return uniform_noise(self.seeds, self.place.gather(1, columns), step, purpose)
 
-    def afresh(self) -> "Chance":
+    def afresh(self) -> "SlotNoise":
         """Other numbers for the same blanks, for another round."""
         again = copy(self)
         again.seeds = self.seeds + 1
@@ -90,17 +90,17 @@ class Decoder:
     def __init__(
         self,
         canvas: Canvas,
-        encoder: Encoder,
+        runner: ForwardRunner,
         config: A3GenerationConfig,
         processors: SlotProcessors,
-        chance: Chance,
+        chance: SlotNoise,
         observers: Observers,
         *,
         logits_hook=None,
         deadline: float = math.inf,
         step: int = 0,
     ):
-        self.canvas, self.encoder, self.config = canvas, encoder, config
+        self.canvas, self.runner, self.config = canvas, runner, config
         self.processors, self.chance, self.observers = processors, chance, observers
         self.logits_hook, self.deadline, self.step = logits_hook, deadline, step
         self.first_step = step
@@ -114,9 +114,9 @@ class Decoder:
     def out_of_time(self) -> bool:
         return time.perf_counter() > self.deadline
 
-    def ask(self, content: torch.Tensor, slots: torch.Tensor, **groups) -> torch.Tensor:
+    def logits_of(self, content: torch.Tensor, slots: torch.Tensor, **groups) -> torch.Tensor:
         """The model's logits (B, Q, V). The content of the first pass, the given tokens, is one token a group."""
-        return self.encoder.ask(content, slots, **groups or {"singletons": self.encoder.passes == 0})
+        return self.runner.forward(content, slots, **groups or {"singletons": self.runner.passes == 0})
 
     def processed(self, logits: torch.Tensor, slots: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
         """Logits after the hook and the processors, before the sampling ones."""
@@ -135,13 +135,15 @@ class Decoder:
         """
         threshold, entropy_budget = self.config.threshold, self.config.entropy_budget
         criterion = self.config.criterion or ("confidence" if entropy_budget is None else "entropy")
-        deserts = commit_scores(scores, criterion, self.uniform(slots, CRITERION) if criterion == "random" else None)
+        scores_of_slots = commit_scores(
+            scores, criterion, self.uniform(slots, CRITERION) if criterion == "random" else None
+        )
         if self.config.criterion_temperature:
             uniform = self.uniform(slots, CRITERION).clamp_min(1e-12)
-            deserts = deserts / self.config.criterion_temperature - (-uniform.log()).log()
+            scores_of_slots = scores_of_slots / self.config.criterion_temperature - (-uniform.log()).log()
         return slots_to_commit(
-            deserts,
-            slots != self.canvas.bin,
+            scores_of_slots,
+            slots != self.canvas.pad_column,
             tokens_per_step=tokens_per_step,
             confidence=None if threshold is None else commit_scores(scores, "confidence").exp(),
             threshold=threshold,
@@ -166,8 +168,8 @@ class Decoder:
         if logits.device.type == "cpu" or (self.step + 1) % FINITE_CHECK_EVERY == 0:
             self.check_finite()
         if canvas.eos_token_ids.numel() and not self.has_ended:
-            self.has_ended = bool((canvas.end < canvas.bin - 1).any())
-            self.encoder.ragged = self.encoder.ragged or self.has_ended
+            self.has_ended = bool((canvas.end < canvas.pad_column - 1).any())
+            self.runner.ragged = self.runner.ragged or self.has_ended
         self.observers.after_step(self.step)
         self.step += 1
 
@@ -188,23 +190,23 @@ class Decoder:
             "(an EOS does not count where text stands behind it); leave at least one"
         )
 
-    def still_open(self, columns: torch.Tensor) -> torch.Tensor:
+    def mask_finished(self, columns: torch.Tensor) -> torch.Tensor:
         """`columns` (B, n), the bin in place of those behind the end of a continuation."""
         if not self.has_ended:
             return columns
-        return columns.masked_fill(self.canvas.is_over(columns), self.canvas.bin)
+        return columns.masked_fill(self.canvas.is_over(columns), self.canvas.pad_column)
 
-    def finish_at_once(self, content: torch.Tensor) -> None:
+    def fill_remaining(self, content: torch.Tensor) -> None:
         """Time is up: the continuation ends with its last written token, which what was written later has seen, and what is
         open before that is written in one pass.
         """
         canvas = self.canvas
-        columns = torch.arange(canvas.bin, device=canvas.end.device)
+        columns = torch.arange(canvas.pad_column, device=canvas.end.device)
         last = torch.where(canvas.known(), columns, -1).amax(dim=1).clamp_min(canvas.new_from - 1)
         canvas.end = torch.minimum(canvas.end, last)
-        slots = columns_of(canvas.blank_mask & ~canvas.known() & ~canvas.is_over(columns), canvas.bin)
+        slots = columns_of(canvas.blank_mask & ~canvas.known() & ~canvas.is_over(columns), canvas.pad_column)
         if slots.shape[1]:
-            self.encoder.ragged, self.last_step = True, self.step
-            logits = self.ask(content, slots)
+            self.runner.ragged, self.last_step = True, self.step
+            logits = self.logits_of(content, slots)
             scores = self.warped(self.processed(logits, slots))
             self.commit(slots, self.choose(scores, slots), logits, scores)

@@ -49,7 +49,7 @@ class Observers:
 
     def _stream(self) -> None:
         canvas = self.canvas
-        columns = torch.arange(canvas.bin, device=canvas.end.device)[None]
+        columns = torch.arange(canvas.pad_column, device=canvas.end.device)[None]
         real = (canvas.given_mask | canvas.blank_mask) & ~canvas.is_over(columns)
         known = (canvas.known() & real)[0].cpu()
         is_open = (real & ~canvas.known())[0].cpu()

@@ -67,7 +67,7 @@ class SlotProcessors:
             inside = (slots < self._last_known(known))[..., None]
             logits = torch.where(inside, logits.index_fill(-1, self.eos, -torch.inf), logits)
         if self.forced_eos is not None:
-            last = (slots == self.canvas.bin - 1)[..., None]
+            last = (slots == self.canvas.pad_column - 1)[..., None]
             other = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
             other[self.forced_eos] = False
             logits = logits.masked_fill(last & other, -torch.inf)
@@ -83,12 +83,12 @@ class SlotProcessors:
 
     def _last_known(self, known: torch.Tensor) -> torch.Tensor:
         """(B, 1) or (B, Q) the last column that holds a token, or else the first of the continuation."""
-        columns = torch.arange(self.canvas.bin, device=known.device)
+        columns = torch.arange(self.canvas.pad_column, device=known.device)
         return torch.where(known, columns, -1).amax(dim=-1).clamp_min(self.canvas.new_from)
 
     def _contexts(self, slots: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         canvas = self.canvas
-        width = canvas.bin
+        width = canvas.pad_column
         length = (canvas.given_mask | canvas.blank_mask).sum(dim=1)[:, None, None]  # of each row
         turn = torch.arange(width - 1, device=slots.device) - (
             width - length
@@ -107,7 +107,7 @@ class SlotProcessors:
         text = text.expand(-1, slots.shape[1], -1)
         position = canvas.position_ids.gather(1, slots)
         for index, word in enumerate(words):
-            completed = slots != canvas.bin
+            completed = slots != canvas.pad_column
             for other, neighbour in enumerate(words):
                 if other != index:
                     columns = canvas.columns_at(position + other - index)

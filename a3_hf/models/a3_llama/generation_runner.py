@@ -7,14 +7,14 @@ from torch.nn.functional import pad
 from transformers import StaticCache
 from transformers.cache_utils import Cache
 
-from .attention_masks import group_views, open_views, prompt_views
-from .generation_cache import first_tokens, roomy_cache
+from .attention_masks import all_visible_mask, group_attention_mask, prompt_attention_mask
+from .generation_cache import first_tokens, preallocated_cache
 from .generation_canvas import Canvas, columns_of
 
 PRODUCTS_PER_LAYER = 7  # matrix products that round, of a decoder layer
 
 
-class Encoder:
+class ForwardRunner:
     """Runs the passes: encodes content columns of a canvas, once each, and asks slots.
 
     Args:
@@ -54,7 +54,7 @@ class Encoder:
             if compile_config is not None:
                 self.compiled_call = model.get_compiled_call(compile_config)
         else:
-            self.cache = roomy_cache(model.config.num_hidden_layers, first_room=canvas.bin + 1)
+            self.cache = preallocated_cache(model.config.num_hidden_layers, first_room=canvas.pad_column + 1)
             if prompt_cache is not None and prompt_cache.get_seq_length() > 0:
                 self._take(prompt_cache)
 
@@ -64,12 +64,12 @@ class Encoder:
         """
         lead, taken = self.lead, self.encoded.shape[1]
         columns = torch.arange(lead, device=self.encoded.device).expand(self.encoded.shape[0], -1)
-        first = columns.masked_fill(~self.canvas.given_mask[:, :lead], self.canvas.bin)
+        first = columns.masked_fill(~self.canvas.given_mask[:, :lead], self.canvas.pad_column)
         rest = self.canvas.given_mask.clone()
         rest[:, :lead] = False
-        return torch.cat([first[:, taken:], columns_of(rest, self.canvas.bin)], dim=1)
+        return torch.cat([first[:, taken:], columns_of(rest, self.canvas.pad_column)], dim=1)
 
-    def ask(
+    def forward(
         self,
         content: torch.Tensor,
         slots: torch.Tensor,
@@ -93,25 +93,25 @@ class Encoder:
         first_group = self.next_group
         self.next_group += num_new if singletons else 1
         self.encoded = torch.cat([self.encoded, content], dim=1)
-        key_mask = self.encoded != self.canvas.bin if self.ragged else None
+        key_mask = self.encoded != self.canvas.pad_column if self.ragged else None
         if slot_groups is None:
             slot_groups = torch.full((num_slots,), num_new if singletons else 1, device=device)
         rows = content.shape[0] if self.ragged else 1
         if self.cache is None:
             content, num_cached = self.encoded, 0
             if self.one_group:
-                views = open_views(self.implementation, content.shape[1] + num_slots, key_mask)
+                masks = all_visible_mask(self.implementation, content.shape[1] + num_slots, key_mask)
             else:
-                views = group_views(
+                masks = group_attention_mask(
                     self.implementation,
                     group_ids=self.groups.expand(rows, -1),
                     target_group_ids=(first_group + slot_groups).expand(rows, -1),
                     key_mask=key_mask,
                 )
         elif singletons and num_cached == 0 and self.width is None and self.passes == 0:
-            views = prompt_views(self.implementation, num_new, num_slots, key_mask, device)
+            masks = prompt_attention_mask(self.implementation, num_new, num_slots, key_mask, device)
         elif singletons and num_new:
-            views = group_views(
+            masks = group_attention_mask(
                 self.implementation,
                 group_ids=new_groups.expand(rows, -1),
                 target_group_ids=slot_groups.expand(rows, -1),
@@ -126,14 +126,14 @@ class Encoder:
                 if key_mask is not None:
                     present = present & pad(key_mask, (0, self.width - key_mask.shape[1]))
                 key_mask = present
-            views = open_views(self.implementation, num_new + num_slots, key_mask)
+            masks = all_visible_mask(self.implementation, num_new + num_slots, key_mask)
         call = self.call if self.compiled_call is None or self.passes == 0 else self.compiled_call
         self.passes += 1
         return call(
             input_ids=self.canvas.sequences.gather(1, content),
             position_ids=self.canvas.position_ids.gather(1, content),
             target_position_ids=self.canvas.position_ids.gather(1, slots),
-            attention_mask=views,
+            attention_mask=masks,
             cache=self.cache,
             use_cache=self.cache is not None,
             **left,
@@ -150,15 +150,15 @@ class Encoder:
         needed.scatter_(1, self.encoded, -1)
         left = self.canvas.columns_at(self.canvas.position_ids.gather(1, slots) - 1)
         limit = num_new if slot_groups is None else slot_groups
-        is_visible = (needed.gather(1, left) < limit) & (left != self.canvas.bin)
+        is_visible = (needed.gather(1, left) < limit) & (left != self.canvas.pad_column)
         return self.canvas.sequences.gather(1, left).masked_fill(~is_visible, -1)
 
-    def forget(self, fallen: torch.Tensor, surplus: int) -> None:
+    def evict(self, fallen: torch.Tensor, surplus: int) -> None:
         """Takes back columns of the last pass's content: `fallen` (B, C), True where a draft didn't stand; the last
         `surplus` columns did so in no row.
         """
         num_new = fallen.shape[1]
-        self.encoded[:, -num_new:] = self.encoded[:, -num_new:].masked_fill(fallen, self.canvas.bin)
+        self.encoded[:, -num_new:] = self.encoded[:, -num_new:].masked_fill(fallen, self.canvas.pad_column)
         if surplus:
             self.encoded, self.groups = self.encoded[:, :-surplus], self.groups[:-surplus]
             if self.cache is not None:
@@ -166,13 +166,13 @@ class Encoder:
 
     def compact(self) -> None:
         """Moves each row's keys and values together, so that forgotten ones don't pile up in a batch."""
-        keep = self.encoded != self.canvas.bin
+        keep = self.encoded != self.canvas.pad_column
         keep[:, : self.lead] = True
         width = int(keep.sum(dim=1).max())
         if self.cache is None or width == keep.shape[1]:
             return
         index = (~keep).long().argsort(dim=1, stable=True)[:, :width]
-        self.encoded = self.encoded.masked_fill(~keep, self.canvas.bin).gather(1, index)
+        self.encoded = self.encoded.masked_fill(~keep, self.canvas.pad_column).gather(1, index)
         self.groups = self.groups[:width]
         for layer in self.cache.layers:
             for name in ("keys", "values"):
@@ -205,13 +205,13 @@ class Encoder:
                 f"{config.num_hidden_layers} of {(batch_size, heads, length, dim)} (or a batch of 1)"
             )
         columns = torch.arange(length, device=canvas.sequences.device).expand(batch_size, -1)
-        self.encoded = columns.masked_fill(~canvas.given_mask[:, :length], canvas.bin)
+        self.encoded = columns.masked_fill(~canvas.given_mask[:, :length], canvas.pad_column)
         self.groups = torch.arange(length, device=columns.device)
         self.next_group = length
         expected = self.model.model.first_layer_keys(canvas.sequences[:, :length], canvas.position_ids[:, :length])
         keys = cache.layers[0].keys
         different = ((keys - expected).abs() > _cache_tolerance(keys.dtype, 0) * expected.abs().amax()).any(dim=3)
-        different = different.any(dim=1) & (self.encoded != canvas.bin)
+        different = different.any(dim=1) & (self.encoded != canvas.pad_column)
         if different.any():
             row, column = different.nonzero()[0].tolist()
             raise ValueError(
@@ -230,7 +230,7 @@ class Encoder:
         Raises:
             ValueError: they differ.
         """
-        length, given = cache.get_seq_length(), self.encoded != self.canvas.bin
+        length, given = cache.get_seq_length(), self.encoded != self.canvas.pad_column
         place = torch.arange(length, device=given.device)
         rows, batch_size = given.any(dim=1), given.shape[0]
         first, last = given.long().argmax(dim=1), torch.where(given, place, 0).amax(dim=1)
@@ -263,7 +263,7 @@ class Encoder:
             input_ids=self.canvas.sequences.gather(1, columns),
             position_ids=position_ids,
             target_position_ids=position_ids[:, :0],
-            attention_mask=open_views(self.implementation, 1, key_mask),
+            attention_mask=all_visible_mask(self.implementation, 1, key_mask),
             cache=cache,
             use_cache=True,
         )

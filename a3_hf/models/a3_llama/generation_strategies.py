@@ -6,7 +6,7 @@ import torch
 
 from .generation_canvas import Canvas, columns_of, pack
 from .generation_config import A3GenerationConfig
-from .generation_decoder import ACCEPT, RESIDUAL, SAMPLE, Chance, Decoder
+from .generation_decoder import ACCEPT, RESIDUAL, SAMPLE, Decoder, SlotNoise
 from .generation_sampling import accept_drafts, choose_tokens, ngram_draft
 from .orders import GroupOrder
 
@@ -25,46 +25,46 @@ def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
     Args:
         steps: (B, K, g) the columns of each group, from `group_columns`.
     """
-    content = decoder.encoder.given_columns()
+    content = decoder.runner.given_columns()
     for slots in steps.unbind(dim=1):
-        slots = decoder.still_open(slots)
-        if decoder.has_ended and bool((slots == decoder.canvas.bin).all()):
+        slots = decoder.mask_finished(slots)
+        if decoder.has_ended and bool((slots == decoder.canvas.pad_column).all()):
             decoder.step += 1  # as beside rows that go on: a step is a group
             continue
         if decoder.out_of_time():
-            return decoder.finish_at_once(content)
-        logits = decoder.ask(content, slots)
+            return decoder.fill_remaining(content)
+        logits = decoder.logits_of(content, slots)
         scores = decoder.warped(decoder.processed(logits, slots))
         decoder.commit(slots, decoder.choose(scores, slots), logits, scores)
-        content = decoder.still_open(slots)
+        content = decoder.mask_finished(slots)
 
 
 def fill_dynamic(decoder: Decoder) -> None:
     """Algorithm 2: ask the open blanks (those in the window), commit the best, and ask the rest again."""
     canvas, config = decoder.canvas, decoder.config
     tokens_per_step = config.tokens_per_step or 1
-    content, waiting = decoder.encoder.given_columns(), columns_of(canvas.blank_mask, canvas.bin)
+    content, waiting = decoder.runner.given_columns(), columns_of(canvas.blank_mask, canvas.pad_column)
     while waiting.shape[1]:
         if decoder.out_of_time():
-            return decoder.finish_at_once(content)
+            return decoder.fill_remaining(content)
         slots = waiting[:, : config.window]
-        logits = decoder.ask(content, slots)
+        logits = decoder.logits_of(content, slots)
         scores = decoder.processed(logits, slots)
         chosen = decoder.select(scores, slots, tokens_per_step)
         scores = decoder.warped(scores)
-        decoder.commit(slots.masked_fill(~chosen, canvas.bin), decoder.choose(scores, slots), logits, scores)
-        written = decoder.still_open(slots.masked_fill(~chosen, canvas.bin))
-        waiting = decoder.still_open(
-            torch.cat([slots.masked_fill(chosen, canvas.bin), waiting[:, slots.shape[1] :]], 1)
+        decoder.commit(slots.masked_fill(~chosen, canvas.pad_column), decoder.choose(scores, slots), logits, scores)
+        written = decoder.mask_finished(slots.masked_fill(~chosen, canvas.pad_column))
+        waiting = decoder.mask_finished(
+            torch.cat([slots.masked_fill(chosen, canvas.pad_column), waiting[:, slots.shape[1] :]], 1)
         )
         if decoder.widths_known():
             num_written = min(tokens_per_step, slots.shape[1])
             num_waiting = waiting.shape[1] - num_written
         else:
-            counts = torch.stack([(columns != canvas.bin).sum(dim=1).amax() for columns in (written, waiting)])
+            counts = torch.stack([(columns != canvas.pad_column).sum(dim=1).amax() for columns in (written, waiting)])
             num_written, num_waiting = counts.tolist()
-        content = pack(written, written != canvas.bin, canvas.bin)[:, :num_written]
-        waiting = pack(waiting, waiting != canvas.bin, canvas.bin)[:, :num_waiting]
+        content = pack(written, written != canvas.pad_column, canvas.pad_column)[:, :num_written]
+        waiting = pack(waiting, waiting != canvas.pad_column, canvas.pad_column)[:, :num_waiting]
 
 
 def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
@@ -86,23 +86,25 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
     batch_size, device = path.shape[0], path.device
     num_new = 1 if by_ngram else num_drafts  # slots behind the drafts
     rest = path  # what is not yet certain
-    pending = decoder.encoder.given_columns()
+    pending = decoder.runner.given_columns()
     drafts = rest.new_zeros(batch_size, 0)
     count = rest.new_zeros(batch_size)  # drafts of each row
     draft_scores = None
     while rest.shape[1]:
         if decoder.out_of_time():
-            return decoder.finish_at_once(pending)
-        first_pass, width = decoder.encoder.passes == 0, drafts.shape[1]
+            return decoder.fill_remaining(pending)
+        first_pass, width = decoder.runner.passes == 0, drafts.shape[1]
         # 1. One pass: [certain | drafts] as content, [checks | new drafts] as slots.
         place = torch.arange(width, device=device)
         is_draft = place < count[:, None]
-        columns = _ahead(rest, torch.zeros_like(count), width, canvas.bin).masked_fill(~is_draft, canvas.bin)
-        slots = torch.cat([columns, _ahead(rest, count, num_new, canvas.bin)], dim=1)
+        columns = _ahead(rest, torch.zeros_like(count), width, canvas.pad_column).masked_fill(
+            ~is_draft, canvas.pad_column
+        )
+        slots = torch.cat([columns, _ahead(rest, count, num_new, canvas.pad_column)], dim=1)
         canvas.sequences.scatter_(1, columns, drafts)
         seen = torch.cat([place, torch.full((num_new,), width, device=device)])
         groups = {} if first_pass else {"singletons": True, "slot_groups": seen + pending.shape[1]}
-        logits = decoder.ask(torch.cat([pending, columns], dim=1), slots, **groups)
+        logits = decoder.logits_of(torch.cat([pending, columns], dim=1), slots, **groups)
         draft_number = torch.full_like(canvas.sequences, width).scatter_(1, columns, place.expand_as(columns))
         known = canvas.known()[:, None] | (draft_number[:, None, :-1] < seen[:, None])
         scores = decoder.warped(decoder.processed(logits, slots, known))
@@ -120,28 +122,28 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
         certain_column = slots.gather(1, certain_slot)
         of_certain = certain_slot[..., None].expand(-1, -1, logits.shape[-1])
         decoder.commit(
-            torch.cat([columns.masked_fill(place >= stands[:, None], canvas.bin), certain_column], dim=1),
+            torch.cat([columns.masked_fill(place >= stands[:, None], canvas.pad_column), certain_column], dim=1),
             torch.cat([drafts, certain[:, None]], dim=1),
             *(torch.cat([each[:, :width], each.gather(1, of_certain)], dim=1) for each in (logits, scores)),
         )
         # 4. Go on behind them: what is left of the old drafts, then the new ones; after an EOS, from scratch.
-        rest = _ahead(rest, stands + 1, rest.shape[1] - 1, canvas.bin)
+        rest = _ahead(rest, stands + 1, rest.shape[1] - 1, canvas.pad_column)
         if decoder.has_ended:
-            rest = decoder.still_open(rest)
-            rest = pack(rest, rest != canvas.bin, canvas.bin)
-        left = (rest != canvas.bin).sum(dim=1)
+            rest = decoder.mask_finished(rest)
+            rest = pack(rest, rest != canvas.pad_column, canvas.pad_column)
+        left = (rest != canvas.pad_column).sum(dim=1)
         if by_ngram:
             next_count = left.clamp_max(num_drafts)
         else:
             next_count = torch.minimum(left, (count + num_new - stands - 1).clamp_max(num_drafts))
             next_count = next_count.masked_fill(torch.isin(certain, canvas.eos_token_ids), 0)
-        kept = torch.where(certain_column[:, 0] == canvas.bin, 0, 1 + stands)  # content of this pass that stays
+        kept = torch.where(certain_column[:, 0] == canvas.pad_column, 0, 1 + stands)  # content of this pass that stays
         max_kept, next_width, max_left = torch.stack([kept.amax(), next_count.amax(), left.amax()]).tolist()
         if not first_pass:
             fallen = torch.nn.functional.pad(place >= stands[:, None], (1, 0))
-            decoder.encoder.forget(fallen, surplus=width + 1 - max(max_kept, 1))
-            if batch_size > 1 and decoder.encoder.passes % COMPACT_EVERY == 0:
-                decoder.encoder.compact()
+            decoder.runner.evict(fallen, surplus=width + 1 - max(max_kept, 1))
+            if batch_size > 1 and decoder.runner.passes % COMPACT_EVERY == 0:
+                decoder.runner.compact()
         if by_ngram:
             drafts = _ngram_drafts(canvas, rest, next_width)
         else:
@@ -156,10 +158,10 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
         rest = rest[:, :max_left]
 
 
-def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, bin_column: int) -> torch.Tensor:
+def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, pad_column: int) -> torch.Tensor:
     """(B, width) the entries of `rest` (B, N) from `skip` (B,) on, then the bin."""
     place = skip[:, None] + torch.arange(width, device=rest.device)
-    padded = torch.nn.functional.pad(rest, (0, 1), value=bin_column)
+    padded = torch.nn.functional.pad(rest, (0, 1), value=pad_column)
     return padded.gather(1, place.clamp_max(rest.shape[1]))
 
 
@@ -168,14 +170,16 @@ def _ngram_drafts(canvas: Canvas, rest: torch.Tensor, width: int) -> torch.Tenso
     token that is none.
     """
     pad = torch.nn.functional.pad
-    by_position = pad(canvas.by_position, (0, 1), value=canvas.bin)
+    by_position = pad(canvas.by_position, (0, 1), value=canvas.pad_column)
     tokens = canvas.sequences.gather(1, by_position)
     known = pad(canvas.known(), (0, 1)).gather(1, by_position)
     ends = canvas.eos_token_ids
     other = next(token for token in range(len(ends) + 1) if token not in ends.tolist()) if len(ends) else 0
     drafts = []
     for column in rest[:, :width].unbind(dim=1):
-        place = canvas.position_ids.gather(1, column[:, None]).masked_fill(column[:, None] == canvas.bin, canvas.bin)
+        place = canvas.position_ids.gather(1, column[:, None]).masked_fill(
+            column[:, None] == canvas.pad_column, canvas.pad_column
+        )
         draft = ngram_draft(tokens[:, :-1], known[:, :-1], place[:, 0])
         draft = draft.masked_fill(torch.isin(draft, ends), other)
         drafts.append(draft)
@@ -231,14 +235,14 @@ def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
             log_probs=canvas.log_probs.clone(),
             given_mask=real & ~reopened,
             blank_mask=reopened,
-            new_from=canvas.bin,  # EOS is not written into the middle
+            new_from=canvas.pad_column,  # EOS is not written into the middle
             logits=None if canvas.logits is None else canvas.logits.clone(),
         )
         chance = chance.afresh()
         again = make_decoder(candidate, chance, step)
         fill_dynamic(again)
         again.check_finite()
-        passes, step = passes + again.encoder.passes + 1, again.step
+        passes, step = passes + again.runner.passes + 1, again.step
         rewritten = log_likelihood(candidate.sequences[:, :-1], groups, real) * written
         risen = rewritten.sum(dim=1) > log_probs.sum(dim=1)
         kept = (torch.ones_like(risen) if config.refine_keep == "all" else risen)[:, None]
@@ -253,7 +257,7 @@ def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
     return passes
 
 
-def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: Chance) -> torch.Tensor:
+def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: SlotNoise) -> torch.Tensor:
     """(B, K, g) the columns of each group in turn, padded with the bin.
 
     Raises:
@@ -290,7 +294,7 @@ def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: Chance) ->
     num_groups, group_size = int(number.max()) + 1, int(inside.masked_fill(~is_blank, 0).max()) + 1
     if config.strategy == "speculative" and group_size > 1:
         raise ValueError("order holds groups of several tokens; strategy='speculative' takes one token a group")
-    steps = torch.full((blank.shape[0], num_groups * group_size + 1), canvas.bin, device=blank.device)
+    steps = torch.full((blank.shape[0], num_groups * group_size + 1), canvas.pad_column, device=blank.device)
     target = torch.where(is_blank, number * group_size + inside, num_groups * group_size)
-    steps.scatter_(1, target, by_group.masked_fill(~is_blank, canvas.bin))
+    steps.scatter_(1, target, by_group.masked_fill(~is_blank, canvas.pad_column))
     return steps[:, :-1].view(-1, num_groups, group_size)

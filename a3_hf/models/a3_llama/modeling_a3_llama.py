@@ -18,7 +18,14 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_masks import View, Views, group_views, repeat_rows, sees_something, slots_view
+from .attention_masks import (
+    AttentionMask,
+    AttentionMasks,
+    group_attention_mask,
+    next_token_mask,
+    sees_something,
+    slots_attention_mask,
+)
 from .caching import CACHE, BothWordsMixin, NoPagedCacheMixin, check_filled, one_cache, take_cache
 from .chunked_cross_entropy import chunked_cross_entropy, slot_cross_entropy
 from .configuration_a3_llama import A3LlamaConfig
@@ -94,12 +101,12 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
 class A3LlamaAttention(LlamaAttention):
     # Identical to LlamaAttention except: keys and values come from the first `content_length` rows only, and the mask is
     # one view for all rows or several, of one run of rows after the other. With `slots_only` the content rows do nothing
-    # else: queries, views and the output are those of the slots.
+    # else: queries, masks and the output are those of the slots.
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: Views,
+        attention_mask: AttentionMasks,
         content_length: int,
         position_ids: torch.LongTensor | None = None,
         slots_only: bool = False,
@@ -231,7 +238,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | Views | None = None,
+        attention_mask: torch.Tensor | AttentionMasks | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -251,8 +258,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
 
         Args:
             input_ids: (B, C) content tokens (or `inputs_embeds`, (B, C, D)).
-            attention_mask: (B, cached + C), 0 at padding, on whichever side; or `Views` made by `attention_masks`, taken as
-                they are.
+            attention_mask: (B, cached + C), 0 at padding, on whichever side; or prepared `AttentionMasks`, taken as they are.
             position_ids: (B, C) or (1, C). Default: with groups, the number of tokens before, padding not counted;
                 without, what LLaMA does.
             past_key_values, cache: two words for the content keys and values of earlier passes; everything new sees them.
@@ -267,7 +273,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             target_document_ids: (B, Q) documents of the slots; needed beside `target_position_ids`.
             target_input_ids: (B, Q) with `slot_start="left_token"`: the token to the left of each slot's where the slot may
                 see it, and −1 elsewhere (`orders.left_tokens`). None: found in the content of this pass; needed with a
-                cache or prepared `Views`.
+                cache or prepared `AttentionMasks`.
             content_hidden_state: False leaves the content rows of the last layer at keys and values, which is all that slots
                 need of them, and the output's `content_hidden_state` at None. Without slots, and with
                 `output_attentions`, which shows these rows, they are computed all the same.
@@ -319,7 +325,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
 
         # 2. The slots, and what each row may see.
         if isinstance(attention_mask, tuple):
-            views = attention_mask
+            masks = attention_mask
             if target_position_ids is None:
                 target_position_ids = position_ids
         elif has_groups or (target_position_ids is not None and target_position_ids.shape[1] > 0):
@@ -329,7 +335,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             if target_position_ids is None:
                 target_position_ids, target_group_ids = position_ids, group_ids
                 target_document_ids = document_ids
-            views = group_views(
+            masks = group_attention_mask(
                 implementation,
                 group_ids=group_ids,
                 target_group_ids=group_ids[:, :0] if target_group_ids is None else target_group_ids,
@@ -351,11 +357,11 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 check_kept(slots_to_keep, content_length)
                 rows = torch.arange(content_length, device=inputs_embeds.device)
                 rows = rows[-slots_to_keep:] if isinstance(slots_to_keep, int) else rows[slots_to_keep]
-                views = repeat_rows(implementation, content_mask, rows, content_length, num_keys)
+                masks = next_token_mask(implementation, content_mask, rows, content_length, num_keys)
                 target_position_ids = position_ids[:, rows] + 1
                 rows_before = rows
             else:
-                views = (View(content_mask, is_causal=content_length > 1),)
+                masks = (AttentionMask(content_mask, is_causal=content_length > 1),)
 
         # 3. One pass: content rows first, then slots, which start as `query_embed`, or as the token on their left.
         hidden_states = inputs_embeds
@@ -392,11 +398,11 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         for layer_idx, decoder_layer in enumerate(self.layers[: last_layer + 1]):
             at_the_end = {}
             if slots_only and layer_idx == last_layer:
-                views = slots_view(views, content_length)
+                masks = slots_attention_mask(masks, content_length)
                 at_the_end = {"slots_only": True}
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=views,
+                attention_mask=masks,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
@@ -441,7 +447,7 @@ class A3LlamaForCausalLM(
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | Views | None = None,
+        attention_mask: torch.Tensor | AttentionMasks | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -616,7 +622,7 @@ def _check_left_tokens(
         return  # LLaMA's causal contract, or no slots
     for name, is_there in (
         ("a cache", num_cached > 0),
-        ("prepared views", isinstance(attention_mask, tuple)),
+        ("prepared masks", isinstance(attention_mask, tuple)),
         ("inputs_embeds", input_ids is None),
     ):
         if is_there:
@@ -630,7 +636,7 @@ def _check_documents(
         raise ValueError("target_document_ids needs document_ids: whose are the content tokens?")
     if isinstance(attention_mask, tuple) or group_ids is None or num_cached:
         raise ValueError(
-            "document_ids takes group_ids, no cache and no prepared views: only the masks of groups keep documents apart"
+            "document_ids takes group_ids, no cache and no prepared masks: only the masks of groups keep documents apart"
         )
     for name, ids in (("document_ids", document_ids), ("target_document_ids", target_document_ids)):
         if ids is not None:
@@ -662,7 +668,7 @@ def _check_labels(
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels has shape {tuple(labels.shape)}; with groups it takes that of the slots, {expected}")
     if isinstance(attention_mask, tuple) or torch.compiler.is_compiling():
-        return  # prepared views: whoever made them knows what each slot sees
+        return  # prepared masks: whoever made them knows what each slot sees
     if group_ids is None:
         group_ids = torch.arange(content.shape[1], device=content.device).expand(content.shape[0], -1)
     slots_are_tokens = target_position_ids is None

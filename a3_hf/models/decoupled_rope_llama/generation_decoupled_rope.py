@@ -6,19 +6,19 @@ from transformers.cache_utils import Cache
 from a3_hf.models.a3_llama.generation import A3GenerationMixin
 from a3_hf.models.a3_llama.generation_cache import first_tokens
 from a3_hf.models.a3_llama.generation_config import A3GenerationConfig
-from a3_hf.models.a3_llama.generation_runner import Encoder
+from a3_hf.models.a3_llama.generation_runner import ForwardRunner
 
 from .configuration_decoupled_rope_llama import SINGLETONS_ONLY
 
 
-class DecoupledRopeEncoder(Encoder):
-    """Identical to `Encoder` except: a pass has no rows for slots. A slot is asked by the token before it, the last that its
-    row encodes; a row that asks for nothing holds its last token back until it does.
+class DecoupledRopeRunner(ForwardRunner):
+    """Identical to `ForwardRunner` except: a pass has no rows for slots. A slot is asked by the token before it, the last
+    that its row encodes; a row that asks for nothing holds its last token back until it does.
     """
 
     held: torch.Tensor | None = None  # (B, 1) columns that wait for a slot, the bin where none does
 
-    def ask(
+    def forward(
         self,
         content: torch.Tensor,
         slots: torch.Tensor,
@@ -33,22 +33,22 @@ class DecoupledRopeEncoder(Encoder):
         Raises:
             ValueError: more than one slot a row.
         """
-        canvas, bin_column = self.canvas, self.canvas.bin
+        canvas, pad_column = self.canvas, self.canvas.pad_column
         if slots.shape[1] != 1:
             raise ValueError(
                 f"order has {slots.shape[1]} tokens in a group. {SINGLETONS_ONLY}; give each blank a group of its own"
             )
         # 1. What is encoded now, and who asks: the last token of each row.
         if self.held is not None:
-            content = torch.where(content == bin_column, self.held, content)
+            content = torch.where(content == pad_column, self.held, content)
         place = torch.arange(1, content.shape[1] + 1, device=content.device)
-        last = (place * (content != bin_column)).argmax(dim=1, keepdim=True)
+        last = (place * (content != pad_column)).argmax(dim=1, keepdim=True)
         text = torch.cat([self.encoded, content, slots], dim=1)
         if self.ragged:
             asking = content.gather(1, last)
-            asks_nothing = slots == bin_column
-            self.held = asking.masked_fill(~asks_nothing, bin_column)
-            content = content.scatter(1, last, asking.masked_fill(asks_nothing, bin_column))
+            asks_nothing = slots == pad_column
+            self.held = asking.masked_fill(~asks_nothing, pad_column)
+            content = content.scatter(1, last, asking.masked_fill(asks_nothing, pad_column))
         num_cached = self.encoded.shape[1]
         self.encoded = torch.cat([self.encoded, content], dim=1)
 
@@ -56,7 +56,7 @@ class DecoupledRopeEncoder(Encoder):
         columns, successors = self.encoded, text[:, 1:]
         if self.ragged:
             places = torch.arange(text.shape[1], device=text.device)
-            next_places = torch.where(text == bin_column, text.shape[1] - 1, places)
+            next_places = torch.where(text == pad_column, text.shape[1] - 1, places)
             successors = text.gather(1, next_places.flip(1).cummin(dim=1).values.flip(1)[:, 1:])
         if self.cache is None:
             last = last + num_cached
@@ -70,7 +70,7 @@ class DecoupledRopeEncoder(Encoder):
             input_ids=canvas.sequences.gather(1, columns),
             position_ids=canvas.position_ids.gather(1, columns),
             target_position_ids=canvas.position_ids.gather(1, successors),
-            attention_mask=(self.encoded != bin_column).long() if self.ragged else None,
+            attention_mask=(self.encoded != pad_column).long() if self.ragged else None,
             cache=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=last,
@@ -78,9 +78,9 @@ class DecoupledRopeEncoder(Encoder):
 
     def _encode_again(self, columns: torch.Tensor, cache: Cache, key_mask: torch.Tensor) -> None:
         canvas = self.canvas
-        place = torch.arange(canvas.bin, device=columns.device)
+        place = torch.arange(canvas.pad_column, device=columns.device)
         behind = canvas.given_mask & (place > columns)
-        successors = torch.where(behind, place, canvas.bin).amin(dim=1, keepdim=True)
+        successors = torch.where(behind, place, canvas.pad_column).amin(dim=1, keepdim=True)
         self.model.model(
             input_ids=canvas.sequences.gather(1, columns),
             position_ids=canvas.position_ids.gather(1, columns),
@@ -107,7 +107,7 @@ class DecoupledRopeGenerationMixin(A3GenerationMixin):
     batches; blanks, infilling and rewriting as A3 has them.
     """
 
-    encoder_class = DecoupledRopeEncoder
+    encoder_class = DecoupledRopeRunner
 
     def check_generation(self, config: A3GenerationConfig) -> None:
         """Raises a ValueError for a strategy or a group size that asks for several positions at once, and for `max_time`,

@@ -437,7 +437,7 @@ def _check_one_stream(document_ids, target_document_ids, content_hidden_state: b
 def _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached: int) -> None:
     batch_size, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, tuple):
-        raise ValueError("attention_mask holds views made for two streams; it takes a tensor, 0 at padding, or None")
+        raise ValueError("attention_mask holds masks made for two streams; it takes a tensor, 0 at padding, or None")
     prepared = isinstance(attention_mask, dict | BlockMask) or (
         isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
     )

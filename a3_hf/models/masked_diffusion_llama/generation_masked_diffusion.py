@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList
 from a3_hf.models.a3_llama.generation import A3GenerateOutput, check_callables, complete, make_output
 from a3_hf.models.a3_llama.generation_canvas import Canvas, columns_of, pack
 from a3_hf.models.a3_llama.generation_config import A3GenerationConfig, resolve_config
-from a3_hf.models.a3_llama.generation_decoder import Chance, Decoder
+from a3_hf.models.a3_llama.generation_decoder import Decoder, SlotNoise
 from a3_hf.models.a3_llama.generation_observers import Observers
 from a3_hf.models.a3_llama.generation_processors import SlotProcessors
 from a3_hf.models.a3_llama.infilling import A3InfillOutput
@@ -95,7 +95,7 @@ class UnmaskingMixin:
             WholeRows(self, canvas),
             config,
             SlotProcessors(config, canvas, logits_processor),
-            Chance(config, canvas),
+            SlotNoise(config, canvas),
             observers,
             logits_hook=logits_hook,
             deadline=config.deadline(),
@@ -116,7 +116,7 @@ class UnmaskingMixin:
 
 
 class WholeRows:
-    """Runs the passes, each over the whole rows of a canvas: the part of `canvas.Encoder` where nothing can be cached."""
+    """Runs the passes over whole rows of a canvas: what `ForwardRunner` is where nothing can be cached."""
 
     def __init__(self, model, canvas: Canvas):
         self.model, self.canvas = model, canvas
@@ -126,7 +126,7 @@ class WholeRows:
         self.ragged = True
         self.passes = 0
 
-    def ask(self, content: torch.Tensor, slots: torch.Tensor, *, singletons: bool = False) -> torch.Tensor:
+    def forward(self, content: torch.Tensor, slots: torch.Tensor, *, singletons: bool = False) -> torch.Tensor:
         """Logits (B, Q, V) at the columns `slots` (B, Q). What is known is on the canvas: `content`, the columns just
         written, and how it is grouped are of no use here.
         """
@@ -134,7 +134,7 @@ class WholeRows:
         return self.model(
             input_ids=self.canvas.sequences[:, :-1].masked_fill(self.padding, 0),
             attention_mask=self.attention_mask,
-            target_columns=slots.clamp_max(self.canvas.bin - 1),
+            target_columns=slots.clamp_max(self.canvas.pad_column - 1),
         ).logits
 
 
@@ -143,7 +143,7 @@ def fill_masked(decoder: Decoder, steps: int | None) -> None:
     canvas, config = decoder.canvas, decoder.config
     num_blanks = canvas.blank_mask.sum(dim=1, keepdim=True)
     all_blanks = num_blanks.flatten().tolist()
-    left, waiting = all_blanks, columns_of(canvas.blank_mask, canvas.bin)
+    left, waiting = all_blanks, columns_of(canvas.blank_mask, canvas.pad_column)
     nothing = waiting[:, :0]
 
     def quota(blanks):
@@ -153,18 +153,18 @@ def fill_masked(decoder: Decoder, steps: int | None) -> None:
 
     while waiting.shape[1]:
         if decoder.out_of_time():
-            return decoder.finish_at_once(nothing)
+            return decoder.fill_remaining(nothing)
         slots = waiting[:, : config.window]
-        logits = decoder.ask(nothing, slots)
+        logits = decoder.logits_of(nothing, slots)
         scores = decoder.processed(logits, slots)
         chosen = decoder.select(scores, slots, quota(num_blanks))
         scores = decoder.warped(scores)
         left = [max(still - quota(blanks), 0) for still, blanks in zip(left, all_blanks, strict=True)]
-        decoder.commit(slots.masked_fill(~chosen, canvas.bin), decoder.choose(scores, slots), logits, scores)
-        waiting = torch.cat([slots.masked_fill(chosen, canvas.bin), waiting[:, slots.shape[1] :]], dim=1)
-        waiting = decoder.still_open(waiting)
-        width = max(left) if decoder.widths_known() else int((waiting != canvas.bin).sum(dim=1).max())
-        waiting = pack(waiting, waiting != canvas.bin, canvas.bin)[:, :width]
+        decoder.commit(slots.masked_fill(~chosen, canvas.pad_column), decoder.choose(scores, slots), logits, scores)
+        waiting = torch.cat([slots.masked_fill(chosen, canvas.pad_column), waiting[:, slots.shape[1] :]], dim=1)
+        waiting = decoder.mask_finished(waiting)
+        width = max(left) if decoder.widths_known() else int((waiting != canvas.pad_column).sum(dim=1).max())
+        waiting = pack(waiting, waiting != canvas.pad_column, canvas.pad_column)[:, :width]
 
 
 def _resolve(generation_config, max_new_tokens, steps, overrides: dict[str, Any], models_own) -> A3GenerationConfig:
