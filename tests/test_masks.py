@@ -175,7 +175,7 @@ GROUPS = torch.arange(4)[None]
                 "group_ids": GROUPS,
                 "attention_mask": group_attention_mask("sdpa", group_ids=GROUPS, target_group_ids=GROUPS),
             },
-            "no prepared views",
+            "no prepared masks",
         ),
         (
             {"document_ids": DOCUMENTS, "group_ids": GROUPS, "labels": torch.tensor([[-100, 5, 5, 5]])},
