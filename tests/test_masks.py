@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from a3_hf import GroupOrder
 from a3_hf.models.a3_llama import attention_masks as masks
-from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask, sees_something
+from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask, groups_of, sees_something
+from a3_hf.models.a3_llama.orders import ContentTokens
 from a3_hf.training.model_inputs import model_inputs
 
 LENGTH = 15
@@ -145,7 +146,8 @@ def test_slots_elsewhere_carry_their_documents(model):
 
 def test_sees_something_knows_documents():
     groups, documents = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 2, 1, 3]])
-    seen = sees_something(groups, groups, None, 0, document_ids=documents, target_document_ids=documents)
+    content = ContentTokens(None, groups, groups, documents)
+    seen = sees_something(content, content.slots(), None, 0)
     assert seen.tolist() == [[False, False, True, False]]
 
 
@@ -173,7 +175,7 @@ GROUPS = torch.arange(4)[None]
             {
                 "document_ids": DOCUMENTS,
                 "group_ids": GROUPS,
-                "attention_mask": group_attention_mask("sdpa", group_ids=GROUPS, target_group_ids=GROUPS),
+                "attention_mask": group_attention_mask("sdpa", *groups_of(GROUPS, GROUPS)),
             },
             "no prepared masks",
         ),
@@ -205,42 +207,19 @@ def test_masks_are_made_once_while_groups_stay(implementation, monkeypatch):
         order = GroupOrder.scattered(real, group_size=size, generator=generators(2, seed=len(made)))
         with torch.no_grad():
             inputs = {"group_size": size, "implementation": implementation}
-            fast = model(**model_inputs(order, ids, **inputs, kept=kept))
+            arguments, num_made = model_inputs(order, ids, **inputs, kept=kept), len(made)
+            fast = model(**arguments)
             slow = model(**model_inputs(order, ids, **inputs))
         assert torch.equal(fast.logits, slow.logits) and torch.equal(fast.loss, slow.loss)
+        del made[num_made:]  # those that the passes made for themselves
         assert len(made) == number, "a mask is made when the groups change, and only then"
 
 
 def test_rows_that_differ_share_no_mask():
     kept, groups = MaskCache(), torch.tensor([[0, 1, 1], [0, 1, 2]])
     real = torch.ones_like(groups, dtype=torch.bool)
-    assert kept.masks("sdpa", group_ids=groups, target_group_ids=groups, key_mask=real) is None
+    assert kept.masks("sdpa", ContentTokens(None, groups, groups), real) is None
     alike = groups[:1].expand(2, -1)
     padded = real & (torch.arange(3) < 2)
-    assert kept.masks("sdpa", group_ids=alike, target_group_ids=alike, key_mask=padded) is None
-    assert kept.masks("sdpa", group_ids=alike, target_group_ids=alike, key_mask=real)[0].mask.shape == (1, 1, 6, 3)
-
-
-@pytest.mark.parametrize("runs", [1, 2, 4])
-@pytest.mark.parametrize("size", [1, 3, 5])
-def test_runs_of_rows_see_what_the_whole_mask_shows(size, runs, monkeypatch):
-    monkeypatch.setattr(masks, "RUNS", runs)
-    monkeypatch.setattr(masks, "ROWS_WORTH_A_CUT", 13)
-    ids = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
-    order = GroupOrder.scattered(torch.ones_like(ids), group_size=size, generator=generators(2))
-    inputs = {"group_size": 2, "implementation": "sdpa"}  # not 1: singletons take no mask
-    cut = model_inputs(order, ids, **inputs, kept=MaskCache())
-    views = cut["attention_mask"]
-    assert [view.rows for view in views] == 2 * [len(part) for part in torch.arange(13).chunk(runs)]
-    assert views[runs - 1].keys == 13 and (runs == 1 or views[0].keys < 13)
-
-    results = []
-    for arguments in (cut, model_inputs(order, ids, **inputs)):
-        model = tiny_model()
-        out = model(**arguments)
-        out.loss.backward()
-        results.append((out.logits.detach(), [weight.grad for weight in model.parameters()]))
-    (logits, found), (expected_logits, expected) = results
-    assert (logits - expected_logits).abs().max() < 2e-5
-    for ours, whole in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
+    assert kept.masks("sdpa", ContentTokens(None, alike, alike), padded) is None
+    assert kept.masks("sdpa", ContentTokens(None, alike, alike), real)[0].mask.shape == (1, 1, 6, 3)

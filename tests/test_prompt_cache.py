@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config, tiny_model
 from peft import LoraConfig, get_peft_model
 
-from a3_hf.models.a3_llama.attention_masks import group_attention_mask
+from a3_hf.models.a3_llama.attention_masks import group_attention_mask, groups_of
 from a3_hf.models.auto import ARCHITECTURES
 
 NEW = {"max_new_tokens": 3, "eos_token_id": []}
@@ -60,7 +60,7 @@ def test_a_model_whose_later_layers_differ_is_seen(kind, layer):
 def test_a_prompt_that_saw_itself_from_both_sides_is_seen():
     model, ids = tiny_model(slot_start="query_embed"), prompt()
     together = torch.zeros_like(ids)
-    views = group_attention_mask("sdpa", group_ids=together, target_group_ids=together[:, :0])
+    views = group_attention_mask("sdpa", *groups_of(together, together[:, :0]))
     cache = model.model(ids, attention_mask=views, target_position_ids=ids[:, :0], use_cache=True).past_key_values
     with pytest.raises(ValueError, match=REFUSED):
         model.generate_any_order(ids, past_key_values=cache, **NEW)

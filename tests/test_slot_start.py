@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from a3_hf import A3LlamaConfig, A3LlamaForCausalLM, GroupOrder
 from a3_hf.adapters.checkpoints import attach_adapter, load_model
-from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask
-from a3_hf.models.a3_llama.orders import left_tokens
+from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask, groups_of
+from a3_hf.models.a3_llama.orders import ContentTokens, QuerySlots, left_tokens
 from a3_hf.training import run as train
 from a3_hf.training.base_trainer import row_generator
 from a3_hf.training.model_inputs import model_inputs
@@ -62,16 +62,8 @@ def test_the_token_on_the_left_is_found_in_any_layout(with_documents):
     documents = torch.randint(1, 3, (2, 9), generator=source) if with_documents else None
     target_documents = torch.randint(1, 3, (2, 12), generator=source) if with_documents else None
     expected = by_hand(ids, places, groups, targets, target_groups, real, documents, target_documents)
-    found = left_tokens(
-        ids,
-        places,
-        groups,
-        targets,
-        target_groups,
-        key_mask=real,
-        document_ids=documents,
-        target_document_ids=target_documents,
-    )
+    content, slots = ContentTokens(ids, places, groups, documents), QuerySlots(targets, target_groups, target_documents)
+    found = left_tokens(content, slots, key_mask=real)
     assert torch.equal(found, expected)
     assert (found >= 0).any() and (found < 0).any()
 
@@ -239,7 +231,7 @@ def test_documents_of_a_row_are_kept_apart():
 def test_what_cannot_be_found_is_asked_for():
     model, ids = left_model(), ids_of(1, 6)
     groups = torch.arange(6)[None]
-    views = group_attention_mask("sdpa", group_ids=groups, target_group_ids=groups)
+    views = group_attention_mask("sdpa", *groups_of(groups, groups))
     with pytest.raises(ValueError, match="with prepared views needs target_input_ids"):
         model(ids, attention_mask=views, target_position_ids=groups)
     with pytest.raises(ValueError, match="with inputs_embeds needs target_input_ids"):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from a3_hf.models.a3_llama.attention_masks import MaskCache, singleton_attention_mask
-from a3_hf.models.a3_llama.orders import GroupOrder, left_tokens
+from a3_hf.models.a3_llama.orders import ContentTokens, GroupOrder, QuerySlots, left_tokens
 
 
 def model_inputs(
@@ -27,55 +27,46 @@ def model_inputs(
     `DecoupledRopeLlamaForCausalLM.forward`, which has a mask of its own. `slot_start` is the model's.
     """
     layout = order.lay_out(input_ids, document_ids=document_ids)
-    left = None
+    content, slots = layout.content, layout.content.slots()
     if slot_start == "left_token":
-        left = left_tokens(
-            layout.input_ids,
-            layout.position_ids,
-            layout.group_ids,
-            layout.position_ids,
-            layout.group_ids,
-            key_mask=layout.attention_mask,
-            document_ids=layout.document_ids,
-            target_document_ids=layout.document_ids,
-        )
+        left = left_tokens(content, slots, key_mask=layout.attention_mask)
+        slots = slots._replace(left_token_ids=left)
     if order.context_mask is not None:
         scored = layout.labels != -100
         width = max(int(scored.sum(dim=1).max()), 1)
-        slots = scored.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-        documents = None if document_ids is None else layout.document_ids.gather(1, slots)
-        return {
-            **layout._asdict(),
-            "target_position_ids": layout.position_ids.gather(1, slots),
-            "target_group_ids": layout.group_ids.gather(1, slots),
-            "target_document_ids": documents,
-            **({} if left is None else {"target_input_ids": left.gather(1, slots)}),
-            "labels": layout.labels.gather(1, slots),
-            "use_cache": False,
-        }
+        index = scored.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+        labels = layout.labels.gather(1, index)
+        return _forward_arguments(content, slots.at(index), layout.attention_mask, labels)
     if group_size == 1 and document_ids is None:
         length, device = input_ids.shape[1] - 1, input_ids.device
-        return {
-            "input_ids": layout.input_ids[:, :-1],
-            "position_ids": layout.position_ids[:, :-1],
-            "target_position_ids": layout.position_ids[:, 1:],
-            "attention_mask": None if one_stream else singleton_attention_mask(implementation, length, device),
-            **({} if left is None else {"target_input_ids": left[:, 1:]}),
-            "labels": layout.labels[:, 1:].contiguous(),  # transformers' loss takes a view of them
-            "use_cache": False,
-        }
+        mask = None if one_stream else singleton_attention_mask(implementation, length, device)
+        content = ContentTokens(layout.input_ids[:, :-1], layout.position_ids[:, :-1])
+        slots = slots.at(slice(1, None))._replace(group_ids=None)
+        # contiguous: transformers' loss takes a view of them
+        return _forward_arguments(content, slots, mask, layout.labels[:, 1:].contiguous())
     masks = None
     if kept is not None and document_ids is None:
-        groups = {"group_ids": layout.group_ids, "target_group_ids": layout.group_ids}
-        masks = kept.masks(implementation, **groups, key_mask=layout.attention_mask)
+        masks = kept.masks(implementation, content, layout.attention_mask)
     if masks is not None:
-        return {
-            "input_ids": layout.input_ids,
-            "position_ids": layout.position_ids,
-            "target_position_ids": layout.position_ids,
-            "attention_mask": masks,
-            **({} if left is None else {"target_input_ids": left}),
-            "labels": layout.labels,
-            "use_cache": False,
-        }
-    return {**layout._asdict(), "use_cache": False}
+        content, slots = content._replace(group_ids=None), slots._replace(group_ids=None)
+        return _forward_arguments(content, slots, masks, layout.labels)
+    no_slots_given = QuerySlots(None)  # then there is one for each token
+    return _forward_arguments(content, no_slots_given, layout.attention_mask, layout.labels)
+
+
+def _forward_arguments(
+    content: ContentTokens, slots: QuerySlots, attention_mask: Any, labels: torch.Tensor
+) -> dict[str, Any]:
+    arguments = {
+        "input_ids": content.input_ids,
+        "position_ids": content.position_ids,
+        "group_ids": content.group_ids,
+        "document_ids": content.document_ids,
+        "target_position_ids": slots.position_ids,
+        "target_group_ids": slots.group_ids,
+        "target_document_ids": slots.document_ids,
+        "target_input_ids": slots.left_token_ids,
+        "attention_mask": attention_mask,
+    }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return {**given, "labels": labels, "use_cache": False}

@@ -10,7 +10,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_bitsandbytes_available
 
 from a3_hf.data.mixture import check_readers
-from a3_hf.models.a3_llama.attention_masks import group_attention_mask
+from a3_hf.models.a3_llama.attention_masks import group_attention_mask, groups_of
 from a3_hf.models.auto import ARCHITECTURES
 
 from .arguments import A3TrainingArguments, Recipe
@@ -121,4 +121,4 @@ def check_attention(recipe: Recipe, config: LlamaConfig) -> None:
     needs_groups = any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages)
     if architecture == "a3" and (needs_groups or recipe.training.eval_strategy != IntervalStrategy.NO):
         group = torch.zeros(1, 1, dtype=torch.long)
-        group_attention_mask(implementation, group_ids=group, target_group_ids=group)
+        group_attention_mask(implementation, *groups_of(group, group))

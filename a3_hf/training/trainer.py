@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
-from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask
+from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask, groups_of
 from a3_hf.models.a3_llama.orders import GroupOrder
 from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import (
     DecoupledRopeLlamaConfig,
@@ -150,7 +150,7 @@ class A3Trainer(BaseTrainer):
         needs_groups = any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages)
         if self.eval_dataset is not None or needs_groups:
             group = torch.zeros(1, 1, dtype=torch.long)
-            group_attention_mask(self.model.config._attn_implementation, group_ids=group, target_group_ids=group)
+            group_attention_mask(self.model.config._attn_implementation, *groups_of(group, group))
 
     def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """As `BaseTrainer.count_scored`; where orders leave tokens out of the loss, only the others count.

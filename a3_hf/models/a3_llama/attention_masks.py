@@ -4,12 +4,16 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from .caching import CACHE
+from .orders import ContentTokens, QuerySlots
 
 DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
-# These have no causal flag: a causal view, too, must be spelt out.
+# These have no causal flag: a causal mask has to be written out.
 MATERIALISED_IMPLEMENTATIONS = ("eager", "flex_attention")
-# Into how many runs each stream of a dense mask is cut, and from how many rows on.
-RUNS, ROWS_WORTH_A_CUT = 4, 256
 
 
 class AttentionMask(NamedTuple):
@@ -18,18 +22,14 @@ class AttentionMask(NamedTuple):
     `mask` is a boolean tensor (B or 1, 1, rows or 1, keys), True where a row sees a key; LLaMA's own mask (additive for
     `eager`, 2D for `flash_attention_2`); a `BlockMask` for `flex_attention`; or None. Under None, `is_causal` decides
     between the plain causal triangle and everything. `of_slots` is the slots' part of a `BlockMask`, where it has been made
-    beforehand. With `rows` a view is that of so many rows alone, and of the first `keys` keys.
-    """
+    beforehand."""
 
     mask: torch.Tensor | BlockMask | None
     is_causal: bool = False
     of_slots: BlockMask | None = None
-    rows: int | None = None
-    keys: int | None = None
 
 
-# One view for all rows of a pass (content tokens, then query slots), or two: the content's, then the slots'; or more, each
-# with the number of its rows, none with rows of both streams.
+# One mask for all rows of a pass (content tokens, then query slots), or two: the content's, then the slots'.
 AttentionMasks = tuple[AttentionMask, ...]
 
 
@@ -40,27 +40,21 @@ def sees(row_group: torch.Tensor, row_is_slot: torch.Tensor, key_group: torch.Te
 
 def group_attention_mask(
     implementation: str,
+    content: ContentTokens,
+    slots: QuerySlots,
     *,
-    group_ids: torch.Tensor,
-    target_group_ids: torch.Tensor,
     key_mask: torch.Tensor | None = None,
     num_cached: int = 0,
     num_keys: int | None = None,
-    document_ids: torch.Tensor | None = None,
-    target_document_ids: torch.Tensor | None = None,
 ) -> AttentionMasks:
-    """Turns the groups of one pass into the mask that `implementation` takes.
+    """The mask of one pass from the groups of its content (B, C) and slots (B, Q), as `implementation` takes it.
 
     Args:
         implementation: `"eager"`, `"sdpa"` or `"flex_attention"`.
-        group_ids: (B, C) groups of the content tokens of this pass.
-        target_group_ids: (B, Q) groups of the query slots.
+        content: with `document_ids`, a row sees keys of its own document only; not with a cache.
         key_mask: (B, num_cached + C), False where a key is padding. None: no padding.
         num_cached: keys that come from the cache, before those of this pass; every row sees them.
         num_keys: width of the keys when it is more than num_cached + C (a static cache); nobody sees the surplus.
-        document_ids: (B, C) and
-        target_document_ids: (B, Q), to keep documents of one row apart: a row sees keys of its own document only. Without a
-            cache alone. None: a row is one text.
 
     Returns:
         One `AttentionMask` over C + Q rows.
@@ -70,10 +64,11 @@ def group_attention_mask(
             any other in silence, which would let a slot see its own token).
     """
     _check_can_mask(implementation)
+    group_ids, document_ids = content.group_ids, content.document_ids
     batch_size, content_length = group_ids.shape
     device = group_ids.device
     width = num_cached + content_length if num_keys is None else num_keys
-    row_group = torch.cat([group_ids, target_group_ids], dim=1)
+    row_group = torch.cat([group_ids, slots.group_ids], dim=1)
     row_is_slot = torch.arange(row_group.shape[1], device=device) >= content_length
     key_index = torch.arange(width, device=device)
     committed = key_index < num_cached
@@ -83,7 +78,7 @@ def group_attention_mask(
     if key_mask is not None:
         present = present.clone()
         present[:, : key_mask.shape[1]] &= key_mask.to(torch.bool)
-    row_document = None if document_ids is None else torch.cat([document_ids, target_document_ids], dim=1)
+    row_document = None if document_ids is None else torch.cat([document_ids, slots.document_ids], dim=1)
 
     if implementation == "flex_attention":
 
@@ -104,76 +99,58 @@ def group_attention_mask(
 
 
 class MaskCache:
-    """The masks of batches in which every row has the same groups, as equal groups in generation order have: made once, and
+    """The mask of batches in which every row has the same groups, as equal groups in generation order have: made once, and
     again when the groups change.
     """
 
     def __init__(self):
         self._made_for: tuple | None = None
-        self._group_ids = self._target_group_ids = torch.empty(0)
+        self._groups = torch.empty(0)
         self._masks: AttentionMasks | None = None
 
-    def masks(
-        self,
-        implementation: str,
-        *,
-        group_ids: torch.Tensor,
-        target_group_ids: torch.Tensor,
-        key_mask: torch.Tensor,
-    ) -> AttentionMasks | None:
-        """As `group_attention_mask`, one mask for all rows; None where rows differ or hold padding."""
-        row, target_row = group_ids[:1], target_group_ids[:1]
-        made_for = (implementation, group_ids.device, group_ids.shape[1], target_group_ids.shape[1])
-        same_for_all = (group_ids == row).all() & (target_group_ids == target_row).all() & key_mask.all()
-        if not same_for_all:
+    def masks(self, implementation: str, content: ContentTokens, key_mask: torch.Tensor) -> AttentionMasks | None:
+        """As `group_attention_mask` with a slot for each token, one mask for all rows; None where rows differ or hold
+        padding.
+        """
+        groups = content.group_ids[:1]
+        if not ((content.group_ids == groups).all() & key_mask.all()):
             return None
-        is_kept = made_for == self._made_for and torch.equal(row, self._group_ids)
-        if not (is_kept and torch.equal(target_row, self._target_group_ids)):
-            masks = group_attention_mask(implementation, group_ids=row, target_group_ids=target_row)
+        made_for = (implementation, groups.device, groups.shape[1])
+        if made_for != self._made_for or not torch.equal(groups, self._groups):
+            row = ContentTokens(None, content.position_ids, groups)
+            masks = group_attention_mask(implementation, row, row.slots())
             if implementation == "flex_attention":
-                masks = (masks[0]._replace(of_slots=slots_attention_mask(masks, row.shape[1])[0].mask),)
-            elif implementation == "sdpa" and row.shape[1] >= ROWS_WORTH_A_CUT:
-                masks = in_runs(masks[0].mask, row.shape[1])
-            self._made_for, self._group_ids, self._target_group_ids = made_for, row.clone(), target_row.clone()
-            self._masks = masks
+                masks = (masks[0]._replace(of_slots=slots_attention_mask(masks, groups.shape[1])[0].mask),)
+            self._made_for, self._groups, self._masks = made_for, groups.clone(), masks
         return self._masks
 
 
-def in_runs(mask: torch.Tensor, content_length: int) -> AttentionMasks:
-    """Cuts a mask (1, 1, C + Q, keys) of rows in generation order into runs of rows, each with the keys up to the last that
-    one of its rows sees: a kernel that takes any mask multiplies with the others all the same, and of four runs' keys three
-    eighths are left out.
-    """
-    masks = []
-    for rows in mask.split((content_length, mask.shape[2] - content_length), dim=2):
-        for run in rows.chunk(RUNS, dim=2):
-            seen = run.flatten(0, 2).any(dim=0).nonzero()
-            keys = int(seen.max()) + 1 if len(seen) else 1
-            masks.append(AttentionMask(run[..., :keys].contiguous(), rows=run.shape[2], keys=keys))
-    return tuple(masks)
+def groups_of(group_ids: torch.Tensor, target_group_ids: torch.Tensor) -> tuple[ContentTokens, QuerySlots]:
+    """Content (B, C) and slots (B, Q) of which only the groups matter, as in masks."""
+    return ContentTokens(None, group_ids, group_ids), QuerySlots(target_group_ids, target_group_ids)
 
 
 def singleton_attention_mask(implementation: str, length: int, device: torch.device) -> AttentionMasks:
-    """AttentionMasks of `length` singletons in generation order, where content row t and slot row t both see content 0..t: the
+    """Masks of `length` singletons in generation order, where content row t and slot row t both see content 0..t: the
     slot at row t predicts rank t + 1. Both are plain causal, so every kernel can take them, flash attention included.
     """
     if implementation in MATERIALISED_IMPLEMENTATIONS:
         ranks = torch.arange(length, device=device)[None]
-        return group_attention_mask(implementation, group_ids=ranks, target_group_ids=ranks + 1)
+        return group_attention_mask(implementation, *groups_of(ranks, ranks + 1))
     return AttentionMask(None, is_causal=True), AttentionMask(None, is_causal=True)
 
 
 def prompt_attention_mask(
     implementation: str, content_length: int, num_slots: int, key_mask: torch.Tensor | None, device: torch.device
 ) -> AttentionMasks:
-    """AttentionMasks of the first decoding step: given tokens as singletons in storage order, slots that see all of them.
+    """Masks of the first decoding step: given tokens as singletons in storage order, slots that see all of them.
     `key_mask` (B, C) is False at padding, None where there is none.
     """
     if key_mask is None and implementation not in MATERIALISED_IMPLEMENTATIONS:
         return AttentionMask(None, is_causal=True), AttentionMask(None)
     ranks = torch.arange(content_length, device=device).expand(1 if key_mask is None else key_mask.shape[0], -1)
     slots = torch.full((ranks.shape[0], num_slots), content_length, device=device)
-    return group_attention_mask(implementation, group_ids=ranks, target_group_ids=slots, key_mask=key_mask)
+    return group_attention_mask(implementation, *groups_of(ranks, slots), key_mask=key_mask)
 
 
 def all_visible_mask(implementation: str, num_rows: int, key_mask: torch.Tensor | None) -> AttentionMasks:
@@ -201,7 +178,7 @@ def all_visible_mask(implementation: str, num_rows: int, key_mask: torch.Tensor 
 def next_token_mask(
     implementation: str, content_mask, rows: torch.Tensor, content_length: int, num_keys: int
 ) -> AttentionMasks:
-    """AttentionMasks of LLaMA's causal contract: slot j sees just what content row `rows[j]` sees, itself included, because it
+    """Masks of LLaMA's causal contract: slot j sees just what content row `rows[j]` sees, itself included, because it
     predicts the token after it.
 
     Args:
@@ -233,12 +210,51 @@ def next_token_mask(
     return content_view, AttentionMask(triangle[None, None])
 
 
+def pass_masks(
+    config: PreTrainedConfig,
+    content: ContentTokens,
+    slots: QuerySlots,
+    rows: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    cache: Cache | None,
+) -> tuple[AttentionMasks, ContentTokens, QuerySlots]:
+    """The masks of a pass of the model, and its content (B, C) and slots (B, Q) with the groups that the masks follow.
+
+    Args:
+        rows: (Q,) the content rows after each of which a slot predicts the next token, in LLaMA's causal contract.
+        key_mask: (B, cached + C), 0 at padding, or what transformers' `create_causal_mask` takes besides.
+    """
+    batch_size, content_length = inputs_embeds.shape[:2]
+    num_keys, num_cached, implementation = content_length, 0, config._attn_implementation
+    if cache is not None:  # a static cache is wider than what it holds
+        num_keys, _ = cache.get_mask_sizes(content_length, 0)
+        num_cached = cache.get_seq_length()
+    if content.group_ids is None and (rows is not None or slots.position_ids.shape[1] == 0):
+        mask = create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=key_mask,
+            position_ids=content.position_ids,
+            **{CACHE: cache},
+        )
+        if rows is None:
+            return (AttentionMask(mask, is_causal=content_length > 1),), content, slots
+        return next_token_mask(implementation, mask, rows, content_length, num_keys), content, slots
+    if content.group_ids is None:
+        left_to_right = torch.arange(content_length, device=inputs_embeds.device).expand(batch_size, -1)
+        content = content._replace(group_ids=left_to_right)
+    if slots.group_ids is None:  # no slots
+        slots = slots._replace(group_ids=content.group_ids[:, :0])
+    masks = group_attention_mask(
+        implementation, content, slots, key_mask=key_mask, num_cached=num_cached, num_keys=num_keys
+    )
+    return masks, content, slots
+
+
 def slots_attention_mask(masks: AttentionMasks, content_length: int) -> AttentionMasks:
     """What the slots alone may see, of the masks of a whole pass."""
-    if masks[0].rows is not None:
-        rows_before = [sum(view.rows for view in masks[:index]) for index in range(len(masks))]
-        return tuple(view for view, before in zip(masks, rows_before, strict=True) if before >= content_length)
-    mask, is_causal, of_slots = masks[-1][:3]
+    mask, is_causal, of_slots = masks[-1]
     if of_slots is not None:
         return (AttentionMask(of_slots),)
     if len(masks) == 2 or mask is None:
@@ -258,24 +274,12 @@ def slots_attention_mask(masks: AttentionMasks, content_length: int) -> Attentio
 
 
 def sees_something(
-    group_ids: torch.Tensor,
-    target_group_ids: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    num_cached: int,
-    *,
-    document_ids: torch.Tensor | None = None,
-    target_document_ids: torch.Tensor | None = None,
+    content: ContentTokens, slots: QuerySlots, key_mask: torch.Tensor | None, num_cached: int
 ) -> torch.Tensor:
-    """(B, Q), True where a slot sees at least one content token. Shapes as in `group_attention_mask`."""
-    if document_ids is not None:
-        masks = group_attention_mask(
-            "sdpa",
-            group_ids=group_ids,
-            target_group_ids=target_group_ids,
-            key_mask=key_mask,
-            document_ids=document_ids,
-            target_document_ids=target_document_ids,
-        )
+    """(B, Q), True where a slot sees at least one content token. Arguments as in `group_attention_mask`."""
+    group_ids = content.group_ids
+    if content.document_ids is not None:
+        masks = group_attention_mask("sdpa", content, slots, key_mask=key_mask)
         return masks[0].mask[:, 0, group_ids.shape[1] :].any(dim=-1)
     present = torch.ones_like(group_ids, dtype=torch.bool)
     cached = torch.full_like(group_ids[:, :1], num_cached > 0, dtype=torch.bool)
@@ -283,7 +287,7 @@ def sees_something(
         present = key_mask[:, num_cached:].to(torch.bool)
         cached = key_mask[:, :num_cached].to(torch.bool).any(dim=1, keepdim=True)
     lowest = group_ids.masked_fill(~present, torch.iinfo(group_ids.dtype).max).amin(dim=1, keepdim=True)
-    return cached | (lowest < target_group_ids)
+    return cached | (lowest < slots.group_ids)
 
 
 def _check_can_mask(implementation: str) -> None:

@@ -7,9 +7,10 @@ from torch.nn.functional import pad
 from transformers import StaticCache
 from transformers.cache_utils import Cache
 
-from .attention_masks import all_visible_mask, group_attention_mask, prompt_attention_mask
+from .attention_masks import all_visible_mask, group_attention_mask, groups_of, prompt_attention_mask
 from .generation_cache import first_tokens, preallocated_cache
 from .generation_canvas import Canvas, columns_of
+from .rope import apply_rotary
 
 PRODUCTS_PER_LAYER = 7  # matrix products that round, of a decoder layer
 
@@ -104,8 +105,7 @@ class ForwardRunner:
             else:
                 masks = group_attention_mask(
                     self.implementation,
-                    group_ids=self.groups.expand(rows, -1),
-                    target_group_ids=(first_group + slot_groups).expand(rows, -1),
+                    *groups_of(self.groups.expand(rows, -1), (first_group + slot_groups).expand(rows, -1)),
                     key_mask=key_mask,
                 )
         elif singletons and num_cached == 0 and self.width is None and self.passes == 0:
@@ -113,8 +113,7 @@ class ForwardRunner:
         elif singletons and num_new:
             masks = group_attention_mask(
                 self.implementation,
-                group_ids=new_groups.expand(rows, -1),
-                target_group_ids=slot_groups.expand(rows, -1),
+                *groups_of(new_groups.expand(rows, -1), slot_groups.expand(rows, -1)),
                 key_mask=key_mask,
                 num_cached=num_cached,
                 num_keys=self.width,
@@ -208,7 +207,7 @@ class ForwardRunner:
         self.encoded = columns.masked_fill(~canvas.given_mask[:, :length], canvas.pad_column)
         self.groups = torch.arange(length, device=columns.device)
         self.next_group = length
-        expected = self.model.model.first_layer_keys(canvas.sequences[:, :length], canvas.position_ids[:, :length])
+        expected = _first_layer_keys(self.model.model, canvas.sequences[:, :length], canvas.position_ids[:, :length])
         keys = cache.layers[0].keys
         different = ((keys - expected).abs() > _cache_tolerance(keys.dtype, 0) * expected.abs().amax()).any(dim=3)
         different = different.any(dim=1) & (self.encoded != canvas.pad_column)
@@ -267,6 +266,14 @@ class ForwardRunner:
             cache=cache,
             use_cache=True,
         )
+
+
+def _first_layer_keys(body, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """(B, H, C, D / H) the first layer's keys of content (B, C), which depend on ids and positions alone."""
+    layer, embeds = body.layers[0], body.embed_tokens(input_ids)
+    cos, sin = body.rotary_emb(embeds, position_ids=position_ids)
+    keys = layer.self_attn.k_proj(layer.input_layernorm(embeds))
+    return apply_rotary(keys.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2), cos, sin)
 
 
 def _cache_tolerance(dtype: torch.dtype, layer: int) -> float:

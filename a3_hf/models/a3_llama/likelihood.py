@@ -2,7 +2,7 @@
 
 import torch
 
-from .attention_masks import sees_something
+from .attention_masks import groups_of, sees_something
 from .generation_sampling import at_least_float32
 from .input_validation import check_integers, check_mask, check_token_ids
 
@@ -78,7 +78,7 @@ class A3LikelihoodMixin:
         for hidden, ids in chunks:
             logits = self.lm_head(hidden)
             parts.append((token_log_probs(logits, ids), logits.argmax(dim=-1) == ids))
-        scored = sees_something(group_ids, group_ids, attention_mask, num_cached=0)
+        scored = sees_something(*groups_of(group_ids, group_ids), attention_mask, num_cached=0)
         for mask in (scored_mask, attention_mask):
             scored = scored if mask is None else scored & mask.to(torch.bool)
         log_probs, greedy = (torch.cat(part).view(columns.shape) for part in zip(*parts, strict=True))

@@ -1,9 +1,36 @@
-"""What methods return, shown in a line a field: shapes in place of tensors and caches."""
+"""Outputs of the models' forwards, and a base for outputs that can be printed."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
+
+from .caching import BothWordsMixin
+
+
+@dataclass
+class A3ModelOutput(BothWordsMixin, BaseModelOutputWithPast):
+    """Output of `A3LlamaModel`: `last_hidden_state` (B, Q, D) belongs to the query slots, `content_hidden_state`
+    (B, C, D) to the content tokens (None where it was not computed); `hidden_states` and `attentions`, when asked for,
+    hold C + Q rows, content first (the last of `hidden_states` holds the slots alone). `cache` (or
+    `past_key_values`) holds content keys and values only.
+    """
+
+    content_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class A3CausalLMOutput(BothWordsMixin, CausalLMOutputWithPast):
+    """Output of `A3LlamaForCausalLM`: `token_losses` (B, Q), with `chunked_loss` alone, are each slot's own in nats, 0
+    where nothing is scored, without gradient; `content_hidden_state` (B, C, D) and `content_logits` (N, V) are there where
+    they were asked for.
+    """
+
+    token_losses: torch.FloatTensor | None = None
+    content_hidden_state: torch.FloatTensor | None = None
+    content_logits: torch.FloatTensor | None = None
 
 
 class BriefOutput(ModelOutput):

@@ -12,6 +12,60 @@ PADDING_GROUP = -1
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+class ContentTokens(NamedTuple):
+    """The tokens that a pass encodes, stored in any order (paper §1). Content sees content of groups up to its own.
+
+    Attributes:
+        input_ids: (B, C) token ids; None where embeddings are given instead.
+        position_ids: (B, C) or (1, C) places in the text, which RoPE takes.
+        group_ids: (B, C) groups, lower = earlier; None: left to right, as in LLaMA.
+        document_ids: (B, C) documents of a row that don't see each other; None: a row is one text.
+
+    Example: a row of BOS and "a b c", of which c is generated first, then a and b together.
+        >>> ids = torch.tensor([[1, 10, 11, 12]])
+        >>> content = ContentTokens(ids, torch.arange(4)[None], group_ids=torch.tensor([[0, 2, 2, 1]]))
+        >>> content.slots().group_ids
+        tensor([[0, 2, 2, 1]])
+    """
+
+    input_ids: torch.Tensor | None
+    position_ids: torch.Tensor
+    group_ids: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+
+    def slots(self) -> "QuerySlots":
+        """A slot for each token, at its position, in its group and document."""
+        return QuerySlots(self.position_ids, self.group_ids, self.document_ids)
+
+
+class QuerySlots(NamedTuple):
+    """What a pass predicts: each slot is the prediction of one position. A slot sees content of groups before its own, and
+    nobody sees a slot (paper §1).
+
+    Attributes:
+        position_ids: (B, Q) or (1, Q) the positions that are predicted; None: those of all content tokens.
+        group_ids: (B, Q) groups; None with prepared masks.
+        document_ids: (B, Q) documents, where content has them.
+        left_token_ids: (B, Q) with `slot_start="left_token"`: the token to the left of each position where the slot sees it,
+            −1 elsewhere (`left_tokens`).
+    """
+
+    position_ids: torch.Tensor | None
+    group_ids: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+    left_token_ids: torch.Tensor | None = None
+
+    def at(self, index: torch.Tensor | slice) -> "QuerySlots":
+        """The slots at `index`, (B, n) indices of each row or a slice of columns."""
+
+        def pick(ids):
+            if ids is None:
+                return None
+            return ids[:, index] if isinstance(index, slice) else ids.gather(1, index)
+
+        return QuerySlots(*(pick(ids) for ids in self))
+
+
 class Layout(NamedTuple):
     """A batch stored in generation order, each (B, S): given tokens first, then group by group, padding last."""
 
@@ -21,6 +75,10 @@ class Layout(NamedTuple):
     attention_mask: torch.Tensor
     labels: torch.Tensor
     document_ids: torch.Tensor | None = None
+
+    @property
+    def content(self) -> ContentTokens:
+        return ContentTokens(self.input_ids, self.position_ids, self.group_ids, self.document_ids)
 
 
 @dataclass(frozen=True)
@@ -210,44 +268,31 @@ class GroupOrder:
         return Layout(*stored, self.attention_mask.gather(1, index), labels.gather(1, index), documents)
 
 
-def left_tokens(
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    group_ids: torch.Tensor,
-    target_position_ids: torch.Tensor,
-    target_group_ids: torch.Tensor,
-    *,
-    key_mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
-    target_document_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(B, Q) for each slot the token to the left of the one it asks for, and −1 where there is none that it may see: of an
-    earlier group, and of its own document.
+def left_tokens(content: ContentTokens, slots: QuerySlots, *, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, Q) the token to the left of each slot's position, −1 where there is none that the slot sees: of an earlier group,
+    and of its own document.
 
     Args:
-        input_ids: (B, C) content, in any layout, with `position_ids` (B or 1, C), no two of a row alike, and `group_ids`
-            (B, C).
-        target_position_ids: (B, Q) positions that are asked for, with `target_group_ids` (B, Q).
+        content: no two tokens of a row at one position.
         key_mask: (B, C), 0 at padding.
-        document_ids: (B, C) and `target_document_ids` (B, Q), where documents of a row are kept apart.
     """
-    batch_size = input_ids.shape[0]
-    position_ids = position_ids.expand_as(input_ids)
-    left = (target_position_ids - 1).expand(batch_size, -1)
+    batch_size = content.input_ids.shape[0]
+    position_ids = content.position_ids.expand_as(content.input_ids)
+    left = (slots.position_ids - 1).expand(batch_size, -1)
     width = int(torch.maximum(position_ids.max(), left.max())) + 2
-    bin_place = width - 1
-    places = position_ids if key_mask is None else position_ids.masked_fill(~key_mask.to(torch.bool), bin_place)
-    left = torch.where(left < 0, bin_place, left)
+    nowhere = width - 1
+    places = position_ids if key_mask is None else position_ids.masked_fill(~key_mask.to(torch.bool), nowhere)
+    left = torch.where(left < 0, nowhere, left)
 
     def at_left(values: torch.Tensor, missing: int) -> torch.Tensor:
         table = values.new_full((batch_size, width), missing).scatter(1, places, values)
-        table[:, bin_place] = missing
+        table[:, nowhere] = missing
         return table.gather(1, left)
 
-    is_visible = at_left(group_ids, torch.iinfo(group_ids.dtype).max) < target_group_ids
-    if document_ids is not None:
-        is_visible = is_visible & (at_left(document_ids, -1) == target_document_ids)
-    return at_left(input_ids, -1).masked_fill(~is_visible, -1)
+    is_visible = at_left(content.group_ids, torch.iinfo(content.group_ids.dtype).max) < slots.group_ids
+    if content.document_ids is not None:
+        is_visible = is_visible & (at_left(content.document_ids, -1) == slots.document_ids)
+    return at_left(content.input_ids, -1).masked_fill(~is_visible, -1)
 
 
 ORDERS = ("left_to_right", "right_to_left", "random", "spans")

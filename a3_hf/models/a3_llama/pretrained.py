@@ -2,10 +2,14 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import ClassVar
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 class WholeCheckpointMixin:
@@ -47,6 +51,25 @@ class WholeCheckpointMixin:
     @classmethod
     def _is_own(cls, key: str) -> bool:
         return any(name in key for name in cls.own_weights)
+
+
+def start_query_embed(embed_tokens: nn.Embedding, query_embed: nn.Embedding) -> None:
+    """Sets `query_embed` (1, D) to the mean token embedding, scaled to the root mean square of the token embeddings (not
+    specified in the paper). On the meta device it is left as initialised.
+    """
+    weights = [embed_tokens.weight, query_embed.weight]
+    if is_deepspeed_zero3_enabled():  # each rank has a part of each weight
+        # No import statement: those of a checkpoint's code must be met wherever it is loaded.
+        whole = import_module("deepspeed").zero.GatheredParameters(weights, modifier_rank=0)
+    else:
+        whole = nullcontext()
+    with torch.no_grad(), whole:
+        tokens, query = weights
+        if tokens.is_meta or tokens.numel() == 0:
+            return
+        mean = tokens.float().mean(dim=0)
+        scale = tokens.float().pow(2).mean().sqrt() / mean.pow(2).mean().sqrt().clamp_min(1e-12)
+        query.copy_(mean * scale)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Rotary positions that are the same in every pass, as a cache, padding and neighbours in a batch need them."""
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 
 class FixedRotaryEmbedding(LlamaRotaryEmbedding):
@@ -29,3 +29,9 @@ class FixedRotaryEmbedding(LlamaRotaryEmbedding):
                 "below that, those of slots included"
             )
         return super().forward(x, position_ids)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """LLaMA's `apply_rotary_pos_emb` for one of its two arguments: queries and keys differ in length here."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return (states * cos) + (rotate_half(states) * sin)

@@ -3,7 +3,6 @@
 import torch
 import transformers
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -11,27 +10,32 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 from transformers.utils.generic import can_return_tuple
 
-from a3_hf.models.a3_llama.attention_masks import sees_something
 from a3_hf.models.a3_llama.caching import CACHE, check_filled, one_cache, take_cache
 from a3_hf.models.a3_llama.chunked_cross_entropy import chunked_cross_entropy, slot_cross_entropy
 from a3_hf.models.a3_llama.infilling import A3InfillingMixin
 from a3_hf.models.a3_llama.input_validation import (
     check_content,
-    check_integers,
     check_kept,
     check_keywords,
     check_labels,
-    check_numbers,
-    check_padding_mask,
 )
 from a3_hf.models.a3_llama.likelihood import A3LikelihoodMixin, checked_text
-from a3_hf.models.a3_llama.modeling_a3_llama import A3CausalLMOutput, A3LlamaModel, apply_rotary
+from a3_hf.models.a3_llama.modeling_outputs import A3CausalLMOutput
 from a3_hf.models.a3_llama.pretrained import WholeCheckpointMixin
-from a3_hf.models.a3_llama.rope import FixedRotaryEmbedding
+from a3_hf.models.a3_llama.rope import FixedRotaryEmbedding, apply_rotary
 from a3_hf.models.a3_llama.scoring import A3ScoringMixin
 
-from .configuration_decoupled_rope_llama import SINGLETONS_ONLY, DecoupledRopeLlamaConfig
+from .configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
 from .generation_decoupled_rope import DecoupledRopeGenerationMixin
+from .input_validation import (
+    check_groups,
+    check_mask_and_positions,
+    check_one_stream,
+    check_singletons,
+    check_state_labels,
+    check_targets,
+)
+from .successors import successors_of
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (B or 1, C, D / H)
 
@@ -104,8 +108,6 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         self.rotary_emb = FixedRotaryEmbedding(config=config)
         self.post_init()
 
-    first_layer_keys = A3LlamaModel.first_layer_keys  # the same: a key knows its token and its position alone
-
     @can_return_tuple
     def forward(
         self,
@@ -158,11 +160,11 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         input_ids = check_content(
             input_ids, inputs_embeds, self.embed_tokens.num_embeddings, may_be_empty=cache is not None
         )
-        _check_one_stream(document_ids, target_document_ids, content_hidden_state)
+        check_one_stream(document_ids, target_document_ids, content_hidden_state)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         num_cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached)
+        check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached)
         if group_ids is None and target_position_ids is None and target_group_ids is None:
             return self._llama(
                 inputs_embeds,
@@ -174,7 +176,7 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
                 **kwargs,
             )
         if group_ids is None:
-            _check_targets(inputs_embeds, position_ids, target_position_ids, target_group_ids)
+            check_targets(inputs_embeds, position_ids, target_position_ids, target_group_ids)
             # LLaMA's causal mask serves, for rows are stored in generation order; their positions are for `rotations` alone.
             return self._llama(
                 inputs_embeds,
@@ -185,7 +187,7 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
                 **kwargs,
             )
 
-        _check_groups(inputs_embeds, group_ids, target_position_ids, target_group_ids)
+        check_groups(inputs_embeds, group_ids, target_position_ids, target_group_ids)
         if cache is not None or use_cache:
             raise ValueError(
                 "past_key_values and use_cache=True don't go with group_ids: a cache needs rows in generation order; give "
@@ -204,14 +206,14 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         groups, real, positions = (
             tensor.gather(1, order) for tensor in (groups, real, position_ids.expand(batch_size, -1))
         )
-        _check_singletons(groups, real)
+        check_singletons(groups, real)
 
         # 2. How many tokens stand before each of those asked for, and where each token's successor stands.
         if target_group_ids is None:
-            num_before, successors = order.argsort(dim=1), _successors(positions, real)
+            num_before, successors = order.argsort(dim=1), successors_of(positions, real)
         else:
             num_before = torch.searchsorted(groups, target_group_ids.long().contiguous())
-            successors = _successors(positions, real, target_position_ids, num_before)
+            successors = successors_of(positions, real, target_position_ids, num_before)
 
         # 3. One pass; the state that forecasts a token is that of the one before it.
         outputs = self._llama(
@@ -338,7 +340,7 @@ class DecoupledRopeLlamaForCausalLM(
         )
         hidden_states = _kept(outputs.last_hidden_state, logits_to_keep)
         if labels is not None and not causal_contract:
-            _check_labels(labels, hidden_states, attention_mask, group_ids, target_group_ids)
+            check_state_labels(labels, hidden_states, attention_mask, group_ids, target_group_ids)
         loss = token_losses = logits = None
         if chunked_loss:
             loss, token_losses = chunked_cross_entropy(
@@ -379,42 +381,6 @@ class DecoupledRopeLlamaForCausalLM(
         return super().log_likelihood_and_greedy(input_ids, group_ids, attention_mask, scored_mask=scored_mask)
 
 
-def _successors(
-    positions: torch.Tensor,
-    real: torch.Tensor,
-    target_position_ids: torch.Tensor | None = None,
-    num_before: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(B, C) where the successor of each token stands, of rows in generation order, `positions` and `real` (B, C). The last
-    token's is that of the slots behind it, or else, as for LLaMA, right behind it.
-
-    Args:
-        target_position_ids: (B, Q) positions of slots, each with `num_before` (B, Q) tokens before it.
-
-    Raises:
-        ValueError: a slot that the token before it does not ask for.
-    """
-    count = real.sum(dim=1, keepdim=True)
-    place = torch.arange(positions.shape[1], device=positions.device)
-    successors = torch.where(place < count - 1, positions.roll(-1, dims=1), positions + 1)
-    if target_position_ids is None:
-        return successors
-    is_behind = num_before == count
-    farthest = target_position_ids.masked_fill(~is_behind, -1).amax(dim=1, keepdim=True)
-    successors = torch.where((place == count - 1) & is_behind.any(dim=1, keepdim=True), farthest, successors)
-    if torch.compiler.is_compiling():
-        return successors
-    asked = successors.gather(1, (num_before - 1).clamp_min(0))
-    amiss = (num_before > 0) & (asked != target_position_ids)
-    if amiss.any():
-        row, slot = amiss.nonzero()[0].tolist()
-        raise ValueError(
-            f"target_position_ids asks at row {row}, slot {slot}, for position {int(target_position_ids[row, slot])}, and the "
-            f"token before it asks for {int(asked[row, slot])}. {SINGLETONS_ONLY}"
-        )
-    return successors
-
-
 def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     check_kept(logits_to_keep, hidden_states.shape[1])
     if isinstance(logits_to_keep, int):
@@ -422,95 +388,3 @@ def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> to
     if logits_to_keep.ndim == 1:
         return hidden_states[:, logits_to_keep]
     return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[2]))
-
-
-def _check_one_stream(document_ids, target_document_ids, content_hidden_state: bool) -> None:
-    if document_ids is not None or target_document_ids is not None:
-        raise ValueError(
-            "document_ids: Decoupled RoPE keeps no documents of one row apart, for each token has one successor; give each "
-            "document a row of its own"
-        )
-    if content_hidden_state:
-        raise ValueError("content_hidden_state=True is for models of two streams; last_hidden_state is this one's")
-
-
-def _check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached: int) -> None:
-    batch_size, length = inputs_embeds.shape[:2]
-    if isinstance(attention_mask, tuple):
-        raise ValueError("attention_mask holds masks made for two streams; it takes a tensor, 0 at padding, or None")
-    prepared = isinstance(attention_mask, dict | BlockMask) or (
-        isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
-    )
-    if attention_mask is not None and not prepared:
-        check_padding_mask("attention_mask", attention_mask, batch_size, num_cached, length)
-    if position_ids is not None:
-        check_numbers("position_ids", position_ids, at_least=0)
-    if position_ids is not None and tuple(position_ids.shape) not in {(batch_size, length), (1, length)}:
-        raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; it takes that of input_ids, {(batch_size, length)}"
-        )
-
-
-def _check_targets(inputs_embeds, position_ids, target_position_ids, target_group_ids) -> None:
-    if target_group_ids is not None:
-        raise ValueError("target_group_ids needs group_ids: what comes before a slot?")
-    if position_ids is None:
-        raise ValueError("target_position_ids needs position_ids: where does each token itself stand?")
-    check_numbers("target_position_ids", target_position_ids, at_least=0)
-    shapes = {tuple(inputs_embeds.shape[:2]), (1, inputs_embeds.shape[1])}
-    if tuple(target_position_ids.shape) not in shapes:
-        raise ValueError(
-            f"target_position_ids has shape {tuple(target_position_ids.shape)}; without group_ids it takes that of input_ids, "
-            f"{tuple(inputs_embeds.shape[:2])}, one position for each token"
-        )
-
-
-def _check_groups(content, group_ids, target_position_ids, target_group_ids) -> None:
-    for name, ids in (("group_ids", group_ids), ("target_group_ids", target_group_ids)):
-        if ids is not None:
-            check_integers(name, ids)
-    if target_position_ids is not None:
-        check_numbers("target_position_ids", target_position_ids, at_least=0)
-    if group_ids.shape != content.shape[:2]:
-        raise ValueError(
-            f"group_ids has shape {tuple(group_ids.shape)}; it takes that of input_ids, {tuple(content.shape[:2])}"
-        )
-    shapes = [None if ids is None else tuple(ids.shape) for ids in (target_position_ids, target_group_ids)]
-    if shapes[0] != shapes[1] or (shapes[0] is not None and (len(shapes[0]) != 2 or shapes[0][0] != len(content))):
-        raise ValueError(
-            f"target_position_ids has shape {shapes[0]} and target_group_ids {shapes[1]}; with group_ids they take the same, "
-            f"({len(content)}, slots)"
-        )
-
-
-def _check_singletons(groups: torch.Tensor, real: torch.Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    same = (groups[:, 1:] == groups[:, :-1]) & real[:, 1:]
-    if same.any():
-        row, place = same.nonzero()[0].tolist()
-        raise ValueError(
-            f"group_ids has several tokens in group {int(groups[row, place])} of row {row}. {SINGLETONS_ONLY}; give each "
-            "token a group of its own"
-        )
-
-
-def _check_labels(labels, hidden_states, attention_mask, group_ids, target_group_ids) -> None:
-    if labels.shape != hidden_states.shape[:2]:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}; with groups or targets it takes that of the logits, "
-            f"{tuple(hidden_states.shape[:2])}"
-        )
-    if torch.compiler.is_compiling() or group_ids is None:
-        return  # in generation order each token sees itself at least
-    scored = labels != -100
-    if target_group_ids is None and attention_mask is not None and (scored & (attention_mask == 0)).any():
-        raise ValueError("labels holds a token at padding (attention_mask is 0 there); it takes -100 at padding")
-    targets = group_ids if target_group_ids is None else target_group_ids
-    blind = scored & ~sees_something(group_ids, targets, attention_mask, num_cached=0)
-    if blind.any():
-        row, slot = blind.nonzero()[0].tolist()
-        raise ValueError(
-            f"labels asks for a score at row {row}, slot {slot}, which sees no token: nothing is in an earlier group. "
-            "Put -100 there, or a given token (BOS) into an earlier group"
-        )

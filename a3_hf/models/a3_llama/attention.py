@@ -1,0 +1,104 @@
+"""Attention and the last layer, as a difference from transformers' LLaMA: keys and values come from content tokens alone."""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, repeat_kv
+from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager_attention_forward
+
+from .attention_masks import AttentionMasks
+from .caching import take_cache
+from .rope import apply_rotary
+
+
+class A3LlamaAttention(LlamaAttention):
+    # Identical to LlamaAttention except: keys and values come from the first `content_length` rows only, and there is one
+    # mask for all rows, or one for content and one for slots. With `slots_only` queries, masks and output are the slots'.
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: AttentionMasks,
+        content_length: int,
+        position_ids: torch.LongTensor | None = None,
+        slots_only: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # `position_ids` go no further: a flash kernel would take positions that don't ascend for several packed texts.
+        cache = take_cache(kwargs)
+        heads = (-1, self.head_dim)
+        content_states = hidden_states[:, :content_length]
+        cos, sin = position_embeddings
+        first_row = content_length if slots_only else 0
+        hidden_states = hidden_states[:, first_row:]
+        input_shape = hidden_states.shape[:-1]
+
+        query_states = self.q_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        query_states = apply_rotary(query_states, cos[:, first_row:], sin[:, first_row:])
+        key_states = self.k_proj(content_states).unflatten(-1, heads).transpose(1, 2)
+        key_states = apply_rotary(key_states, cos[:, :content_length], sin[:, :content_length])
+        value_states = self.v_proj(content_states).unflatten(-1, heads).transpose(1, 2)
+
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        lengths = (input_shape[1],) if len(attention_mask) == 1 else (content_length, input_shape[1] - content_length)
+        outputs = [
+            attention_interface(
+                self,
+                queries,
+                key_states,
+                value_states,
+                mask,
+                dropout=0.0 if not self.training else self.attention_dropout,
+                scaling=self.scaling,
+                is_causal=is_causal,
+                **kwargs,
+            )
+            for queries, (mask, is_causal, _) in zip(query_states.split(lengths, dim=2), attention_mask, strict=True)
+        ]
+        attn_weights = outputs[0][1]
+        attn_output = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs], dim=1)
+        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
+        return attn_output, attn_weights
+
+
+class A3LlamaLastLayer(LlamaDecoderLayer):
+    # Identical to LlamaDecoderLayer except: with `slots_only` content rows end at their keys and values, and the output
+    # (B, Q, D) is the slots'.
+    def forward(
+        self, hidden_states: torch.Tensor, content_length: int, slots_only: bool = False, **kwargs
+    ) -> torch.Tensor:
+        if not slots_only:
+            return super().forward(hidden_states, content_length=content_length, **kwargs)
+        residual = hidden_states[:, content_length:]
+        hidden_states, _ = self.self_attn(
+            self.input_layernorm(hidden_states), content_length=content_length, slots_only=True, **kwargs
+        )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Identical to LLaMA's except: a boolean mask is obeyed, and a row that sees nothing gets zeros (as from `sdpa`)
+    # instead of the average of everything, which would leak.
+    if attention_mask is None or attention_mask.dtype != torch.bool:
+        return llama_eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).masked_fill(~attention_mask, 0.0)
+    weights = nn.functional.dropout(weights.to(query.dtype), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
