@@ -39,6 +39,11 @@ ROPES = {
     "llama3": LLAMA3_ROPE,
 }
 
+# Torch compiles flex attention for a CPU with AVX2 at least.
+compiles_flex = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="flex attention compiles on CPUs with AVX2"
+)
+
 
 def tiny_config(**changes) -> A3LlamaConfig:
     settings = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import tiny_config
+from conftest import compiles_flex, tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -334,7 +334,7 @@ def test_attention_without_a_mask_obeys_is_causal():
     assert (moved[:2] < 1e-12).all() and (moved[2:] > 1e-3).all()
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", pytest.param("flex_attention", marks=compiles_flex)])
 def test_masked_diffusion_sees_both_sides(implementation):
     config = MaskedDiffusionLlamaConfig(**SMALL, attn_implementation=implementation)
     model = MaskedDiffusionLlamaForCausalLM(config).eval()

@@ -19,7 +19,7 @@ from transformers import (
 
 from a3_hf import A3LlamaForCausalLM, A3LlamaModel, GroupOrder, masks
 from a3_hf.masks import singleton_views
-from tests.conftest import ROPES, tiny_config, tiny_model
+from tests.conftest import ROPES, compiles_flex, tiny_config, tiny_model
 from tests.test_orders import BUILDERS, generators, ragged_mask
 
 VARIANTS = {
@@ -266,6 +266,7 @@ def test_backends_agree(implementation):
         assert (other(ids, **padded).logits - sdpa(ids, **padded).logits).abs().max() < 1e-3
 
 
+@compiles_flex
 def test_compiled_flex_attention_agrees():
     torch._dynamo.reset()
     order = GroupOrder.scattered(ragged_mask([16, 10], 16, "left"), group_size=3, generator=generators(2))
