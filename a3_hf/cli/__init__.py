@@ -249,7 +249,7 @@ def score(
             f"{spread if num_orders > 1 else ''}"
         )
         if html:
-            from a3_hf.visualization.rendering import surprise_page
+            from a3_hf.visualization.html import surprise_page
 
             pages = [(name, _score_pieces(tokenizer, one)) for name, one in ((order, scored), (beside, other))]
             html.write_text(surprise_page(pages, title=text), encoding="utf-8")
@@ -350,7 +350,9 @@ def _present(text: str, tokenizer, output, show: bool, html: Path | None, *, tit
     """Prints a generated text, or plays it; the page and the figures beside."""
     from rich.console import Console
 
-    from a3_hf.visualization.rendering import Piece, animate, replay_page, token_texts
+    from a3_hf.visualization.html import replay_page
+    from a3_hf.visualization.terminal import animate
+    from a3_hf.visualization.tokens import Piece, token_texts
 
     real = (output.group_ids[0] >= 0).cpu()
     fields = (output.group_ids, output.commit_step, output.log_probs, output.sequences)
@@ -375,7 +377,7 @@ def _present(text: str, tokenizer, output, show: bool, html: Path | None, *, tit
 
 
 def _score_pieces(tokenizer, scored) -> list:
-    from a3_hf.visualization.rendering import Piece, token_texts
+    from a3_hf.visualization.tokens import Piece, token_texts
 
     ids = scored.token_ids.tolist()
     columns = zip(token_texts(tokenizer, ids), scored.group_ids[0].tolist(), scored.mean.tolist(), ids, strict=True)
