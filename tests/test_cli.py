@@ -155,6 +155,12 @@ def test_models_are_registered_in_any_order_of_imports(checkpoint, first):
     assert done.stdout.strip() == "True", done.stderr
 
 
+@pytest.mark.parametrize("code", [0, 130, 143])
+def test_what_a_run_returns_is_the_exit_code(monkeypatch, code):
+    monkeypatch.setattr("a3_hf.training.run.run", lambda recipe: code)
+    assert run("adapt", str(ROOT / "recipes" / "demo" / "config.yaml")).exit_code == code
+
+
 def test_version():
     assert run("--version").stdout == f"a3 {version('a3-hf')}\n"
 
