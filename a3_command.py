@@ -1,8 +1,8 @@
 """The console script `a3`.
 
-It stands beside the package, not in it: importing anything of `a3_hf` registers its models with transformers, which takes
-torch, transformers and some 5 s. `a3_hf` leaves that until a command runs where this module was loaded first, so that help,
-the version and a mistyped option are answered at once.
+It is a module beside the package because importing `a3_hf` registers its models with transformers, which imports torch and
+takes about 5 s. If this module is loaded first, `a3_hf` puts that off until a command runs, so that help, the version and
+errors on the command line come at once.
 """
 
 

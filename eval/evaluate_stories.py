@@ -17,8 +17,8 @@ from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from a3_hf.cli.evaluation import task_folder
 from a3_hf.evaluation.lm_harness import causal_lm as causal  # noqa: F401  (they register their models)
+from a3_hf.evaluation.lm_harness.command import TASKS
 
 CHOICES = ["a3_hellaswag", "a3_piqa", "a3_siqa", "a3_winogrande", "a3_winogrande_infill"]
 STOCK = ["hellaswag", "piqa", "social_iqa", "winogrande"]
@@ -45,7 +45,7 @@ RUNS = [
 
 def without_places(text: str) -> str:
     """A result of lm-eval without the folders of this machine, and of its environment what a report shows."""
-    result = json.loads(text.replace(f"{task_folder().parents[1]}/", ""))
+    result = json.loads(text.replace(f"{TASKS.parents[2]}/", ""))
     shown = ("PyTorch version", "Python version", "Model name", "GPU ")
     lines = result["pretty_env_info"].splitlines()
     result["pretty_env_info"] = "\n".join(line for line in lines if line.startswith(shown))
@@ -73,7 +73,7 @@ def main() -> None:
     models = {"base": arguments.base, "adapted": arguments.adapted}
     arguments.output.mkdir(parents=True, exist_ok=True)
     metadata = {"data_dir": arguments.data_dir}
-    manager = TaskManager(include_defaults=False, include_path=str(task_folder()), metadata=metadata)
+    manager = TaskManager(include_defaults=False, include_path=str(TASKS), metadata=metadata)
     for model, which, settings, tasks in RUNS:
         writes = [task for task in tasks if task not in (*STOCK, *CHOICES)]
         name = "_".join([model, which, *(str(value) for value in settings.values())])

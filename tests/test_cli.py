@@ -104,7 +104,7 @@ def test_generate_stops_at_the_end_of_text(checkpoint, tmp_path):
         (["infill", "MODEL", "no blank"], "no blank marker"),
         (["infill", "MODEL", "the <blank:3>", "--strategy", "luck"], "groupwise, dynamic"),
         (["infill", "MODEL", "the <blank:3>", "--tokens-per-step", "2"], "no meaning for strategy='groupwise'"),
-        (["infill", "MODEL", "the <blank:auto>", "--auto-lengths", "few"], "auto_lengths='few'; it takes LEAST..MOST"),
+        (["infill", "MODEL", "the <blank:auto>", "--auto-lengths", "few"], "auto_lengths='few': expected LEAST..MOST"),
         (["infill", "MODEL", "the <blank:auto>", "--auto-lengths", "9..2"], "the range 9..2"),
         (["infill", "MODEL", "the <blank:2>", "--html", "no/such/folder.html"], "html='no/such/folder.html'"),
         (["score", "MODEL", "the dog", "--num-orders", "3"], "num_orders=3"),
@@ -153,6 +153,12 @@ def test_models_are_registered_in_any_order_of_imports(checkpoint, first):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 130, 143])
+def test_what_a_run_returns_is_the_exit_code(monkeypatch, code):
+    monkeypatch.setattr("a3_hf.training.run.run", lambda recipe: code)
+    assert run("adapt", str(ROOT / "recipes" / "demo" / "config.yaml")).exit_code == code
 
 
 def test_version():

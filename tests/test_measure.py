@@ -9,7 +9,8 @@ pytest.importorskip("lm_eval")
 
 from a3_hf.adapters.arguments import LoraArguments
 from a3_hf.adapters.layers import attach
-from a3_hf.cli.measures import app, read_documents
+from a3_hf.cli.measures import app
+from a3_hf.evaluation.measures.inputs import read_documents
 from a3_hf.evaluation.reporting.results import read_results
 from tests.conftest import tiny_model
 
@@ -140,14 +141,14 @@ def test_calibration(run, tmp_path):
             "'spiral', which is not known; it takes some of left_to_right",
         ),
         (["ppl", "MODEL", "TEXT", "--orders", "random,random"], "orders='random,random'"),
-        (["ppl", "MODEL", "TEXT", "--group_sizes", "few"], "group_sizes='few'; it takes numbers"),
-        (["ppl", "MODEL", "TEXT", "--group_sizes", "2,2"], "group_sizes='2,2' names a number twice"),
-        (["ppl", "MODEL", "TEXT", "--batch_size", "0"], "batch_size=0"),
-        (["ppl", "MODEL", "TEXT", "--rope_scaling", "yarn"], "rope_scaling='yarn'; it takes JSON"),
+        (["ppl", "MODEL", "TEXT", "--group_sizes", "few"], "group_sizes='few': expected numbers"),
+        (["ppl", "MODEL", "TEXT", "--group_sizes", "2,2"], "group_sizes='2,2': expected each number once"),
+        (["ppl", "MODEL", "TEXT", "--batch_size", "0"], "Invalid value for '--batch-size'"),
+        (["ppl", "MODEL", "TEXT", "--rope_scaling", "yarn"], "rope_scaling='yarn': expected JSON"),
         (["ppl", "MODEL", "TEXT", "--rope_scaling", '{"rope_type": "ntk", "factor": 2}'], "rope_type='ntk'"),
-        (["ppl", "MODEL", "TEXT", "--output", "result.txt"], "output='result.txt'; it takes a file that ends in .json"),
+        (["ppl", "MODEL", "TEXT", "--output", "result.txt"], "output='result.txt': expected a file that ends in .json"),
         (["ppl", "MODEL", "TEXT", "--documents", "0"], "documents=0"),
-        (["ppl", "MODEL", "TEXT", "--separator", "<|no|>"], "separator='<|no|>' is nowhere in"),
+        (["ppl", "MODEL", "TEXT", "--separator", "<|no|>"], "separator='<|no|>' is not in"),
         (["ppl", "MODEL", "no-such-file.txt"], "text='no-such-file.txt' can't be read"),
         (["ppl", "no-such-model", "TEXT"], "model='no-such-model': there is no such folder"),
         (["ppl", "MODEL", "TEXT", "--base", "no-such-base"], "base='no-such-base': there is no such folder"),
@@ -165,7 +166,7 @@ def test_calibration(run, tmp_path):
         (["calibration", "MODEL", "TEXT", "--shape", "round"], "shape='round' is not known"),
         (["calibration", "MODEL", "TEXT", "--strategy", "refine"], "writes tokens again"),
         (["calibration", "MODEL", "TEXT", "--group_size", "2", "--threshold", "0.5"], "no meaning for strategy="),
-        (["calibration", "MODEL", "TEXT", "--plot", "plot.svg"], "plot='plot.svg'; it takes a file that ends in .png"),
+        (["calibration", "MODEL", "TEXT", "--plot", "plot.svg"], "plot='plot.svg': expected a file that ends in .png"),
         (["calibration", "MODEL", "TEXT", "--max_length", "500"], "max_length=500 is above the model's context"),
     ],
 )
@@ -179,7 +180,7 @@ def test_mistakes_are_said_in_a_line(run, arguments, message):
 def test_a_base_that_is_no_llama(run, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     outcome = run("ppl", "MODEL", "TEXT", "--base", tmp_path)
-    assert outcome.exit_code == 2 and "holds a model of type 'a3_llama'; it takes a LLaMA" in outcome.stderr
+    assert outcome.exit_code == 2 and "model type 'a3_llama'; architecture 'llama' takes a LLaMA" in outcome.stderr
 
 
 def test_a_tokenizer_without_bos(run, source, tmp_path):
@@ -207,11 +208,11 @@ def test_documents(tmp_path):
     assert read_documents(path, separator="--", documents=-2) == ["two", "three é"]
     assert read_documents(path) == ["one\n--\n \n--\ntwo\n--\nthree é"]
     path.write_text(" \n ")
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="contains no text"):
         read_documents(path)
     path.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="can't be read"):
         read_documents(path)
-    with pytest.raises(ValueError, match="separator='' is nowhere"):
+    with pytest.raises(ValueError, match="separator='' is not in"):
         path.write_text("one")
         read_documents(path, separator="")

@@ -219,7 +219,7 @@ ODD = [
     (["eval", "ppl", "nowhere", "text.txt"], "nowhere"),
     ([*PPL, "--orders", "spiral"], "spiral"),
     ([*PPL, "--num_orders", "0"], "num_orders=0"),
-    ([*PPL, "--batch-size", "0"], "batch_size=0"),
+    ([*PPL, "--batch-size", "0"], "--batch-size"),
     ([*PPL, "--max_length", "x"], "max_length='x'"),
     ([*PPL, "--max_length", "100000000000"], "max_length"),
     ([*PPL, "--output", "page.txt"], "page.txt"),

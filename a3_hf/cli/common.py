@@ -1,5 +1,7 @@
-"""What the commands share: how they are spelled, loading a model, and saying what is wrong in a line."""
+"""Parts that the commands share: option spelling, error messages, options, loading a model."""
 
+import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -7,23 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-ModelPath = Annotated[
-    str, typer.Argument(help="An adapted model, or an adapter: a folder or a hub name.", show_default=False)
-]
-Base = Annotated[
-    str | None, typer.Option("--base", help="The adapter's base, if no longer where it was.", show_default=False)
-]
-SlotStart = Annotated[
-    str | None,
-    typer.Option("--slot-start", help="What slots of a LLaMA start as: left_token or query_embed.", show_default=False),
-]
-UsageError = typer.BadParameter.__bases__[0]  # click's, which typer has under another name in each version
+UsageError = typer.BadParameter.__bases__[0]  # click's, which typer names differently in each version
+
+
+class Command(TyperCommand):
+    # Identical to Typer's command except: errors that the user can fix are printed in one line.
+    def invoke(self, context):
+        return report_user_errors(functools.partial(super().invoke, context))
 
 
 class Commands(TyperGroup):
-    # Identical to Typer's group except: --num-orders is --num_orders too, and what is wrong is said in a line.
+    # Identical to Typer's group except: --num-orders is --num_orders too, errors are printed in one line, and what a command
+    # returns is the exit code.
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.context_settings["token_normalize_func"] = lambda name: name.replace("_", "-")
@@ -45,21 +44,112 @@ class Commands(TyperGroup):
 
 
 def _about_dashes(args: list[str]) -> str:
-    """What a message adds where a text was taken for an option."""
+    """A hint if a text was parsed as an option, else ""."""
     options = args[: args.index("--")] if "--" in args else args
     texts = [arg for arg in options if arg.startswith("-") and (" " in arg or "<blank" in arg)]
-    return f" A text that begins with a dash goes behind --: … -- {texts[0]!r}" if texts else ""
+    return f" Put a text that begins with a dash after --: … -- {texts[0]!r}" if texts else ""
 
 
-def load(path: str, *, base: str | None = None, slot_start: str | None = None, **settings: Any):
-    """The model (on the GPU if there is one) and the tokenizer at `path`; `settings` as in `from_pretrained`.
+def report_user_errors(action: Callable[[], Any]) -> Any:
+    """Runs an action, with the models registered, and returns its result. A ValueError or OSError is printed in one line,
+    without a traceback, and ends the command with exit code 2.
+    """
+    try:
+        from a3_hf import registration  # noqa: F401
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of libraries, to developers
+            return action()
+    except (ValueError, OSError) as error:
+        print("a3:", " ".join(str(error).split()), file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+APP_SETTINGS = {
+    "cls": Commands,
+    "no_args_is_help": True,
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+}
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _option(kind: type, help: str, default: str | bool = False, *names: str):
+    """An option that is None unless it is given; `default` is what the help shows."""
+    return Annotated[kind | None, typer.Option(*names, help=help, show_default=default)]
+
+
+ModelPath = Annotated[
+    str, typer.Argument(help="An adapted model or an adapter: a folder or a hub name.", show_default=False)
+]
+Base = _option(str, "The adapter's base, if it has moved.")
+SlotStart = _option(str, "Start of the slots, for a plain LLaMA: left_token or query_embed.")
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+SpanLength = _option(int, "Tokens per span, with the order spans.")
+ORDER_HELP = "left_to_right, right_to_left, random or spans."
+# Fields of A3GenerationConfig. Its defaults hold for options that are not given.
+DECODING_OPTIONS = {
+    "strategy": _option(str, "groupwise, dynamic, speculative or refine.", "groupwise"),
+    "order": _option(str, ORDER_HELP),
+    "group_size": _option(int, "Groupwise: tokens per pass.", "1"),
+    "span_length": SpanLength,
+    "criterion": _option(str, "Dynamic: confidence, entropy, margin or random."),
+    "tokens_per_step": _option(int, "Dynamic: tokens per pass.", "1"),
+    "threshold": _option(float, "Dynamic: commit every token above this probability."),
+    "entropy_budget": _option(float, "Dynamic: entropy to commit per pass, in nats."),
+    "window": _option(int, "Dynamic: number of next blanks that compete.", "all"),
+    "draft": _option(str, "Speculative: model or ngram.", "model"),
+    "draft_tokens": _option(int, "Speculative: drafts per pass.", "4"),
+}
+GENERATION_OPTIONS = {
+    **DECODING_OPTIONS,
+    "refine_rounds": _option(int, "Refine: number of rounds.", "4"),
+    "refine_fraction": _option(float, "Refine: fraction of the tokens that a round rewrites.", "0.25"),
+    "do_sample": _option(bool, "Sample instead of taking the most likely token.", False, "--do-sample"),
+    "temperature": _option(float, "With --do-sample."),
+    "top_k": _option(int, "With --do-sample."),
+    "top_p": _option(float, "With --do-sample."),
+    "min_p": _option(float, "With --do-sample."),
+    "repetition_penalty": _option(float, "Above 1: makes tokens of the text less likely."),
+    "max_time": _option(float, "Time limit in seconds."),
+    "seed": _option(int, "Random seed."),
+}
+
+
+def with_options(options: dict[str, Any]) -> Callable:
+    """A decorator that adds options to a command. The command gets those that were given as the dict `settings`."""
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def wrapped(**arguments):
+            given = {name: arguments.pop(name) for name in options}
+            settings = {name: value for name, value in given.items() if value is not None}
+            return command(**arguments, settings=settings)
+
+        own = [one for one in inspect.signature(command).parameters.values() if one.name != "settings"]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in options.items()
+        ]
+        wrapped.__signature__ = inspect.Signature([*own, *added])
+        wrapped.__annotations__ = {one.name: one.annotation for one in (*own, *added)}
+        return wrapped
+
+    return decorate
+
+
+def load(
+    path: str, *, base: str | None = None, slot_start: str | None = None, rope_scaling: dict[str, Any] | None = None
+):
+    """The model at `path` (on the GPU if there is one, in evaluation mode) and its tokenizer.
 
     Args:
-        base: the base of an adapter, where it is no longer where it was.
-        slot_start: what slots start as, where the checkpoint does not say it.
+        base: the base of an adapter, if it has moved.
+        slot_start: the start of the slots, if the checkpoint does not name one.
+        rope_scaling: stretches the context; see `scale_rope`.
 
     Raises:
-        ValueError: nothing there that can be loaded.
+        ValueError: no model that can be loaded, or settings that it does not take.
     """
     import torch
 
@@ -67,9 +157,14 @@ def load(path: str, *, base: str | None = None, slot_start: str | None = None, *
     from a3_hf.models.locations import check_is_there
 
     check_is_there(path, name="model")
+    settings: dict[str, Any] = {}
     if slot_start is not None:
         _check_slot_start(slot_start, path, base)
         settings["slot_start"] = slot_start
+    if rope_scaling is not None:
+        from a3_hf.evaluation.measures.inputs import stretched_config
+
+        settings["config"] = stretched_config(path, rope_scaling)
     tokenizer = load_tokenizer(path, base=base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(path, base=base, **settings).to(device).eval(), tokenizer
@@ -81,37 +176,24 @@ def _check_slot_start(slot_start: str, path: str, base: str | None) -> None:
     from a3_hf.adapters.checkpoints import base_of
     from a3_hf.models.a3_llama.configuration_a3_llama import SLOT_STARTS
 
+    given = f"--slot-start {slot_start}"
     if slot_start not in SLOT_STARTS:
-        raise ValueError(f"--slot-start {slot_start}: it takes {' or '.join(SLOT_STARTS)}")
-
+        raise ValueError(f"{given}: expected {' or '.join(SLOT_STARTS)}")
     config = LlamaConfig.get_config_dict(base or base_of(path))[0]
     model_type = config.get("model_type")
     if model_type not in ("llama", "a3_llama"):
-        raise ValueError(
-            f"--slot-start {slot_start}: a model of type {model_type!r} has no slots that start; leave it out"
-        )
+        raise ValueError(f"{given}: a model of type {model_type!r} has no slot start; leave it out")
     if model_type == "a3_llama" and config.get("slot_start", slot_start) != slot_start:
-        raise ValueError(f"--slot-start {slot_start}: {path} was trained with {config['slot_start']}; leave it out")
+        raise ValueError(f"{given}: {path} was trained with {config['slot_start']}; leave it out")
 
 
 def check_page(path: Path | None) -> None:
-    """Whether a page can be written to `path`, before the work that it would show."""
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise ValueError(f"html={str(path)!r} lies in no folder: {str(path.parent)!r} does not exist")
-    if path.is_dir():
-        raise ValueError(f"html={str(path)!r} is a folder; it takes the name of a file")
+    """Checks, before the work, that a page can be written to `path`.
 
-
-def report_user_errors(action: Callable[[], Any]) -> Any:
-    """Runs an action, with the models registered; what the user can put right is said in a line, without a traceback."""
-    try:
-        from a3_hf import registration  # noqa: F401
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # to developers, of what libraries will rename
-            return action()
-    except (ValueError, OSError) as error:
-        print("a3:", " ".join(str(error).split()), file=sys.stderr)
-        raise typer.Exit(2) from error
+    Raises:
+        ValueError: a folder, or a file in a folder that does not exist.
+    """
+    if path is not None and path.is_dir():
+        raise ValueError(f"html={str(path)!r} is a folder: expected a file name")
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"html={str(path)!r}: the folder {str(path.parent)!r} does not exist")

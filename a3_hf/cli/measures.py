@@ -1,65 +1,48 @@
-"""The commands of `a3 eval` beyond lm-eval's tasks: ppl, judge, needle and calibration."""
+"""The measurements of `a3 eval` beyond lm-eval's tasks: ppl, judge, needle and calibration."""
 
 import json
 import sys
-from collections.abc import Sequence
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from a3_hf.adapters.checkpoints import base_of
-from a3_hf.evaluation.reporting.results import write_result
-from a3_hf.models.auto import architecture_of, read_model_config
-from a3_hf.models.locations import check_is_there
+from .common import APP_SETTINGS, DECODING_OPTIONS, Command, ModelPath, Seed, SpanLength, load, with_options
 
-from .common import Commands, ModelPath, load, report_user_errors
-
-app = typer.Typer(
-    cls=Commands,
-    help="Measurements of an A3 model beyond lm-eval's tasks.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-WIDTH = 160  # of a table that goes to a file or a pipe
+app = typer.Typer(help="Measurements of an A3 model beyond lm-eval's tasks.", **APP_SETTINGS)
 
 TextPath = Annotated[Path, typer.Argument(help="A plain text file, UTF-8.", show_default=False)]
 Separator = Annotated[
     str | None,
-    typer.Option("--separator", help="What stands between documents, e.g. <|endoftext|>; none: one document per file."),
+    typer.Option(help="Text between documents, for example <|endoftext|>.", show_default="the file is one document"),
 ]
 Documents = Annotated[
-    int | None, typer.Option("--documents", help="So many of them from the start; -200: the last 200.")
+    int | None, typer.Option(help="Number of documents from the start; -200: the last 200.", show_default="all")
 ]
 Scaling = Annotated[
     str | None,
-    typer.Option(
-        "--rope_scaling",
-        help='Stretches the context, in JSON: {"rope_type": "yarn", "factor": 4.0}; linear, yarn or llama3.',
-    ),
+    typer.Option(help='JSON that stretches the context: {"rope_type": "yarn", "factor": 4.0}; linear, yarn or llama3.'),
 ]
-BatchSize = Annotated[int, typer.Option("--batch_size", help="Rows in a pass; results don't depend on it.")]
-Output = Annotated[Path | None, typer.Option("--output", help="Write what came out to this .json file.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of all that is drawn.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per pass; does not change the results.")]
+Output = Annotated[Path | None, typer.Option(help="Write the result to this .json file.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def ppl(
     model: ModelPath,
     text: TextPath,
     base: Annotated[
-        str | None, typer.Option("--base", help="The LLaMA before adaptation: tells what adaptation cost.")
+        str | None, typer.Option(help="The LLaMA before adaptation, to measure the cost of adaptation.")
     ] = None,
     orders: Annotated[
-        str, typer.Option("--orders", help="Some of left_to_right, right_to_left, random, spans.")
+        str, typer.Option(help="One or more of left_to_right, right_to_left, random, spans.")
     ] = "left_to_right,right_to_left,random",
-    group_sizes: Annotated[str, typer.Option("--group_sizes", help="Tokens predicted together.")] = "1",
-    num_orders: Annotated[int, typer.Option("--num_orders", help="Random orders whose likelihoods are averaged.")] = 1,
-    span_length: Annotated[int | None, typer.Option("--span_length", help="With the order spans.")] = None,
+    group_sizes: Annotated[str, typer.Option(help="Numbers of tokens predicted together.")] = "1",
+    num_orders: Annotated[int, typer.Option(help="Number of random orders to average over.")] = 1,
+    span_length: SpanLength = None,
     max_length: Annotated[
-        str | None, typer.Option("--max_length", help="Tokens in a window, e.g. 2048,4096.", show_default="the context")
+        str | None, typer.Option(help="Tokens per window, for example 2048,4096.", show_default="the context")
     ] = None,
     rope_scaling: Scaling = None,
     separator: Separator = None,
@@ -68,82 +51,46 @@ def ppl(
     batch_size: BatchSize = 8,
     output: Output = None,
 ) -> None:
-    """Perplexity and bits per byte of TEXT under several orders: exact, one pass per window and order."""
+    """Exact perplexity and bits per byte of TEXT under several orders, in one pass per window and order."""
+    from a3_hf.evaluation.measures.inputs import load_base, read_documents
+    from a3_hf.evaluation.measures.perplexity import check_orders, perplexity_rows
+    from a3_hf.evaluation.reporting.console import progress
 
-    def measure() -> None:
-        from a3_hf.evaluation.measures.perplexity import check_orders, perplexity_rows
-
-        names, sizes = _words("orders", orders), _numbers("group_sizes", group_sizes, int)
-        lengths = None if max_length is None else _numbers("max_length", max_length, int)
-        scaling = _scaling(rope_scaling)
-        check_orders(names, sizes, num_orders=num_orders, span_length=span_length)
-        _check_counts(batch_size=batch_size)
-        _check_file("output", output, ".json")
-        texts = read_documents(text, separator=separator, documents=documents)
-        a3, tokenizer = _load(model, scaling)
-        settings = {
-            "orders": names,
-            "group_sizes": sizes,
-            "num_orders": num_orders,
-            "span_length": span_length,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
-        rows = perplexity_rows(
-            a3,
-            tokenizer,
-            texts,
-            max_lengths=lengths,
-            base=None if base is None else _load_base(base, scaling),
-            track=_track(),
-            **settings,
-        )
-        columns = {
-            "length": "max_length",
-            "model": "model",
-            "order": "order",
-            "group": "group_size",
-            "orders": "num_orders",
-            "windows": "windows",
-            "nats/token": "nats_per_token",
-            "mean of orders": "nats_per_token_mean_of_orders",
-            "perplexity": "perplexity",
-            "bits/byte": "bits_per_byte",
-            "cost": "adaptation_cost",
-            "tokens/s": "tokens_per_second",
-        }
-        _print(rows, columns, title=f"{len(texts)} documents of {text}, {rows[0]['tokens']} tokens")
-        config = {
-            "model": model,
-            "text": str(text),
-            "base": base,
-            "max_length": lengths,
-            "rope_scaling": scaling,
-            "separator": separator,
-            "documents": documents,
-            **settings,
-        }
-        _write(output, "ppl", config, rows, a3)
-
-    report_user_errors(measure)
+    lengths = None if max_length is None else _numbers("max_length", max_length, int)
+    scaling = _parse_scaling(rope_scaling)
+    of_orders = {
+        "orders": _words("orders", orders),
+        "group_sizes": _numbers("group_sizes", group_sizes, int),
+        "num_orders": num_orders,
+        "span_length": span_length,
+    }
+    check_orders(**of_orders)
+    _check_file("output", output, ".json")
+    source = {"separator": separator, "documents": documents}
+    texts = read_documents(text, **source)
+    a3, tokenizer = load(model, rope_scaling=scaling)
+    llama = None if base is None else load_base(base, scaling).to(a3.device)
+    settings = {**of_orders, "seed": seed, "batch_size": batch_size}
+    rows = perplexity_rows(a3, tokenizer, texts, max_lengths=lengths, base=llama, track=progress, **settings)
+    config = {"model": model, "text": str(text), "base": base, "max_length": lengths, "rope_scaling": scaling}
+    title = f"{len(texts)} documents of {text}, {rows[0]['tokens']} tokens"
+    _present("ppl", rows, {**config, **source, **settings}, output, title=title, device=a3.device)
 
 
-@app.command()
+@app.command(cls=Command)
 def judge(
     model: ModelPath,
     text: TextPath,
-    judge: Annotated[
-        str, typer.Option("--judge", help="A causal model that tells the perplexity.", show_default=False)
-    ],
-    prompt_tokens: Annotated[int, typer.Option("--prompt_tokens", help="Of each document, given.")] = 32,
-    new_tokens: Annotated[int, typer.Option("--new_tokens", help="Written after each prompt.")] = 64,
-    steps: Annotated[str, typer.Option("--steps", help="Passes to write them in.")] = "16,32,64",
+    judge: Annotated[str, typer.Option(help="The causal model that measures perplexity.", show_default=False)],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each document given as prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written after each prompt.")] = 64,
+    steps: Annotated[str, typer.Option(help="Numbers of passes to write them in.")] = "16,32,64",
     criteria: Annotated[
-        str, typer.Option("--criteria", help="Some of random, confidence, entropy, margin.")
+        str, typer.Option(help="One or more of random, confidence, entropy, margin.")
     ] = "random,confidence,entropy",
-    count: Annotated[int, typer.Option("--count", help="Prompts.")] = 32,
+    count: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 32,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Sample.", show_default="the likeliest token")
+        float | None, typer.Option(help="Sample at this temperature.", show_default="the most likely token")
     ] = None,
     separator: Separator = None,
     documents: Documents = None,
@@ -151,257 +98,143 @@ def judge(
     batch_size: BatchSize = 8,
     output: Output = None,
 ) -> None:
-    """Continue the documents of TEXT by steps and criteria; another model tells the perplexity of what was written."""
+    """Continue the documents of TEXT for each number of passes and criterion; report the perplexity under a judge."""
+    from a3_hf.evaluation.measures.inputs import load_judge, read_documents
+    from a3_hf.evaluation.measures.judge_perplexity import judge_rows, ways_to_write
+    from a3_hf.evaluation.reporting.console import progress
 
-    def measure() -> None:
-        from a3_hf.evaluation.measures.judge_perplexity import judge_rows, ways_to_write
-
-        numbers, names = _numbers("steps", steps, int), _words("criteria", criteria)
-        ways_to_write(numbers, names, new_tokens=new_tokens, temperature=temperature)
-        _check_counts(prompt_tokens=prompt_tokens, count=count, batch_size=batch_size)
-        _check_file("output", output, ".json")
-        texts = read_documents(text, separator=separator, documents=documents)
-        a3, tokenizer = load(model)
-        judging, judge_tokenizer = _load_judge(judge)
-        settings = {
-            "steps": numbers,
-            "criteria": names,
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "count": count,
-            "temperature": temperature,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
-        rows = judge_rows(a3, tokenizer, judging, judge_tokenizer, texts, track=_track(), **settings)
-        columns = {
-            "strategy": "strategy",
-            "criterion": "criterion",
-            "steps": "steps",
-            "tokens/step": "tokens_per_step",
-            "perplexity": "judge_perplexity",
-            "nats/token": "judge_nats_per_token",
-            "unique tokens": "unique_tokens",
-            "passes": "passes",
-            "tokens/s": "tokens_per_second",
-        }
-        _print(rows, columns, title=f"{count} continuations of {new_tokens} tokens, judged by {judge}")
-        config = {
-            "model": model,
-            "text": str(text),
-            "judge": judge,
-            "separator": separator,
-            "documents": documents,
-            **settings,
-        }
-        _write(output, "judge", config, rows, a3)
-
-    report_user_errors(measure)
+    numbers, names = _numbers("steps", steps, int), _words("criteria", criteria)
+    ways_to_write(numbers, names, new_tokens=new_tokens, temperature=temperature)
+    _check_file("output", output, ".json")
+    source = {"separator": separator, "documents": documents}
+    texts = read_documents(text, **source)
+    a3, tokenizer = load(model)
+    judging, judge_tokenizer = load_judge(judge)
+    judging = judging.to(a3.device)
+    settings = {
+        "steps": numbers,
+        "criteria": names,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "count": count,
+        "temperature": temperature,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    rows = judge_rows(a3, tokenizer, judging, judge_tokenizer, texts, track=progress, **settings)
+    config = {"model": model, "text": str(text), "judge": judge, **source, **settings}
+    title = f"{count} continuations of {new_tokens} tokens, judged by {judge}"
+    _present("judge", rows, config, output, title=title, device=a3.device)
 
 
-@app.command()
+@app.command(cls=Command)
 def needle(
     model: ModelPath,
     haystack: Annotated[
-        Path | None,
-        typer.Option("--haystack", help="A plain text file.", show_default="a few sentences, over and over"),
+        Path | None, typer.Option(help="A plain text file.", show_default="a few repeated sentences")
     ] = None,
-    lengths: Annotated[str, typer.Option("--lengths", help="Tokens of text, question and answer.")] = "128,256,512",
-    depths: Annotated[str, typer.Option("--depths", help="0: at the start; 1: before the question.")] = (
-        "0,0.25,0.5,0.75,1"
-    ),
-    answers: Annotated[
-        str | None, typer.Option("--answers", help="Words to choose among.", show_default="eight words")
-    ] = None,
-    count: Annotated[int, typer.Option("--count", help="Texts for each length and depth.")] = 8,
+    lengths: Annotated[str, typer.Option(help="Tokens of text, question and answer together.")] = "128,256,512",
+    depths: Annotated[str, typer.Option(help="0: at the start; 1: just before the question.")] = "0,0.25,0.5,0.75,1",
+    answers: Annotated[str | None, typer.Option(help="Words to choose from.", show_default="eight words")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of texts for each length and depth.")] = 8,
     rope_scaling: Scaling = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     output: Output = None,
 ) -> None:
-    """Hide a word in texts of several lengths, and see whether it is the likeliest answer at the end."""
+    """Hide a word in texts of several lengths; report how often it is the most likely answer at the end."""
+    from a3_hf.evaluation.measures.inputs import read_text
+    from a3_hf.evaluation.measures.needle import ANSWERS, needle_rows
+    from a3_hf.evaluation.reporting.console import progress
 
-    def measure() -> None:
-        from a3_hf.evaluation.measures.needle import ANSWERS, needle_rows
-
-        sizes, shares = _numbers("lengths", lengths, int), _numbers("depths", depths, float)
-        words = list(ANSWERS) if answers is None else _words("answers", answers)
-        scaling = _scaling(rope_scaling)
-        _check_counts(count=count, batch_size=batch_size)
-        _check_file("output", output, ".json")
-        hay = None if haystack is None else _read("haystack", haystack)
-        a3, tokenizer = _load(model, scaling)
-        settings = {
-            "lengths": sizes,
-            "depths": shares,
-            "answers": words,
-            "count": count,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
-        rows = needle_rows(a3, tokenizer, haystack=hay, track=_track(), **settings)
-        cells = [
-            {
-                "length": size,
-                **{
-                    str(row["depth"]): f"{row['accuracy']:.2f} / {row['exact_match']:.2f}"
-                    for row in rows
-                    if row["length"] == size
-                },
-            }
-            for size in sizes
-        ]
-        columns = {"length": "length", **{f"depth {share:g}": str(share) for share in shares}}
-        title = f"accuracy among {len(words)} words / greedy exact match, {count} texts each"
-        _print(cells, columns, title=title)
-        config = {
-            "model": model,
-            "haystack": None if haystack is None else str(haystack),
-            "rope_scaling": scaling,
-            **settings,
-        }
-        _write(output, "needle", config, rows, a3)
-
-    report_user_errors(measure)
+    words = list(ANSWERS) if answers is None else _words("answers", answers)
+    settings = {
+        "lengths": _numbers("lengths", lengths, int),
+        "depths": _numbers("depths", depths, float),
+        "answers": words,
+        "count": count,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    scaling = _parse_scaling(rope_scaling)
+    _check_file("output", output, ".json")
+    hay = None if haystack is None else read_text("haystack", haystack)
+    a3, tokenizer = load(model, rope_scaling=scaling)
+    rows = needle_rows(a3, tokenizer, haystack=hay, track=progress, **settings)
+    file = None if haystack is None else str(haystack)
+    config = {"model": model, "haystack": file, "rope_scaling": scaling, **settings}
+    title = f"accuracy among {len(words)} words / greedy exact match, {count} texts each"
+    _present("needle", rows, config, output, title=title, device=a3.device)
 
 
-@app.command()
+@app.command(cls=Command)
+@with_options(DECODING_OPTIONS)
 def calibration(
     model: ModelPath,
     text: TextPath,
-    share: Annotated[float, typer.Option("--share", help="Of the tokens, taken out.")] = 0.5,
-    shape: Annotated[str, typer.Option("--shape", help="scattered, spans or middle.")] = "scattered",
-    blank_length: Annotated[int | None, typer.Option("--blank_length", help="Tokens, with --shape spans.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max_length", help="Tokens in a window.", show_default="the context")
-    ] = None,
-    bins: Annotated[int, typer.Option("--bins", help="Of confidence.")] = 10,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a reliability diagram, a .png file.")] = None,
-    strategy: Annotated[str, typer.Option("--strategy", help="groupwise, dynamic or speculative.")] = "groupwise",
-    order: Annotated[str | None, typer.Option("--order", help="left_to_right, right_to_left, random or spans.")] = None,
-    span_length: Annotated[int | None, typer.Option("--span_length", help="With --order spans.")] = None,
-    group_size: Annotated[int | None, typer.Option("--group_size", help="Groupwise: tokens per pass.")] = None,
-    criterion: Annotated[
-        str | None, typer.Option("--criterion", help="Dynamic: confidence, entropy, margin or random.")
-    ] = None,
-    tokens_per_step: Annotated[int | None, typer.Option("--tokens_per_step", help="Dynamic: tokens per pass.")] = None,
-    threshold: Annotated[
-        float | None, typer.Option("--threshold", help="Dynamic: commit all above this probability.")
-    ] = None,
-    entropy_budget: Annotated[
-        float | None, typer.Option("--entropy_budget", help="Dynamic: commit within this many nats.")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option("--window", help="Dynamic: only the next so many blanks compete.")
-    ] = None,
-    draft: Annotated[str | None, typer.Option("--draft", help="Speculative: model or ngram.")] = None,
-    draft_tokens: Annotated[int | None, typer.Option("--draft_tokens", help="Speculative: drafts per pass.")] = None,
+    share: Annotated[float, typer.Option(help="Fraction of the tokens to remove.")] = 0.5,
+    shape: Annotated[str, typer.Option(help="Shape of the blanks: scattered, spans or middle.")] = "scattered",
+    blank_length: Annotated[int | None, typer.Option(help="Tokens per blank, with --shape spans.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per window.", show_default="the context")] = None,
+    bins: Annotated[int, typer.Option(help="Number of bins of confidence.")] = 10,
+    plot: Annotated[Path | None, typer.Option(help="Draw a reliability diagram to this .png file.")] = None,
     separator: Separator = None,
     documents: Documents = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     output: Output = None,
+    *,
+    settings: dict,
 ) -> None:
-    """Take tokens out of TEXT, have them written, and set the confidence of each against whether it is right."""
-    chosen = {
-        "strategy": strategy,
-        "order": order,
-        "span_length": span_length,
-        "group_size": group_size,
-        "criterion": criterion,
-        "tokens_per_step": tokens_per_step,
-        "threshold": threshold,
-        "entropy_budget": entropy_budget,
-        "window": window,
-        "draft": draft,
-        "draft_tokens": draft_tokens,
+    """Remove tokens from TEXT and write them again; compare the confidence of each token with its accuracy."""
+    from a3_hf.evaluation.measures.calibration import calibration_rows, check_blanks, plot_reliability
+    from a3_hf.evaluation.measures.inputs import read_documents
+    from a3_hf.evaluation.reporting.console import progress
+
+    settings = {"strategy": "groupwise", **settings}
+    check_blanks(share, shape, blank_length, bins, settings)
+    _check_file("output", output, ".json")
+    _check_file("plot", plot, ".png")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("plot needs matplotlib: pip install 'a3-hf[plot]'")
+    source = {"separator": separator, "documents": documents}
+    texts = read_documents(text, **source)
+    a3, tokenizer = load(model)
+    blanks = {
+        "share": share,
+        "shape": shape,
+        "blank_length": blank_length,
+        "max_length": max_length,
+        "bins": bins,
+        "seed": seed,
+        "batch_size": batch_size,
     }
-    settings = {name: value for name, value in chosen.items() if value is not None}
-
-    def measure() -> None:
-        from a3_hf.evaluation.measures.calibration import WHOLE, calibration_rows, check_blanks, plot_reliability
-
-        check_blanks(share, shape, blank_length, bins, settings)
-        _check_counts(batch_size=batch_size)
-        _check_file("output", output, ".json")
-        _check_file("plot", plot, ".png")
-        if plot is not None:
-            _check_matplotlib()
-        texts = read_documents(text, separator=separator, documents=documents)
-        a3, tokenizer = load(model)
-        blanks = {
-            "share": share,
-            "shape": shape,
-            "blank_length": blank_length,
-            "max_length": max_length,
-            "bins": bins,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
-        rows = calibration_rows(a3, tokenizer, texts, settings=settings, track=_track(), **blanks)
-        shown = [
-            {**row, "confidence": WHOLE if row["bin"] == WHOLE else f"{row['above']:.2f} to {row['up_to']:.2f}"}
-            for row in rows
-        ]
-        columns = {
-            "confidence": "confidence",
-            "tokens": "count",
-            "mean confidence": "mean_confidence",
-            "accuracy": "accuracy",
-        }
-        error = rows[-1]["expected_calibration_error"]
-        _print(shown, columns, title=f"{strategy}: expected calibration error {error:.4f}")
-        if plot is not None:
-            plot.parent.mkdir(parents=True, exist_ok=True)
-            plot_reliability(rows, plot)
-        config = {
-            "model": model,
-            "text": str(text),
-            **settings,
-            "separator": separator,
-            "documents": documents,
-            **blanks,
-        }
-        _write(output, "calibration", config, rows, a3)
-
-    report_user_errors(measure)
+    rows = calibration_rows(a3, tokenizer, texts, settings=settings, track=progress, **blanks)
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot_reliability(rows, plot)
+    config = {"model": model, "text": str(text), **settings, **source, **blanks}
+    title = f"{settings['strategy']}: expected calibration error {rows[-1]['expected_calibration_error']:.4f}"
+    _present("calibration", rows, config, output, title=title, device=a3.device)
 
 
-def read_documents(path: Path, *, separator: str | None = None, documents: int | None = None) -> list[str]:
-    """The documents of a text file, without the white space around them and without those that hold none.
+def _present(
+    kind: str, rows: list[dict[str, Any]], config: dict[str, Any], output: Path | None, *, title: str, device
+) -> None:
+    """Prints the rows of a measurement and writes its result."""
+    from a3_hf.evaluation.reporting.console import print_rows
+    from a3_hf.evaluation.reporting.results import write_result
 
-    Args:
-        separator: what stands between them; None: the file is one document.
-        documents: at most so many, from the start; a negative number: from the end.
-
-    Raises:
-        ValueError: a file that can't be read, is not UTF-8 or holds no text; a separator that is empty or not in it.
-    """
-    from a3_hf.data.documents import split_text
-
-    if documents == 0:
-        raise ValueError("documents=0; it takes at least 1, or a negative number of the last ones")
-    content = _read("text", path)
-    if separator is not None and (not separator or separator not in content):
-        raise ValueError(f"separator={separator!r} is nowhere in {str(path)!r}; it takes what stands between documents")
-    found = split_text(content, separator)
-    found = found[:documents] if documents is None or documents > 0 else found[documents:]
-    if not found:
-        raise ValueError(f"text={str(path)!r} holds no text")
-    return found
-
-
-def _read(name: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}={str(path)!r} can't be read: {error}") from error
+    print_rows(kind, rows, title=title)
+    if output is not None:
+        write_result(output, kind, config, rows, device=device)
+        print(f"The result is in {output}.", file=sys.stderr)
 
 
 def _words(name: str, text: str) -> list[str]:
     words = [word.strip() for word in text.split(",")]
     if "" in words or len(set(words)) < len(words):
-        raise ValueError(f"{name}={text!r}; it takes different words with commas between")
+        raise ValueError(f"{name}={text!r}: expected different words separated by commas")
     return words
 
 
@@ -409,13 +242,13 @@ def _numbers(name: str, text: str, kind: type) -> list:
     try:
         numbers = [kind(word) for word in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name}={text!r}; it takes numbers with commas between") from None
+        raise ValueError(f"{name}={text!r}: expected numbers separated by commas") from None
     if len(set(numbers)) < len(numbers):
-        raise ValueError(f"{name}={text!r} names a number twice")
+        raise ValueError(f"{name}={text!r}: expected each number once")
     return numbers
 
 
-def _scaling(text: str | None) -> dict[str, Any] | None:
+def _parse_scaling(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
@@ -423,108 +256,11 @@ def _scaling(text: str | None) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         scaling = None
     if not isinstance(scaling, dict):
-        raise ValueError(f'rope_scaling={text!r}; it takes JSON such as {{"rope_type": "yarn", "factor": 4.0}}')
+        raise ValueError(f'rope_scaling={text!r}: expected JSON such as {{"rope_type": "yarn", "factor": 4.0}}')
     return scaling
 
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count}; it takes at least 1")
-
-
 def _check_file(name: str, path: Path | None, suffix: str) -> None:
-    """Before the work, so that it is not lost for want of a place."""
+    """Checks, before the work, that a result can be written to `path`."""
     if path is not None and (path.suffix != suffix or path.is_dir()):
-        raise ValueError(f"{name}={str(path)!r}; it takes a file that ends in {suffix}")
-
-
-def _check_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("plot needs matplotlib: pip install 'a3-hf[plot]'") from error
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _load(path: str, scaling: dict[str, Any] | None):
-    """The model, with its context stretched, and its tokenizer."""
-    from a3_hf.evaluation.measures.text_windows import scale_rope
-
-    if scaling is None:
-        return load(path)
-    config = read_model_config(base_of(path), architecture_of(base_of(path)))
-    scale_rope(config, scaling)
-    return load(path, config=config)
-
-
-def _load_base(path: str, scaling: dict[str, Any] | None):
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    from a3_hf.evaluation.measures.text_windows import scale_rope
-
-    check_is_there(path, name="base")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"base={path!r} can't be loaded: {error}") from error
-    if config.model_type != "llama":
-        raise ValueError(f"base={path!r} holds a model of type {config.model_type!r}; it takes a LLaMA")
-    if scaling is not None:
-        scale_rope(config, scaling)
-    return LlamaForCausalLM.from_pretrained(path, config=config).to(_device()).eval()
-
-
-def _load_judge(path: str):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    check_is_there(path, name="judge")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"judge={path!r} can't be loaded: {error}") from error
-    return model.to(_device()).eval(), tokenizer
-
-
-def _track():
-    from rich.console import Console
-    from rich.progress import track
-
-    return partial(track, console=Console(stderr=True), transient=True)
-
-
-def _print(rows: Sequence[dict[str, Any]], columns: dict[str, str], *, title: str) -> None:
-    """A table of rows: for each column its heading and the key of its values."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title))
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*(Text(_shown(row[key])) for key in columns.values()))
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(table)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
-    return str(value)
-
-
-def _write(output: Path | None, kind: str, config: dict[str, Any], rows: list[dict[str, Any]], model) -> None:
-    if output is not None:
-        write_result(output, kind, config, rows, device=model.device)
-        print(f"The result is in {output}.", file=sys.stderr)
+        raise ValueError(f"{name}={str(path)!r}: expected a file that ends in {suffix}")

@@ -1,1 +1,1 @@
-"""How a text was generated, replayed in the terminal and on an HTML page."""
+"""Shows how a text was generated: replays in a terminal, HTML pages."""

@@ -1,4 +1,4 @@
-"""What is shown of a text: the text itself to the character, the numbers of every token, and nothing that runs."""
+"""Replays and pages show the text to the character and the numbers of every token, and run nothing from the text."""
 
 import io
 import math
@@ -7,28 +7,32 @@ import re
 import shutil
 import subprocess
 import time
+import tomllib
 from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from a3_hf.visualization.rendering import (
+from a3_hf.visualization import terminal
+from a3_hf.visualization.html import replay_page, surprise_page
+from a3_hf.visualization.terminal import animate, frame
+from a3_hf.visualization.tokens import (
     PICTURES,
     Piece,
-    _window,
-    animate,
     confidence_colour,
-    frame,
-    replay_page,
-    surprise_page,
+    generated_pieces,
+    scored_pieces,
     token_texts,
     visible,
 )
+from tests.conftest import tiny_model
 
+ROOT = Path(__file__).parents[1]
 HOSTILE = [
     "<script>alert(1)</script>",
     "<script>document.title='pwned'</script>",
@@ -115,7 +119,7 @@ def test_token_texts_join_to_the_whole_even_for_broken_characters(tokenizer, see
 def test_decoding_in_parts_equals_decoding_every_prefix(tokenizer, monkeypatch):
     ids = tokenizer.encode("The dog said 🙂 to Tom.\n\nZoë was happy, " * 12, add_special_tokens=False)
     in_parts = token_texts(tokenizer, ids)
-    monkeypatch.setattr("a3_hf.visualization.rendering.CUT_AFTER", len(ids))
+    monkeypatch.setattr("a3_hf.visualization.tokens.CUT_AFTER", len(ids))
     assert in_parts == token_texts(tokenizer, ids)
 
 
@@ -141,6 +145,24 @@ def test_token_texts_of_a_long_text_take_no_quadratic_time(tokenizer):
     start = time.perf_counter()
     token_texts(tokenizer, ids)
     assert len(ids) == 2000 and time.perf_counter() - start < 5
+
+
+def test_pieces_of_a_generated_text_and_of_a_scored_one(tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1)
+    output = model.infill(tokenizer, ["The <blank:3> dog"], order="right_to_left", return_outputs=True)
+    pieces = generated_pieces(tokenizer, output.generation)
+    assert "".join(piece.text for piece in pieces) == output.texts[0]
+    assert [piece.step for piece in pieces if piece.step >= 0] == [2, 1, 0]
+    assert all((piece.log_prob is None) == (piece.step < 0) for piece in pieces)
+    written = sum(piece.log_prob for piece in pieces if piece.step >= 0)
+    assert written == pytest.approx(float(output.generation.log_probs.sum()), abs=1e-5)
+
+    scored = model.score(tokenizer, "The dog", order="right_to_left")
+    first, *others = scored_pieces(tokenizer, scored)
+    assert first.step == -1 and first.log_prob is None and first.token_id == 0
+    assert [piece.log_prob for piece in others] == scored.mean.tolist()[1:]
+    assert [piece.step for piece in others] == [piece.group for piece in others] == scored.group_ids[0].tolist()[1:]
+    assert "".join(piece.text for piece in others) == "The dog"
 
 
 # Pages
@@ -172,6 +194,14 @@ def test_a_page_is_one_file(kind):
         assert outside not in page
     assert "default-src 'none'" in page
     assert not re.search(r"\bon\w+=", page), "all that runs is in the one script the page's policy lets run"
+
+
+def test_every_file_beside_the_code_is_package_data():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "a3_hf" / "visualization"
+    beside = {path for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
+    packed = {path for pattern in patterns["a3_hf.visualization"] for path in folder.glob(pattern)}
+    assert beside == packed and len(beside) >= 3
 
 
 @pytest.mark.parametrize("kind", ["replay", "surprise"])
@@ -284,7 +314,7 @@ def test_controls_are_shown_and_not_obeyed():
     for text in (frame([Piece(CONTROLS, 0, step, -0.1)], 0).plain for step in (-1, 0)):
         assert text == "␛[2J␛]0;title␇␍␀␡\ufffd31m\ufffd\ufffd"
     output = io.StringIO()
-    animate([Piece(CONTROLS, 0, 0, -0.1)], Console(file=output), seconds_per_step=0)
+    animate([Piece(CONTROLS, 0, 0, -0.1)], Console(file=output))
     assert not any(chr(code) in output.getvalue() for code in PICTURES)
     page = replay_page([Piece(CONTROLS, 0, 0, -0.1)], CONTROLS)
     assert not any(chr(code) in page for code in PICTURES)
@@ -302,12 +332,13 @@ def test_where_there_is_no_terminal_the_text_alone_is_printed():
 
 
 @pytest.mark.parametrize("height", [4, 8, 50])
-def test_on_a_terminal_every_step_is_shown_and_the_text_stays(height):
+def test_on_a_terminal_every_step_is_shown_and_the_text_stays(height, monkeypatch):
+    monkeypatch.setattr(terminal, "SECONDS_PER_STEP", 0)
     words = [f" w{index}" for index in range(60)]
     pieces = [Piece(word, index, index, -0.01 * index) for index, word in enumerate(words)]
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=40, height=height, color_system="truecolor")
-    animate(pieces, console, seconds_per_step=0)
+    animate(pieces, console)
     plain = Text.from_ansi(re.sub(r"\x1b\[[0-9?]*[A-KlhG]", "", output.getvalue())).plain
     for step in range(61):
         assert f"step {step:2}/60" in plain
@@ -319,7 +350,7 @@ def test_a_tall_text_is_shown_where_it_is_written():
     pieces = [Piece(f"line {index}\n", index, 99 - index, -0.1) for index in range(100)]
     console = Console(file=io.StringIO(), width=40, height=24)
     for step in (0, 50, 99):
-        shown = _window(pieces, step, console, 10)
+        shown = terminal._window(pieces, step, console, 10)
         assert len(shown.plain.split("\n")) == 10 and f"line {99 - step}" in shown.plain
 
 
@@ -327,8 +358,8 @@ def test_an_animation_takes_its_time(monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     pieces = [Piece("a", 0, 0, -0.1), Piece("b", 1, 1, -0.1)]
-    animate(pieces, Console(file=io.StringIO(), force_terminal=True), seconds_per_step=0.25)
-    assert waits == [0.25, 0.25]
+    animate(pieces, Console(file=io.StringIO(), force_terminal=True))
+    assert waits == [terminal.SECONDS_PER_STEP] * 2
 
 
 # Refusals
@@ -343,8 +374,6 @@ PIECE = Piece("a", 0, 0, -0.1)
         (lambda: replay_page([], "t"), "pieces is empty"),
         (lambda: frame([], 0), "pieces is empty"),
         (lambda: animate([], Console(file=io.StringIO())), "pieces is empty"),
-        (lambda: animate([PIECE], Console(file=io.StringIO()), seconds_per_step=-1), "seconds_per_step=-1"),
-        (lambda: animate([PIECE], Console(file=io.StringIO()), seconds_per_step=math.nan), "seconds_per_step=nan"),
         (lambda: surprise_page([], "t"), "columns is empty"),
         (lambda: surprise_page([("x", [])], "t"), "columns: 'x' has no pieces"),
         (lambda: surprise_page([("x", [PIECE]), ("y", [PIECE] * 2)], "t"), r"columns have \[1, 2\] tokens"),
