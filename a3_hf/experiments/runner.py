@@ -22,7 +22,7 @@ from a3_hf.data.loading import load_documents
 from a3_hf.evaluation.measures.attention_distance import measure_attention
 from a3_hf.evaluation.measures.coherence_diversity import measure_samples
 from a3_hf.evaluation.measures.decoding_frontier import measure_decoding
-from a3_hf.evaluation.measures.infilling_quality import measure_infilling, measure_infilling_rocstories
+from a3_hf.evaluation.measures.infilling_quality import measure_infilling
 from a3_hf.evaluation.measures.order_losses import measure_losses
 from a3_hf.evaluation.measures.trained_run import Trained
 from a3_hf.evaluation.reporting.results import environment
@@ -36,7 +36,7 @@ from .report import present
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "losses": measure_losses,
     "infilling": measure_infilling,
-    "infilling_rocstories": measure_infilling_rocstories,
+    "infilling_rocstories": measure_infilling,
     "samples": measure_samples,
     "attention": measure_attention,
     "decoding": measure_decoding,

@@ -1,4 +1,4 @@
-"""Measurement: where attention goes, by distance in the text and by distance in generation, of each stream and layer."""
+"""Measure of attention: its mass by distance in the text and by distance in generation, per stream and layer."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,9 +11,8 @@ from a3_hf.models.a3_llama.orders import GroupOrder
 from a3_hf.training.base_trainer import row_generator
 from a3_hf.training.model_inputs import model_inputs
 
+from .checks import check_counts, check_length
 from .coherence_diversity import held_out_rows
-from .next_token import check_counts
-from .text_windows import check_length
 from .trained_run import Trained
 
 NEAR = 2  # the scalars are of distances from 1 to this
@@ -43,34 +42,32 @@ def measure_attention(
     distances: Sequence[int] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Attention mass by textual and by generation distance (paper §2: a state that predicts is said to look at tokens near
-    in the text, one that summarises at those just generated, and one that must do both to trade one for the other).
+    """Measures attention mass by textual and by generation distance (paper §2: predicting states are said to look at tokens
+    near in the text, summarising ones at tokens just generated, and one state that must do both to trade them).
 
-    Held-out texts are encoded in a random order of single tokens, a text's own from `seed` and its number alone. The mass is
-    the mean over texts, heads and those of a stream's states that see at least half of a text: where little is seen there is
-    little choice, and most of what is seen is recent. `uniform` is what attention that is spread evenly over the visible keys
-    would give to the same distances. By stream:
+    Held-out texts are encoded in a random order of single tokens, drawn from `seed` and the text's number. The mass is the
+    mean over texts, heads, and those states of a stream that see at least half of a text. `uniform` is the mass of attention
+    spread evenly over the visible keys. By stream:
 
-    - A3, `query`: a slot; its distances are from the token that it asks for, which is written next.
-    - A3, `content`: a token, which sees itself, at distances 0 and 0. The last layer is left out: no slot reads what its
-      content rows make.
-    - Decoupled RoPE, `single`: a token that asks for the one after it; its distances are from that one, and the token's own
-      key is at generation distance 1. So they are of plain LLaMA, from left to right, without generation distance, which is
-      the same.
-    - masked diffusion, `single`: the state that forecasts a masked token, half of the tokens being masked; textual distances
-      are from that token, and all keys are visible, masked ones included. There is no generation distance.
+    - A3, `query`: a slot; distances are from the token that it predicts, which is generated next.
+    - A3, `content`: a token, which sees itself, at distances 0 and 0. Without the last layer, whose content rows no slot
+      reads.
+    - Decoupled RoPE, `single`: a token that predicts the next one in the order; distances are from that one, and the token's
+      own key is at generation distance 1. The same for plain LLaMA, left to right, without generation distance.
+    - masked diffusion, `single`: the state that predicts a masked token, half of the tokens being masked; textual distances
+      are from that token, and all keys are visible. There is no generation distance.
 
     Args:
-        num_rows: held-out rows, packed as those of training.
-        length: of a row, BOS included; None: the recipe's `block_size`.
+        num_rows: held-out rows, packed as in training.
+        length: tokens of a row, BOS included; None: the recipe's `block_size`.
         distances: the smallest distance of each bin, ascending from 0; None: 0, 1, 2, 4, 8, … up to the row's length.
-        seed: of the orders, or of what is masked.
+        seed: seed of the orders, or of the masks.
 
     Returns:
-        `attention`, for each stream, layer, kind and bin that holds a visible key: `stream`, `layer` (from 0), `kind`
-        (`"textual"` or `"generation"`), `distance_from` and `distance_to` (both included), `mass` and `uniform`, which sum to
-        1 over the bins; and for each stream the scalars `attention_textual_{stream}` and `attention_generation_{stream}`:
-        mass over uniform at distances 1 and 2, the mean over its layers. 1: no preference.
+        `attention`, a dict per stream, layer, kind and bin with a visible key: `stream`, `layer` (from 0), `kind`
+        (`"textual"` or `"generation"`), `distance_from` and `distance_to` (inclusive), `mass` and `uniform`, which sum to 1
+        over the bins; and per stream the scalars `attention_textual_{stream}` and `attention_generation_{stream}`: mass over
+        uniform at distances 1 and 2, the mean over layers (1: no preference).
 
     Raises:
         ValueError: numbers that are not whole or below 1; a length above the model's context or below 3; distances that do
@@ -78,10 +75,9 @@ def measure_attention(
     """
     check_counts(num_rows=num_rows)
     length = trained.recipe.data.block_size if length is None else length
-    check_counts(length=length)
-    check_length("length", length, trained.model.config)
-    if length < 3:
-        raise ValueError(f"length={length}; it takes at least 3: BOS and two tokens, the second of which has a choice")
+    check_length(
+        "length", length, trained.model.config, least=3
+    )  # BOS and two tokens, the second of which has a choice
     starts = _bins(distances, length)
     rows = held_out_rows(trained, length=length, count=num_rows)
     if len(rows) < num_rows:
