@@ -77,9 +77,7 @@ def check_columns(result: Mapping[str, Any], columns: Iterable[str]) -> None:
             )
 
 
-def summary_table(
-    result: Mapping[str, Any], *, columns: Sequence[str] | None = None, against: str | None = None
-) -> str:
+def summary_table(result: Mapping[str, Any], *, columns: Sequence[str] | None = None) -> str:
     """A Markdown table with a line for each arm and axes other than the seed: the mean over seeds ± the sample standard
     deviation (of a single seed: the value alone), and the number of seeds. A missing value reads "–"; where only some seeds
     have it, their number follows. A value that is not finite makes its cell "not finite".
@@ -87,17 +85,13 @@ def summary_table(
     Args:
         result: an experiment's result, as in its JSON.
         columns: measures that are numbers, or `"tokens"` (trained on), `"train_seconds"`, `"parameters"`; None: all measures.
-        against: an arm; the other arms' cells show in brackets how far their mean is above this arm's with the same axes,
-            over all seeds of each.
 
     Raises:
-        ValueError: no cells, two for one seed, a column that is a number nowhere, an unknown arm.
+        ValueError: no cells, two for one seed, a column that is a number nowhere.
     """
     groups = group_cells(result)
     columns = scalar_columns(result) if columns is None else list(columns)
     check_columns(result, columns)
-    if against is not None:
-        check_arm(result, "against", against)
     axes = _axes_of(groups)
     decimals = {column: decimals_for(_values(result, column)) for column in columns}
     lines = []
@@ -106,13 +100,7 @@ def summary_table(
         for column in columns:
             values = list(values_by_seed(cells, column).values())
             text = mean_and_spread(values, decimals[column])
-            if 0 < len(values) < len(cells):
-                text += f", {len(values)} of {len(cells)} seeds"
-            if against not in (None, variant.arm):
-                base = values_by_seed(groups.get(Variant(against, variant.axes), ()), column).values()
-                if base and values and all(map(math.isfinite, (*base, *values))):
-                    text += f" ({_number(fmean(values) - fmean(base), decimals[column], sign=True)})"
-            line.append(text)
+            line.append(f"{text}, {len(values)} of {len(cells)} seeds" if 0 < len(values) < len(cells) else text)
         lines.append(line)
     return markdown_table(["arm", *axes, "seeds", *columns], lines)
 

@@ -15,6 +15,7 @@ from a3_hf.evaluation.reporting.plots import (
     make_log,
     palette,
     put_labels,
+    shorten_numbers,
     unbeaten,
 )
 
@@ -35,7 +36,7 @@ Point = tuple[float, float]
 
 
 def axis_label(measure: str) -> str:
-    """The measure in words, with its unit where its name tells it.
+    """The measure in words, with its unit where its name implies it.
 
     Example:
         >>> axis_label("nll_left_to_right")
@@ -88,12 +89,9 @@ class Look:
         self.styles = {variant: styles[combinations.index(own)] for variant, own in kept.items()}
 
 
-def draw_bars(result: Result, measure: str, path: str | Path, *, label: str | None = None) -> None:
+def draw_bars(result: Result, measure: str, path: str | Path) -> None:
     """Draws a bar for each arm and axes other than the seed, up to the mean over seeds, with the mean and the standard
     deviation at its end; a dot for each seed.
-
-    Args:
-        label: label of the measure's axis; None: `axis_label`.
 
     Raises:
         ValueError: no cells, two for one seed, a measure that is a number nowhere.
@@ -117,35 +115,23 @@ def draw_bars(result: Result, measure: str, path: str | Path, *, label: str | No
     axes.set_yticks(range(len(groups)), look.names.values())
     axes.invert_yaxis()
     axes.margins(x=0.25)  # for the numbers at the ends
-    axes.set_xlabel(label or axis_label(measure))
+    axes.set_xlabel(axis_label(measure))
     clean(axes, grid="x")
     figure.savefig(path)
 
 
-def draw_curves(
-    result: Result,
-    measure: str,
-    path: str | Path,
-    *,
-    panels: str | None = None,
-    label: str | None = None,
-    log: bool = False,
-) -> None:
+def draw_curves(result: Result, measure: str, path: str | Path, *, panels: str | None = None) -> None:
     """Draws a loss over the tokens trained on: a colour for each arm, a line style for each combination of the other axes,
     thin for a seed, thick for the mean of the seeds at the tokens where all of them were measured.
 
     Args:
         measure: key of the entries of `curve`, e.g. "eval_loss_scattered_1". Cells without it have no line.
         panels: an axis with a panel for each of its values; None: one panel.
-        label: label of the measure's axis; None: `axis_label`.
-        log: whether the measure's axis is logarithmic; values are above 0.
 
     Raises:
         ValueError: no cells, two for one seed, no entry of any curve with the measure, an axis that does not exist, more
             combinations of axes than line styles.
     """
-    from matplotlib.ticker import EngFormatter
-
     groups = group_cells(result)
     curves: dict[Variant, list[list[Point]]] = {}
     for variant, cells in groups.items():
@@ -172,11 +158,9 @@ def draw_curves(
             mean = [fmean(dict(line)[tokens] for line in lines) for tokens in at]
             axes.plot(at, mean, **style, linewidth=2, label=look.names[variant])
         axes.set_xlabel(LABELS["tokens"])
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if log:
-            make_log(axes, "y", [value for lines in curves.values() for line in lines for _, value in line])
+        shorten_numbers(axes)
         clean(axes, grid="both")
-    spots[0][0].set_ylabel(label or axis_label(measure))
+    spots[0][0].set_ylabel(axis_label(measure))
     add_legend(figure, [axes for axes, _ in spots])
     figure.savefig(path)
 
@@ -189,22 +173,20 @@ def draw_frontier(
     path: str | Path,
     *,
     label: str | None = None,
-    order: str = "temperature",
     better: Literal["lower", "higher"] | None = None,
     panels: str | None = None,
 ) -> None:
     """Draws two figures of a measure that is a list of dicts against each other, a colour for each arm; means over seeds, the
     seeds themselves as small dots.
 
-    Without `label`, points of an arm and axes are joined in order of `order`, from its least value, which is hollow. With it,
+    Without `label`, points of an arm and axes are joined in order of temperature, from the lowest, which is hollow. With it,
     points are numbered, their names are in the legend, and a line joins those that no other point of the same arm and axes
     beats in both; a greater x is better, and the axis of x is logarithmic where all are above 0.
 
     Args:
         of: the measure, e.g. "samples" or "decoding".
         x, y: keys of its dicts.
-        label: the key that names a point, e.g. "strategy"; None: points are named by `order`.
-        order: the key that orders the points where there is no `label`.
+        label: the key that names a point, e.g. "strategy"; None: temperature.
         better: with `label`, whether a lower or a higher y is better.
         panels: an axis with a panel for each of its values; None: one panel.
 
@@ -214,7 +196,7 @@ def draw_frontier(
     """
     if (label is None) != (better is None) or better not in (None, "lower", "higher"):
         raise ValueError(f"label={label!r} and better={better!r}; with a label it takes better='lower' or 'higher'")
-    points = _points(result, of, order if label is None else label, x, y)
+    points = _points(result, of, label or "temperature", x, y)
     if label is None:
         points = {variant: dict(sorted(own.items())) for variant, own in points.items()}
     look = Look(points, panels=panels)
@@ -239,7 +221,8 @@ def draw_frontier(
     notes = [f"{number}  {name}" for name, number in numbers.items()]
     if label is None:
         ends = {(min(own), max(own)) for own in points.values()}
-        notes = ["{}: {} (hollow) to {}".format(order, *ends.pop()) if len(ends) == 1 else f"hollow: the least {order}"]
+        has_one = len(ends) == 1
+        notes = ["temperature: {} (hollow) to {}".format(*ends.pop()) if has_one else "hollow: the lowest temperature"]
     add_legend(figure, [axes for axes, _ in spots], notes=notes)
     for one in labelled:
         put_labels(*one)
@@ -296,22 +279,18 @@ def draw_scatter(result: Result, x_measure: str, y_measure: str, path: str | Pat
     figure.savefig(path)
 
 
-def draw_attention(result: Result, path: str | Path, *, of: str = "attention") -> None:
-    """Draws attention by distance: its mass at a distance over the mass of an even spread over all visible tokens, averaged
+def draw_attention(result: Result, path: str | Path) -> None:
+    """Draws the measure `attention`: its mass at a distance over the mass of an even spread over all visible tokens, averaged
     over layers, then over seeds. A panel for each combination of axes other than the seed, a colour for each arm and stream;
     solid by distance in the text, dashed by distance in the order of generation.
 
-    Args:
-        of: the measure, a list of dicts with `stream`, `layer`, `kind` ("textual" or "generation"), `distance_from` and
-            `distance_to` (inclusive), `mass` and `uniform`. Where `uniform` is 0 there is no point.
-
     Raises:
-        ValueError: no cells, two for one seed, a measure that is nowhere such a list.
+        ValueError: no cells, two for one seed, no cell with the measure.
     """
-    ratios = {variant: _attention_ratios(cells, of) for variant, cells in group_cells(result).items()}
+    ratios = {variant: _attention_ratios(cells) for variant, cells in group_cells(result).items()}
     ratios = {variant: lines for variant, lines in ratios.items() if lines}
     if not ratios:
-        raise ValueError(f"of={of!r} is in no cell of the result; it takes a list of dicts of attention by distance")
+        raise ValueError("attention is in no cell of the result")
     streams = dict.fromkeys((variant.arm, stream) for variant, lines in ratios.items() for stream, _ in lines)
     colors = dict(zip(streams, palette(len(streams)), strict=True))
     values = [value for lines in ratios.values() for line in lines.values() for value in line.values()]
@@ -342,14 +321,14 @@ def draw_attention(result: Result, path: str | Path, *, of: str = "attention") -
     figure.savefig(path)
 
 
-def _attention_ratios(cells: Sequence[Mapping[str, Any]], of: str) -> dict[tuple[str, str], dict[tuple, float]]:
+def _attention_ratios(cells: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[tuple, float]]:
     """For each stream and kind of distance, the ratio at each distance (from, to)."""
     by_seed: dict[tuple[str, str], dict[tuple, list[float]]] = {}
     for cell in cells:
         by_layer: dict[tuple[str, str], dict[tuple, list[float]]] = {}
-        for row in cell["measures"].get(of, ()):
+        for row in cell["measures"].get("attention", ()):
             if row["kind"] not in KIND_STYLES:
-                raise ValueError(f"of={of!r} has kind={row['kind']!r}; it takes {', '.join(KIND_STYLES)}")
+                raise ValueError(f"attention has kind={row['kind']!r}: expected {', '.join(KIND_STYLES)}")
             if row["uniform"] > 0:
                 distances = by_layer.setdefault((row["stream"], row["kind"]), {})
                 distance = row["distance_from"], row["distance_to"]

@@ -162,7 +162,7 @@ class BatchedLM(HFLM):
 
     def _fit(self, row: Scored, task: str) -> Scored:
         """Cuts the given text, the context from the left and then the suffix from the right. As in `HFLM`, the last token
-        of a row, which nothing has to see, may lie behind the model's context.
+        of a row, which nothing has to see, may lie beyond the model's context.
         """
         room = self.max_length + 1 - len(row.continuation)
         if room < 1:
@@ -197,7 +197,7 @@ class BatchedLM(HFLM):
 
     def _loglikelihood_tokens(self, requests, **kwargs):
         # HFLM's would score left to right, whatever the settings: nothing may end there.
-        raise NotImplementedError("lm-eval asks for likelihoods in a way that this model does not know")
+        raise NotImplementedError("lm-eval asks for likelihoods in a way that this model does not support")
 
     def _score(self, rows, disable_tqdm, keys) -> list[tuple[float, bool, int]]:
         if not rows:
@@ -229,8 +229,8 @@ class BatchedLM(HFLM):
         task = requests[0].task_name
         # rows of one batch share their settings, but not their blanks
         alike: defaultdict[str, list[int]] = defaultdict(list)
-        asked = [(request.args[0], *take_blank(request.args[1])) for request in requests]
-        for index, (_, settings, blank) in enumerate(asked):
+        parts = [(request.args[0], *take_blank(request.args[1])) for request in requests]
+        for index, (_, settings, blank) in enumerate(parts):
             alike[json.dumps([settings, blank is None], sort_keys=True)].append(index)
         texts: list = [None] * len(requests)
         with (
@@ -238,11 +238,11 @@ class BatchedLM(HFLM):
             tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Texts") as bar,
         ):
             for indices in alike.values():
-                indices.sort(key=lambda index: -len(asked[index][0]))
-                batch_size = self._batch_size(self._context_ids(asked[indices[0]][0]), [])
+                indices.sort(key=lambda index: -len(parts[index][0]))
+                batch_size = self._batch_size(self._context_ids(parts[indices[0]][0]), [])
                 for start in range(0, len(indices), batch_size):
                     part = indices[start : start + batch_size]
-                    rows = self._write([asked[index] for index in part], task)
+                    rows = self._write([parts[index] for index in part], task)
                     for index, written in zip(part, rows, strict=True):
                         texts[index] = written.text
                         self.cache_hook.add_partial("generate_until", requests[index].args, written.text)

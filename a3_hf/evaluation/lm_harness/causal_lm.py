@@ -68,7 +68,7 @@ class CausalLM(BatchedLM):
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
         """See `BatchedLM`."""
         rows = [self._without_suffix(row) for row in batch]
-        # The last token, which nothing sees, may lie behind the model's context.
+        # The last token, which nothing sees, may lie beyond the model's context.
         ids, mask = pad_rows([[*row.context, *row.continuation] for row in rows])
         scored = span_mask(*([len(row[part]) for row in rows] for part in (0, 1)), ids.shape[1])
         with self.autocast():

@@ -75,9 +75,7 @@ def measure_attention(
     """
     check_counts(num_rows=num_rows)
     length = trained.recipe.data.block_size if length is None else length
-    check_length(
-        "length", length, trained.model.config, least=3
-    )  # BOS and two tokens, the second of which has a choice
+    check_length("length", length, trained.model.config, least=3)  # BOS and two tokens: the second has a choice
     starts = _bins(distances, length)
     rows = held_out_rows(trained, length=length, count=num_rows)
     if len(rows) < num_rows:
@@ -94,31 +92,22 @@ def measure_attention(
             ids = torch.tensor([row], device=model.device)
             for stream in map(_late, _STREAMS[trained.architecture](model, ids, generator)):
                 for kind, distance in stream.distances.items():
-                    sums = _shares(stream, distance, starts.to(distance.device))
+                    sums = _fractions(stream, distance, starts.to(distance.device))
                     totals[stream.name, kind] = totals.get((stream.name, kind), 0.0) + sums / num_rows
     finally:
         model.set_attn_implementation(implementation)
 
     curves, scalars = [], {}
     ends = [*(starts[1:] - 1).tolist(), length - 1]
-    for (stream, kind), shares in totals.items():
-        binned, near = shares[:, :-1].tolist(), shares[:, -1].tolist()
-        *masses, uniform = binned
+    for (stream, kind), fractions in totals.items():
+        *masses, uniform = fractions[:, :-1].tolist()
+        *near, near_uniform = fractions[:, -1].tolist()
         for layer, mass in enumerate(masses):
-            curves += [
-                {
-                    "stream": stream,
-                    "layer": layer,
-                    "kind": kind,
-                    "distance_from": start,
-                    "distance_to": end,
-                    "mass": share,
-                    "uniform": even,
-                }
-                for start, end, share, even in zip(starts.tolist(), ends, mass, uniform, strict=True)
-                if even > 0
-            ]
-        scalars[f"attention_{kind}_{stream}"] = sum(near[:-1]) / len(masses) / near[-1]
+            bins = zip(starts.tolist(), ends, mass, uniform, strict=True)
+            names = ("distance_from", "distance_to", "mass", "uniform")
+            about = {"stream": stream, "layer": layer, "kind": kind}
+            curves += [about | dict(zip(names, values, strict=True)) for values in bins if values[-1] > 0]
+        scalars[f"attention_{kind}_{stream}"] = sum(near) / len(masses) / near_uniform
     return {"attention": curves, **scalars}
 
 
@@ -129,13 +118,13 @@ def _bins(distances: Sequence[int] | None, length: int) -> torch.Tensor:
     ascending = all(a < b for a, b in pairwise(distances))
     if not distances or distances[0] != 0 or not ascending or distances[-1] >= length:
         raise ValueError(
-            f"distances={distances!r}; it takes whole numbers that ascend from 0 and stay below the row's length, {length}"
+            f"distances={distances!r}: expected whole numbers that ascend from 0 and stay below the row's length, {length}"
         )
     return torch.tensor(distances)
 
 
 def _late(stream: Stream) -> Stream:
-    """Of a text's rows, those that see at least half as many keys as the last one."""
+    """The rows of a text that see at least half as many keys as the last one."""
     seen = stream.visible.sum(dim=1)
     late = 2 * seen >= seen.max()
     return Stream(
@@ -146,9 +135,9 @@ def _late(stream: Stream) -> Stream:
     )
 
 
-def _shares(stream: Stream, distance: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """(layers + 1, bins + 1) the shares of a row's attention that go to each bin of distance, the mean over rows, and
-    behind them that of distances 1 to `NEAR`; the last line is that of uniform attention.
+def _fractions(stream: Stream, distance: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """(layers + 1, bins + 1) the fraction of a row's attention in each bin of distance, the mean over rows, and in the last
+    column that of distances 1 to `NEAR`; the last line is uniform attention.
     """
     even = stream.visible / stream.visible.sum(dim=1, keepdim=True)
     weights = torch.cat([stream.weights, even[None]]).double()
@@ -170,8 +159,8 @@ def _attentions(model, **inputs: Any) -> torch.Tensor:
 def _scattered(
     ids: torch.Tensor, generator: torch.Generator, *, one_stream: bool
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """The model's inputs for a row (1, S) in a random order, and the positions (S − 1,) of its tokens in that order, without
-    the last, and of the token that each asks for.
+    """The model's inputs for a row (1, S) in a random order; the positions (S − 1,) of its tokens in that order, without the
+    last; and those of the token that each predicts.
     """
     order = GroupOrder.scattered(torch.ones_like(ids, dtype=torch.bool), group_size=1, generator=[generator])
     inputs = model_inputs(order, ids, group_size=1, implementation="eager", one_stream=one_stream)
@@ -184,10 +173,10 @@ def _between(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def _streams_of_a3(model, ids: torch.Tensor, generator: torch.Generator) -> list[Stream]:
-    inputs, own, asked = _scattered(ids, generator, one_stream=False)
+    inputs, own, targets = _scattered(ids, generator, one_stream=False)
     weights, ranks = _attentions(model, **inputs), torch.arange(len(own), device=ids.device)
     visible = ranks[:, None] >= ranks
-    distances = {TEXTUAL: _between(asked, own), GENERATION: _between(ranks + 1, ranks)}
+    distances = {TEXTUAL: _between(targets, own), GENERATION: _between(ranks + 1, ranks)}
     streams = [Stream("query", weights[:, len(own) :], visible, distances)]
     if len(weights) > 1:  # of the last layer, slots alone are read
         distances = {TEXTUAL: _between(own, own), GENERATION: _between(ranks, ranks)}
@@ -196,9 +185,9 @@ def _streams_of_a3(model, ids: torch.Tensor, generator: torch.Generator) -> list
 
 
 def _streams_of_decoupled_rope(model, ids: torch.Tensor, generator: torch.Generator) -> list[Stream]:
-    inputs, own, asked = _scattered(ids, generator, one_stream=True)
+    inputs, own, targets = _scattered(ids, generator, one_stream=True)
     ranks = torch.arange(len(own), device=ids.device)
-    distances = {TEXTUAL: _between(asked, own), GENERATION: _between(ranks + 1, ranks)}
+    distances = {TEXTUAL: _between(targets, own), GENERATION: _between(ranks + 1, ranks)}
     return [Stream("single", _attentions(model, **inputs), ranks[:, None] >= ranks, distances)]
 
 
@@ -212,7 +201,7 @@ def _streams_of_masked_diffusion(model, ids: torch.Tensor, generator: torch.Gene
     length = ids.shape[1]
     masked = 1 + torch.randperm(length - 1, generator=generator)[: length // 2].sort().values.to(ids.device)
     text = ids.index_fill(1, masked, model.config.mask_token_id)
-    # A token is forecast by the state before it.
+    # A token is predicted by the state before it.
     weights = _attentions(model, input_ids=text, use_cache=False)[:, masked - 1]
     places = torch.arange(length, device=ids.device)
     visible = torch.ones(len(masked), length, dtype=torch.bool, device=ids.device)

@@ -115,16 +115,15 @@ def words(text: str) -> list[str]:
 
 
 def coherence_and_diversity(texts: Sequence[str], vocabulary: Collection[str]) -> dict[str, float | int]:
-    """How many of the words of sampled texts exist, and how many differ.
-
-    Words are those of `words`, but for a run of letters at either end of a text, which may be a part of a word.
+    """Measures which words of sampled texts exist, and how many differ. Words are those of `words`, without runs of letters at
+    either end of a text, which may be parts of words.
 
     Args:
         vocabulary: the words that exist, lower-cased.
 
     Returns:
-        `coherence`, the share of the words that are in the vocabulary; `diversity`, the number of different words over
-        that of words, over all texts together; both left out where there is no word; and `num_words`.
+        `coherence`, the fraction of the words that are in the vocabulary; `diversity`, the number of different words over
+        that of words, over all texts together; both absent where there is no word; and `num_words`.
 
     Example:
         >>> coherence_and_diversity(["... some word, some wrod."], {"some", "word"})
@@ -148,9 +147,7 @@ def _whole_words(text: str) -> Iterator[str]:
 
 
 def row_text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
-    """The text of a row that starts with BOS, a line break in place of each special token behind it: words on both sides
-    of it are two.
-    """
+    """The text of a row that starts with BOS, with a line break for each later special token, so that it separates words."""
     special, pieces = set(tokenizer.all_special_ids), [[]]
     for token in row[1:]:
         if token in special:
@@ -161,8 +158,8 @@ def row_text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
 
 
 def held_out_rows(trained: Trained, *, length: int, count: int) -> list[list[int]]:
-    """The first `count` rows of `length` tokens, BOS included, of the held-out documents, packed as those of training are
-    (never isolated). Fewer where the documents do not fill so many.
+    """The first `count` rows of `length` tokens, BOS included, of the held-out documents, packed as in training (never
+    isolated); fewer where the documents fill fewer.
     """
     boundary_id = check_tokens(trained.recipe.data, trained.tokenizer)
     documents = (
@@ -192,7 +189,7 @@ def _write(
     diffusion_steps: int | None,
     seed: int,
 ) -> tuple[list[list[int]], float]:
-    """Rows of `length` tokens, and how many of them were written by a pass."""
+    """Rows of `length` tokens, and the tokens written per pass."""
     model, tokenizer = trained.model, trained.tokenizer
     bos = torch.full((num_samples, 1), tokenizer.bos_token_id, device=model.device)
     if trained.architecture == "llama":

@@ -67,14 +67,7 @@ def judge_rows(
     check_counts(prompt_tokens=prompt_tokens, count=count, batch_size=batch_size)
     length = 1 + prompt_tokens + new_tokens
     check_length("prompt_tokens + new_tokens + 1", length, model.config)
-    bos = encode_prompt(tokenizer, "")
-    encoded = (bos + encode_documents([document], tokenizer)[0] for document in documents)
-    references = list(islice((ids[:length] for ids in encoded if len(ids) >= length), count))
-    if len(references) < count:
-        raise ValueError(
-            f"count={count}: of {len(documents)} documents {len(references)} have the {prompt_tokens} tokens of the prompt "
-            f"and {new_tokens} more. Give more documents, or ask for fewer or shorter texts"
-        )
+    references = _long_documents(tokenizer, documents, length, count)
     prompts = torch.tensor(references)[:, : 1 + prompt_tokens]
     starts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts.tolist()]
     suppressed = special_token_ids(tokenizer, model.config.vocab_size)
@@ -101,15 +94,24 @@ def judge_rows(
         sequences, passes = _continue(model, prompts, track=track, title=_title(about), **fixed, **settings)
         seconds = perf_counter() - start
         tokens = new_tokens * count
-        speed = {
-            "tokens": tokens,
-            "passes": passes,
-            "tokens_per_forward": tokens / passes,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-        rows.append({**about, **judged(sequences), **speed})
+        speed = (tokens, passes, tokens / passes, seconds, tokens / seconds)
+        rows.append({**about, **judged(sequences), **dict(zip(nothing, speed, strict=True))})
     return rows
+
+
+def _long_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, count: int
+) -> list[list[int]]:
+    """The first `length` tokens, BOS included, of the first `count` documents that have as many."""
+    bos = encode_prompt(tokenizer, "")
+    encoded = (bos + encode_documents([document], tokenizer)[0] for document in documents)
+    found = list(islice((ids[:length] for ids in encoded if len(ids) >= length), count))
+    if len(found) < count:
+        raise ValueError(
+            f"count={count}: of {len(documents)} documents {len(found)} have the {length - 1} tokens of a prompt and its "
+            "continuation. Give more documents, or ask for fewer or shorter texts"
+        )
+    return found
 
 
 def ways_to_write(
@@ -195,7 +197,7 @@ def judged_nats(
         given.append(same)
     tokens = sum(len(row) - same for row, same in zip(rows, given, strict=True))
     if tokens == 0:
-        raise ValueError("judge: no text has a token of its own behind its start; there is nothing to judge")
+        raise ValueError("judge: no text has a token of its own after its start; there is nothing to judge")
     nats = 0.0
     for first in range(0, len(rows), batch_size):
         part, starts_at = rows[first : first + batch_size], given[first : first + batch_size]

@@ -142,43 +142,31 @@ def needle_rows(
         hay = once * (max(lengths) // len(once) + 2)
     else:
         (hay,) = encode_documents([haystack], tokenizer)
-    hidden = {
-        (length, depth): [
-            make_needle(
-                tokenizer,
-                hay,
-                length=length,
-                depth=depth,
-                right=number % len(answers),
-                answers=answers,
-                seed=seed_of(seed, length, number),
-            )
-            for number in range(count)
+
+    def hide(length: int, depth: float) -> list[Needle]:
+        place = {"length": length, "depth": depth, "answers": answers}
+        seeds = [seed_of(seed, length, number) for number in range(count)]
+        rights = [number % len(answers) for number in range(count)]
+        return [
+            make_needle(tokenizer, hay, right=right, seed=one, **place)
+            for right, one in zip(rights, seeds, strict=True)
         ]
-        for length in lengths
-        for depth in depths
-    }
+
+    hidden = {(length, depth): hide(length, depth) for length in lengths for depth in depths}
     rows = []
     for (length, depth), needles in track(list(hidden.items()), "needles"):
         start = perf_counter()
         scores, found = score_answers(model, needles, batch_size=batch_size)
         seconds = perf_counter() - start
-        right = [needle.right for needle in needles]
-        texts = sum(len(needle.prompt) + len(ids) for needle in needles for ids in needle.answers)
-        rows.append(
-            {
-                "length": length,
-                "depth": depth,
-                "count": count,
-                "choices": len(answers),
-                "accuracy": float((scores.argmax(dim=1) == torch.tensor(right)).double().mean()),
-                "exact_match": float(found[torch.arange(count), right].double().mean()),
-                "nats_per_token": -float(scores[torch.arange(count), right].mean()),
-                "passes": count * len(answers),
-                "seconds": seconds,
-                "tokens_per_second": texts / seconds,
-            }
-        )
+        tokens = sum(len(needle.prompt) + len(ids) for needle in needles for ids in needle.answers)
+        right = torch.tensor([needle.right for needle in needles])
+        own = torch.arange(count), right
+        row = {"length": length, "depth": depth, "count": count, "choices": len(answers)}
+        row["accuracy"] = (scores.argmax(dim=1) == right).double().mean().item()
+        row["exact_match"] = found[own].double().mean().item()
+        row["nats_per_token"] = -scores[own].mean().item()
+        row |= {"passes": count * len(answers), "seconds": seconds, "tokens_per_second": tokens / seconds}
+        rows.append(row)
     return rows
 
 
@@ -191,9 +179,9 @@ def score_answers(model, needles: Sequence[Needle], *, batch_size: int = 8) -> t
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
         ids, mask = pad_rows([prompt + answer for prompt, answer in batch])
-        asked = span_mask(*([len(ids) for ids in part] for part in zip(*batch, strict=True)), ids.shape[1])
-        log_probs, greedy = model.log_likelihood_and_greedy(**order_inputs(ids, mask, asked, model.device))
-        means.append(log_probs.cpu().double().sum(dim=1) / asked.sum(dim=1))
-        found.append((greedy.cpu() | ~asked).all(dim=1))
+        scored = span_mask(*([len(ids) for ids in part] for part in zip(*batch, strict=True)), ids.shape[1])
+        log_probs, greedy = model.log_likelihood_and_greedy(**order_inputs(ids, mask, scored, model.device))
+        means.append(log_probs.cpu().double().sum(dim=1) / scored.sum(dim=1))
+        found.append((greedy.cpu() | ~scored).all(dim=1))
     shape = (len(needles), -1)
     return torch.cat(means).view(shape), torch.cat(found).view(shape)

@@ -77,13 +77,7 @@ def measure_losses(
         raise ValueError(
             f"num_ordered_documents={num_ordered_documents}: expected at most num_documents={num_documents}"
         )
-    if len(trained.documents) < num_documents:
-        raise ValueError(f"num_documents={num_documents}: there are {len(trained.documents)} held-out documents")
-    bos, documents = encode_prompt(trained.tokenizer, ""), trained.documents[:num_documents]
-    rows = [(bos + ids)[:max_length] for ids in encode_documents(documents, trained.tokenizer)]
-    for number, row in enumerate(rows):
-        if len(row) < 2:
-            raise ValueError(f"held-out document {number} is empty: expected at least one token to score")
+    rows = _read_rows(trained, num_documents, max_length)
 
     # 1. Log-likelihoods (documents,) by name, of all documents or of the few.
     totals: dict[str, torch.Tensor] = {}
@@ -112,12 +106,24 @@ def measure_losses(
 
     # 2. Nats per token.
     result: dict[str, Any] = {}
-    for behind, count in (("", num_documents), ("_few", num_ordered_documents)):
+    for ending, count in (("", num_documents), ("_few", num_ordered_documents)):
         tokens = sum(len(row) - 1 for row in rows[:count])
-        result |= {f"loss_documents{behind}": count, f"loss_tokens{behind}": tokens}
+        result |= {f"loss_documents{ending}": count, f"loss_tokens{ending}": tokens}
         of_enough = {name: nats for name, nats in totals.items() if len(nats) >= count}
-        result |= {name + behind: -nats[:count].sum().item() / tokens for name, nats in of_enough.items()}
+        result |= {name + ending: -nats[:count].sum().item() / tokens for name, nats in of_enough.items()}
     return result
+
+
+def _read_rows(trained: Trained, count: int, length: int) -> list[list[int]]:
+    """The first `length` tokens, BOS included, of the first `count` held-out documents."""
+    if len(trained.documents) < count:
+        raise ValueError(f"num_documents={count}: there are {len(trained.documents)} held-out documents")
+    bos, documents = encode_prompt(trained.tokenizer, ""), trained.documents[:count]
+    rows = [(bos + ids)[:length] for ids in encode_documents(documents, trained.tokenizer)]
+    for number, row in enumerate(rows):
+        if len(row) < 2:
+            raise ValueError(f"held-out document {number} is empty: expected at least one token to score")
+    return rows
 
 
 def _totals(rows: Sequence[list[int]], title: str, score: ScoreBatch, *, batch_size: int) -> torch.Tensor:

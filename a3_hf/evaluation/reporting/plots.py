@@ -59,6 +59,13 @@ def make_log(axes, name: str, values: Sequence[float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def shorten_numbers(axes) -> None:
+    """Writes the numbers of the x axis with a prefix, e.g. 20k."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
 def palette(number: int) -> list[Any]:
     """Colours to tell `number` things apart.
 

@@ -270,7 +270,11 @@ def _measured_section(kind: str, files: Sequence[Mapping[str, Any]]) -> str:
     if several:
         own = (_listed({name: result.get("config", {}).get(name) for name in differing}) for result in files)
         listed = enumerate(zip(files, own, strict=True), start=1)
-        text.append("\n".join(f"- file {number}, `{result['path']}`: {told}" for number, (result, told) in listed))
+        text.append(
+            "\n".join(
+                f"- file {number}, `{result['path']}`: {own_settings}" for number, (result, own_settings) in listed
+            )
+        )
     lines = [
         (*([number] if several else []), *(row.get(name) for name in names))
         for number, result in enumerate(files, start=1)

@@ -272,7 +272,7 @@ def _numbered(source: Path | str, rows: Iterable[dict[str, Any]]) -> list[Item]:
     return items
 
 
-# Items that can't be asked
+# Checks of items
 
 
 def _check_columns(where: str, columns: Sequence[str], present: Iterable[str]) -> None:

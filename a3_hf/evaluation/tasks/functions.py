@@ -68,7 +68,7 @@ class InfillTask(ConfigurableTask):
         suffix = self.resolve_field(doc, self.own.get("doc_to_suffix")) or ""
         if has_template and suffix:
             raise ValueError(
-                f"{self.config.task} has text behind what is asked, which a chat template has no place for; leave "
+                f"{self.config.task} has text after the answer, which a chat template has no place for; leave "
                 "--apply_chat_template out"
             )
         if self.OUTPUT_TYPE == "multiple_choice":

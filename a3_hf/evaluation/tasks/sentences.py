@@ -6,8 +6,8 @@ SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Offsets behind each sentence that ends: with a full stop, an exclamation or question mark, or several, and the closing
-    quotes and brackets behind it, before white space or the end of the text.
+    """Offsets of the ends of sentences: after a full stop, an exclamation or question mark, or several, and closing quotes and
+    brackets, before white space or the end of the text.
     """
     return [match.end() for match in SENTENCE_END.finditer(text)]
 
