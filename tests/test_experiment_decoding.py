@@ -233,13 +233,13 @@ def test_other_architectures_take_some_of_the_strategies(tokenizer, judge, stori
 def test_what_is_refused(a3, tokenizer, judge, stories, tmp_path):
     one = {"strategies": {"one": {}}, "data_dir": stories}
     for settings, message in (
-        ({"num_stories": 0}, "num_stories=0; it takes a whole number"),
-        ({"batch_size": 1.5}, "batch_size=1.5; it takes a whole number"),
-        ({"num_stories": 4}, "num_stories=4: ROCStories give 3 stories"),
-        ({"num_stories": 4, "data_dir": None}, "num_stories=4: the 4 held-out documents give 3 stories"),
+        ({"num_stories": 0}, "num_stories=0: expected a whole number"),
+        ({"batch_size": 1.5}, "batch_size=1.5: expected a whole number"),
+        ({"num_stories": 4}, "num_stories=4: 3 stories of ROCStories give 3 stories"),
+        ({"num_stories": 4, "data_dir": None}, "num_stories=4: 4 held-out documents give 3 stories"),
         ({"strategies": {}}, "strategies is empty"),
         ({"strategies": {"one": 4}}, "'one' is 4"),
-        ({"strategies": {"one": {"seed": 4}}}, "'one' has 'seed'; it takes strategy"),
+        ({"strategies": {"one": {"seed": 4}}}, "'one' has 'seed': expected strategy"),
         ({"strategies": {"one": {"threshold": 0.5}}}, "'one': threshold=0.5 has no meaning for strategy='groupwise'"),
         ({"judge": str(tmp_path / "none")}, "none' can't be loaded"),
         ({"data_dir": str(tmp_path)}, "cloze_test_val__spring2016.csv"),
@@ -247,7 +247,7 @@ def test_what_is_refused(a3, tokenizer, judge, stories, tmp_path):
         with pytest.raises(ValueError, match=message):
             measure_decoding(a3, **{**one, "num_stories": 3, **settings})
     a3.model.save_pretrained(tmp_path / "a3")
-    with pytest.raises(ValueError, match="it is a a3_llama, and takes a plain LLaMA"):
+    with pytest.raises(ValueError, match="it is a a3_llama, expected a plain LLaMA"):
         measure_decoding(a3, **one, num_stories=3, judge=str(tmp_path / "a3"))
     short = tiny_model(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=20)
     with pytest.raises(ValueError, match=r"story 1 has \d+ tokens, more than the model's context"):

@@ -8,7 +8,9 @@ from test_experiment_losses import ARCHITECTURES, trained
 from torch import nn
 
 from a3_hf.evaluation.measures import infilling_quality as infilling
-from a3_hf.evaluation.measures.infilling_quality import measure_infilling, measure_infilling_rocstories, split_sentences
+from a3_hf.evaluation.measures.infilling_quality import measure_infilling
+from a3_hf.evaluation.measures.stories import StoryBlank
+from a3_hf.evaluation.tasks.sentences import split_sentences
 from a3_hf.models.a3_llama.infilling_templates import encode_piece
 from a3_hf.training.base_trainer import row_generator
 
@@ -26,7 +28,7 @@ def measure(subject, **changes) -> dict:
 
 
 @pytest.fixture
-def captured(monkeypatch) -> dict[str, list[infilling.Blank]]:
+def captured(monkeypatch) -> dict[str, list[StoryBlank]]:
     """The blanks of the sentences and of the words, as the measurement writes them."""
     seen, write = {}, infilling._write
 
@@ -169,7 +171,7 @@ def slow_fill(subject, blank) -> list[int]:
     never = [*subject.tokenizer.all_special_ids]
     if subject.architecture == "masked_diffusion":
         never.append(model.config.mask_token_id)
-    allowed = [word for word in range(words) if word not in never]
+    allowed = sorted(set(subject.tokenizer.get_vocab().values()) - set(never))
     order = given_first(known.shape[1], start, start + len(blank.target))
     is_blank = torch.zeros_like(known).bool()
     is_blank[0, start : start + len(blank.target)] = True
@@ -266,7 +268,7 @@ def test_rocstories_lack_their_third_sentence(tokenizer, captured, tmp_path):
     data_dir = write_csv(tmp_path, [long, five])
     settings = {"num_documents": 1, "num_generated": 1, "max_length": 50}
     subject = trained("a3", tokenizer)
-    result = measure_infilling_rocstories(subject, data_dir=data_dir, **settings)
+    result = measure_infilling(subject, data_dir=data_dir, **settings)
     assert [blank.text for blank in captured["sentences"]] == ["The cat sat on a mat!"]
     blank = captured["sentences"][0]
     assert tokenizer.decode([*blank.before[1:], *blank.target, *blank.after]) == " ".join(five)
@@ -276,15 +278,15 @@ def test_rocstories_lack_their_third_sentence(tokenizer, captured, tmp_path):
     expected = slow_nats(subject, blank) / len(blank.target)
     assert result["nll_middle_sentence_roc"] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match="num_documents=2: of 2 stories of ROCStories 1 have 5 sentences"):
-        measure_infilling_rocstories(subject, data_dir=data_dir, **{**settings, "num_documents": 2})
+        measure_infilling(subject, data_dir=data_dir, **{**settings, "num_documents": 2})
     with pytest.raises(ValueError, match="there is no file"):
-        measure_infilling_rocstories(subject, data_dir=str(tmp_path / "elsewhere"))
+        measure_infilling(subject, data_dir=str(tmp_path / "elsewhere"), **settings)
 
 
 def test_a_whole_file_of_rocstories(tokenizer, captured, made_data):
     subject = trained("llama", tokenizer, max_position_embeddings=512)
     settings = {"num_documents": 3, "num_generated": 1, "max_length": 512}
-    result = measure_infilling_rocstories(subject, data_dir=str(made_data), **settings)
+    result = measure_infilling(subject, data_dir=str(made_data), **settings)
     assert result["infilling_stories_roc"] == 3 and len(captured["words"]) == 3
     assert captured["sentences"][0].text.endswith((".", "!", "?"))
 
@@ -294,7 +296,7 @@ def test_a_whole_file_of_rocstories(tokenizer, captured, made_data):
     [
         ({"num_documents": 0}, "num_documents=0"),
         ({"num_documents": 4}, "num_documents=4: of 3 held-out documents 3 have 3 sentences"),
-        ({"num_generated": 4}, "num_generated=4; it takes at most num_documents=3"),
+        ({"num_generated": 4}, "num_generated=4: expected at most num_documents=3"),
         ({"num_generated": True}, "num_generated=True"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_length": 129}, "max_length=129"),

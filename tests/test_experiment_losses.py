@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from a3_hf import DecoupledRopeLlamaConfig, DecoupledRopeLlamaForCausalLM
-from a3_hf.evaluation.measures.next_token import next_token_log_probs, padded
+from a3_hf.evaluation.measures.batching import next_token_scores, pad_rows
 from a3_hf.evaluation.measures.order_losses import measure_losses
 from a3_hf.evaluation.measures.trained_run import Trained
 from a3_hf.models.masked_diffusion_llama.configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
@@ -168,7 +168,7 @@ def test_the_bound_estimates_the_mean_over_orders(tokenizer):
     settings = {"num_documents": 2, "max_length": 5}
     rows = [cut(tokenizer, text, 5) for text in subject.documents]
     assert sorted(map(len, rows)) == [3, 5]
-    exact_bound = subject.model.exact_bound(*padded(rows)).sum().item()
+    exact_bound = subject.model.exact_bound(*pad_rows(rows)).sum().item()
     expected = -exact_bound / sum(len(row) - 1 for row in rows)
     assert measure(subject, num_samples=2000, **settings)["nll_scattered_1"] == pytest.approx(expected, abs=0.03)
 
@@ -184,20 +184,32 @@ def test_the_batch_changes_nothing(architecture, tokenizer):
     assert all("scattered" in name for name in changed) and bool(changed) == (architecture != "llama")
 
 
-def test_next_token_log_probs_leave_the_first_token_and_padding_at_zero(tokenizer):
-    for architecture in ("llama", "a3"):
-        ids, mask = padded([[1, 5, 7, 9], [1, 6]])
-        log_probs = next_token_log_probs(trained(architecture, tokenizer), ids, mask)
-        assert (log_probs[:, 0] == 0).all() and (log_probs[1, 2:] == 0).all() and (log_probs[0, 1:] < 0).all()
-    with pytest.raises(ValueError, match="architecture='decoupled_rope'; it takes one of a3, llama"):
-        next_token_log_probs(trained("decoupled_rope", tokenizer), ids, mask)
+@pytest.mark.parametrize("architecture", ["llama", "a3"])
+def test_next_token_scores_are_of_the_scored_tokens_alone(architecture, tokenizer):
+    ids, mask = pad_rows([[1, 5, 7, 9], [1, 6]])
+    model = trained(architecture, tokenizer).model
+    scored = torch.tensor([[False, True, True, True], [False, True, False, False]])
+    log_probs, greedy = next_token_scores(model, ids, mask, scored)
+    assert (log_probs[~scored] == 0).all() and (log_probs[scored] < 0).all() and greedy[~scored].all()
+    some = scored & torch.tensor([False, False, True, False])
+    fewer, _ = next_token_scores(model, ids, mask, some)
+    torch.testing.assert_close(fewer, log_probs * some)
+    likeliest = [max(range(model.config.vocab_size), key=lambda one: score_of(model, ids, mask, one))]
+    assert greedy[1, 1] == (likeliest == [6])
+
+
+def score_of(model, ids, mask, token: int) -> float:
+    """Log-probability of a token in the place of the second row's last."""
+    ids = ids.clone()
+    ids[1, 1] = token
+    return next_token_scores(model, ids, mask, ids == token)[0][1, 1].item() if token != 1 else -100.0
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"num_documents": 0}, "num_documents=0"),
-        ({"num_documents": 5}, "num_documents=5; there are 4"),
+        ({"num_documents": 5}, "num_documents=5: there are 4"),
         ({"num_ordered_documents": 5}, "num_ordered_documents=5"),
         ({"group_size": 1}, "group_size=1"),
         ({"orders": 0}, "orders=0"),

@@ -111,9 +111,9 @@ BARS = {"kind": "bars", "measure": "nll_left_to_right"}
         ({"report": {"plots": [{"kind": "pie", "title": "Pie"}]}}, "a plot of kind 'pie'"),
         ({"report": {"plots": [{"kind": "bars", "title": "Bars"}]}}, "lacks 'measure'"),
         ({"report": {"better": {"rouge1": "more"}}}, "'lower' or 'higher'"),
-        ({"report": {"plots": [{**BARS, "title": 2024}]}}, "title=2024; it takes text"),
-        ({"report": {"better": {"rouge1": "higher"}}}, "compare=None; who wins takes both"),
-        ({"report": {"better": {"rouge1": "higher"}, "compare": [["a3"]]}}, "compare holds .'a3'.; it takes pairs"),
+        ({"report": {"plots": [{**BARS, "title": 2024}]}}, "title=2024: expected text"),
+        ({"report": {"better": {"rouge1": "higher"}}}, "compare=None; a comparison takes both"),
+        ({"report": {"better": {"rouge1": "higher"}, "compare": [["a3"]]}}, "compare holds .'a3'.: expected pairs"),
         ({"report": {"better": {"rouge1": "higher"}, "compare": [["a3", "arr"]]}}, "arm 'arr'; did you mean 'ar'"),
         (
             {"report": {"plots": [{**BARS, "title": "A, b"}, {**BARS, "title": "a b"}]}},

@@ -162,7 +162,7 @@ def test_every_text_begins_with_bos_whether_the_tokenizer_adds_it_or_not(source,
         without = make(model, tokenizer=tokenizer, device="cpu", batch_size=4, add_bos_token=False)
         plain = [one[0] for one in hf.loglikelihood(asking(PAIRS))]
         assert [one[0] for one in without.loglikelihood(asking(PAIRS))] == pytest.approx(plain, abs=1e-4)
-        assert lm.settings() != without.settings()
+        assert lm.identity != without.identity
     a3 = like(source)
     (answer,) = a3.loglikelihood(asking([("w1 w2", " w3 w4")]), disable_tqdm=True)
     scored = a3.model.score(a3.tokenizer, "w1 w2 w3 w4")

@@ -156,7 +156,7 @@ GOLDEN = """\
 
 Lower is better: perplexity of lambada.
 
-Lines marked (paper) are the paper's own figures (arXiv 2601.13228, ICLR 2026), at other sizes and on the items that it took; they were not run here. Suspect among them:
+Lines marked (paper) are the paper's own figures (arXiv 2601.13228, ICLR 2026), at other sizes and on its own items; they were not run here. Suspect among them:
 
 - Llama-3.1-8B, autoregressive: on ROCStories it was given the text before the blank only, and a length counted in characters; the others saw the text on both sides, and the true length in tokens.
 - Dream-7B: its ROCStories figures are those of the autoregressive line, to the digit, and its own authors report 73.3 on HellaSwag, 74.8 on WinoGrande and 75.8 on PIQA.
@@ -260,7 +260,7 @@ def test_the_defaults_are_the_models_own(module, model):
     if model == "A3LM":
         assert signature["decoding"].default is None
         own["decoding"] = "groupwise"  # what None is for an A3 model
-    assert DEFAULTS[{"harness": "a3", "causal": "a3_ar"}[module]] == own
+    assert DEFAULTS[{"a3_lm": "a3", "causal_lm": "a3_ar"}[module]] == own
 
 
 def test_the_same_value_twice_is_one_cell(tmp_path):

@@ -232,7 +232,7 @@ def test_what_cannot_be_found_is_asked_for():
     model, ids = left_model(), ids_of(1, 6)
     groups = torch.arange(6)[None]
     views = group_attention_mask("sdpa", *groups_of(groups, groups))
-    with pytest.raises(ValueError, match="with prepared views needs target_input_ids"):
+    with pytest.raises(ValueError, match="with prepared masks needs target_input_ids"):
         model(ids, attention_mask=views, target_position_ids=groups)
     with pytest.raises(ValueError, match="with inputs_embeds needs target_input_ids"):
         model(inputs_embeds=model.model.embed_tokens(ids), group_ids=groups)

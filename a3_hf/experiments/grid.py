@@ -25,10 +25,10 @@ class Cell:
     """One run of a grid.
 
     Attributes:
-        arm: which variant it is.
+        arm: its variant.
         axes: the value of each axis, the seed among them.
         settings: those of its recipe, in plain values.
-        recipe: the same, read; its `output_dir` is the cell's own folder.
+        recipe: its recipe, whose `output_dir` is the cell's own folder.
     """
 
     arm: str
@@ -39,19 +39,18 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of its folder: the arm and the axes."""
-        parts = [self.arm, *(f"{axis}_{value}" for axis, value in self.axes.items())]
-        return re.sub(r"[^\w.-]", "_", "-".join(parts))
+        return _cell_name(self.arm, self.axes)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked, the runs that answer it, and how they are measured and told.
+    """A question, the runs that answer it, their measures and the report.
 
     Attributes:
-        measures: for each measurement its settings.
-        start: what a model trained from scratch starts as, the arguments of `make_start`; None: the recipe's own model.
-        report: how the result is told.
-        folder: where its cells train.
+        measures: the settings of each measure.
+        start: arguments of `make_start` for a model trained from scratch; None: the recipe's own model.
+        report: the layout of the report, see `check_report`.
+        folder: the folder in which its cells train.
     """
 
     name: str
@@ -67,31 +66,60 @@ class Experiment:
 def read_experiment(
     name: str, *, size: str, runs: Path, known_measures: Mapping[str, Callable[..., Any]]
 ) -> Experiment:
-    """Reads an experiment: a YAML mapping of
+    """Reads an experiment, a YAML mapping of
 
-    - `question`: what is asked, in a sentence;
-    - `recipe`: the recipe that all cells start from, and `settings`, what all of them change in it;
-    - `start`: optional, what is trained from scratch;
+    - `question`: the question, in a sentence;
+    - `recipe`: the recipe of all cells, and `settings`, changes to it for all of them;
+    - `start`: optional, a model trained from scratch;
     - `arms`: the variants, each a mapping of settings;
-    - `axes`: settings with the values that each arm is run with, every combination; `seed` is one of them. Where several
-      settings go together, an axis has a name of its own and a mapping of settings for each value:
-      `length: {128: {block_size: 128, …}, 1024: {…}}`;
-    - `measures`: what is measured of each trained model, each with its settings;
-    - `report`: how the result is told, see `check_report`;
-    - `sizes`: for each size what it changes in all of this, key by key (null takes a key away).
+    - `axes`: settings with the values that each arm is run with, every combination; `seed` is one of them. An axis of several
+      settings has a name of its own and a mapping of settings for each value: `length: {128: {block_size: 128, …}, …}`;
+    - `measures`: the measures of each trained model, each with its settings;
+    - `report`: the layout of the report, see `check_report`;
+    - `sizes`: for each size its changes to all of this, key by key (null removes a key).
 
     Args:
-        name: of a file in `recipes/experiments`, or a path.
+        name: name of a file in `recipes/experiments`, or a path.
         size: one of `sizes`.
         runs: the folder in which cells train, each in a folder of its own.
-        known_measures: the measurements that there are, with the functions that take their settings.
+        known_measures: the functions of all measures, by name.
 
     Raises:
-        ValueError: no such experiment or size; an unknown key, axis or measurement; an axis without values, or one whose
-            values are no plain ones; an arm's setting that is an axis as well; what a recipe refuses, with the cell's name;
-            what `check_report` refuses.
+        ValueError: no such experiment or size; an unknown key, axis or measure; an axis without values, or with values that
+            are not plain; a setting of both an arm and an axis; an invalid recipe (names the cell) or report.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    plan = _read_plan(path, name, size)
+    measures = {key: value or {} for key, value in _mapping(path, "measures", plan["measures"]).items()}
+    _check_measures(path, measures, known_measures)
+    arms = _mapping(path, "arms", plan["arms"])
+    report = _mapping(path, "report", plan.get("report") or {})
+    try:
+        check_report(report, [str(arm) for arm in arms])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    axes = _axes(path, plan.get("axes") or {})
+    folder, start = runs / path.stem / size, plan.get("start")
+    shared = {**read_settings(plan["recipe"]), **_mapping(path, "settings", plan.get("settings") or {})}
+    cells: dict[str, Cell] = {}
+    for arm, own in arms.items():
+        own = _mapping(path, f"arms.{arm}", own or {})
+        _check_set_once(path, arm, own, axes)
+        for values in itertools.product(*axes.values()):
+            point = dict(zip(axes, values, strict=True))
+            settings = {**shared, **own}
+            for axis, value in point.items():
+                settings |= axes[axis][value] if isinstance(axes[axis], Mapping) else {axis: value}
+            cell = _make_cell(path, str(arm), point, settings, folder=folder, has_start=bool(start))
+            if cell.name in cells:
+                raise ValueError(f"{path}: two cells would train in one folder, {cell.name}; rename an arm")
+            cells[cell.name] = cell
+    question = " ".join(str(plan["question"]).split())
+    return Experiment(path.stem, size, question, tuple(cells.values()), measures, start, report, folder)
+
+
+def _read_plan(path: Path, name: str, size: str) -> dict[str, Any]:
+    """The mapping of a YAML, changed for a size."""
     if not path.is_file():
         there = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml"))) or f"none in {FOLDER}"
         raise ValueError(f"experiment={name!r}: there is no {path} (relative to {Path.cwd()}); there are {there}")
@@ -105,71 +133,48 @@ def read_experiment(
     for key in ("question", "recipe", "arms", "measures"):
         if not plan.get(key):
             raise ValueError(f"{path}: lacks {key}")
-    measures = {key: value or {} for key, value in _mapping(path, "measures", plan["measures"]).items()}
-    for measure in measures:
-        if measure not in known_measures:
-            known = ", ".join(known_measures)
-            raise ValueError(
-                f"{path}: unknown measure {measure!r}{nearest(measure, known_measures)}; there are {known}"
-            )
-        takes = list(inspect.signature(known_measures[measure]).parameters)[1:]
-        for setting in measures[measure]:
+    return plan
+
+
+def _check_measures(path: Path, measures: Mapping[str, Any], known: Mapping[str, Callable[..., Any]]) -> None:
+    for name, settings in measures.items():
+        if name not in known:
+            raise ValueError(f"{path}: unknown measure {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+        takes = list(inspect.signature(known[name]).parameters)[1:]
+        for setting in settings:
             if setting not in takes:
-                raise ValueError(f"{path}: {measure} has an unknown setting {setting!r}{nearest(str(setting), takes)}")
-    folder = runs / path.stem / size
-    axes = _axes(path, plan.get("axes") or {})
-    base = read_settings(plan["recipe"])
-    shared = _mapping(path, "settings", plan.get("settings") or {})
-    arms = _mapping(path, "arms", plan["arms"])
-    report = _mapping(path, "report", plan.get("report") or {})
+                raise ValueError(f"{path}: {name} has an unknown setting {setting!r}{nearest(str(setting), takes)}")
+
+
+def _make_cell(
+    path: Path, arm: str, axes: Mapping[str, Any], settings: dict[str, Any], *, folder: Path, has_start: bool
+) -> Cell:
+    name = _cell_name(arm, axes)
+    settings["output_dir"] = str(folder / name)
+    if has_start:
+        settings["model_name_or_path"] = str(folder / f"start-{settings.get('seed', 42)}")
+    settings = {key: value for key, value in settings.items() if value is not None}
     try:
-        check_report(report, [str(arm) for arm in arms])
+        recipe = build_recipe(settings, origin=path)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    cells = []
-    for arm, own in arms.items():
-        own = _mapping(path, f"arms.{arm}", own or {})
-        _check_set_once(path, arm, own, axes)
-        for values in itertools.product(*axes.values()):
-            point = dict(zip(axes, values, strict=True))
-            settings = {**base, **shared, **own}
-            for axis, value in point.items():
-                settings |= axes[axis][value] if isinstance(axes[axis], Mapping) else {axis: value}
-            cell = Cell(str(arm), point, settings, recipe=None)
-            settings["output_dir"] = str(folder / cell.name)
-            if plan.get("start"):
-                settings["model_name_or_path"] = str(folder / f"start-{settings.get('seed', 42)}")
-            settings = {key: value for key, value in settings.items() if value is not None}
-            try:
-                recipe = build_recipe(settings, origin=path)
-            except ValueError as error:
-                raise ValueError(f"{path}: cell {cell.name}: {error}") from error
-            if recipe.data.sources is not None:
-                raise ValueError(f"{path}: cell {cell.name}: sources: measurements take train_file or dataset_name")
-            if any(other.name == cell.name for other in cells):
-                raise ValueError(f"{path}: two cells would train in one folder, {cell.name}; rename an arm")
-            cells.append(Cell(str(arm), point, settings, recipe))
-    return Experiment(
-        name=path.stem,
-        size=size,
-        question=" ".join(str(plan["question"]).split()),
-        cells=tuple(cells),
-        measures=measures,
-        start=plan.get("start"),
-        report=report,
-        folder=folder,
-    )
+        raise ValueError(f"{path}: cell {name}: {error}") from error
+    if recipe.data.sources is not None:
+        raise ValueError(f"{path}: cell {name}: sources: measures take train_file or dataset_name")
+    return Cell(arm, axes, settings, recipe)
+
+
+def _cell_name(arm: str, axes: Mapping[str, Any]) -> str:
+    return re.sub(r"[^\w.-]", "_", "-".join([arm, *(f"{axis}_{value}" for axis, value in axes.items())]))
 
 
 def check_record(experiment: Experiment) -> None:
-    """Compares the cells with those that the folder was begun with, and leaves a record of them. Cells may be added or left
-    out; one that was there has the settings that it had.
+    """Compares the cells with the folder's record of earlier ones, and updates it. Cells may be added or left out.
 
     Raises:
-        ValueError: a cell whose recipe, or a start, that changed; says in what.
+        ValueError: a cell's recipe or the start has changed; lists the changes.
     """
     path = experiment.folder / RECORD_FILE
-    # Where a run lies, and a model made for it, follows from where the grid lies, which may be moved.
+    # The places of a run and of its start depend on the grid's folder, which may be moved.
     places = {"output_dir"} if experiment.start is None else {"output_dir", "model_name_or_path"}
     cells = {
         cell.name: {key: value for key, value in cell.settings.items() if key not in places}
@@ -200,7 +205,7 @@ def check_record(experiment: Experiment) -> None:
 
 
 def _check_set_once(path: Path, arm: str, own: Mapping[str, Any], axes: Mapping[str, Any]) -> None:
-    """Refuses a setting that an axis would silently replace, in an arm or in another axis."""
+    """Raises a ValueError for a setting that an axis would silently replace, in an arm or in another axis."""
     seen = {name: f"the arm {arm!r}" for name in own}
     for axis, values in axes.items():
         names = {name for one in values.values() for name in one} if isinstance(values, Mapping) else {axis}
@@ -237,7 +242,7 @@ def _axes(path: Path, axes: Any) -> dict[str, list | Mapping[Any, Mapping[str, A
 
 
 def _merged(plan: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`plan` with `changes` put into its mappings, key by key; null takes a key away."""
+    """`plan` with `changes` merged into its mappings, key by key; null removes a key."""
     merged = dict(plan)
     for key, value in changes.items():
         if value is None:

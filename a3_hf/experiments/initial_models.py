@@ -1,4 +1,4 @@
-"""Starts for training from scratch: a random LLaMA and a tokenizer of characters, in a folder that recipes can name."""
+"""Starts for training from scratch: a folder with a random LLaMA and a tokenizer of characters."""
 
 import hashlib
 import json
@@ -20,14 +20,14 @@ NOT_IN_CONFIG = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def character_tokenizer(text: str, *, min_count: int = 1) -> PreTrainedTokenizerFast:
-    """A tokenizer with a token for each character of `text`, white space included, behind `<pad>`, `<s>` (BOS), `</s>` (EOS)
-    and `<unk>`. It adds nothing of its own, and texts of these characters come back from it as they were.
+    """A tokenizer with `<pad>`, `<s>` (BOS), `</s>` (EOS), `<unk>`, and a token for each character of `text`, white space
+    included. It adds no special tokens, and decodes texts of these characters unchanged.
 
     Args:
         min_count: characters that `text` holds fewer times become `<unk>`, as do those that it does not hold.
 
     Raises:
-        ValueError: no character is left, or the text spells a special token, which could not be told from the token.
+        ValueError: no character is left, or the text spells a special token, which could not be distinguished from the token.
     """
     if not isinstance(min_count, int) or isinstance(min_count, bool) or min_count < 1:
         raise ValueError(f"min_count={min_count!r}; it takes a whole number of at least 1")
@@ -40,7 +40,7 @@ def character_tokenizer(text: str, *, min_count: int = 1) -> PreTrainedTokenizer
             f"text has {len(text)} characters, none of them {min_count} times (min_count); it takes more text"
         )
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS.values(), *characters])}
-    # Pairs are never merged where there are no merges: what is left of BPE is its alphabet.
+    # BPE without merges is its alphabet.
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIAL_TOKENS["unk_token"], fuse_unk=False)
     )
@@ -59,16 +59,14 @@ def make_start(
 ) -> None:
     """Writes a LLaMA with random weights and its tokenizer into `folder`, from which all four architectures start.
 
-    The folder appears at once, complete, or not at all. Where it is there already, of the same settings, nothing is done;
-    several processes may call this at the same time. There is no mask token: `set_mask_token` of masked diffusion adds a row
-    for its own, by which that model is larger than the others.
+    The folder appears at once, complete, or not at all; one made from the same settings is kept. Several processes may call
+    this at the same time. There is no mask token: `set_mask_token` of masked diffusion adds a row for it.
 
     Args:
-        text: what the tokenizer is made from, the training documents one after another. Characters that it lacks become
-            `<unk>`.
-        tokenizer: `"characters"`, see `character_tokenizer`; the size of the vocabulary and the special tokens are its own.
+        text: the training documents, from which the tokenizer is made. Other characters become `<unk>`.
+        tokenizer: `"characters"`, see `character_tokenizer`; it decides the vocabulary's size and the special tokens.
         config: fields of `LlamaConfig`, e.g. `{"hidden_size": 64, "num_hidden_layers": 4, …}`.
-        seed: of the weights.
+        seed: seed of the weights.
         min_count: as in `character_tokenizer`.
 
     Raises:
@@ -123,7 +121,7 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
         found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"folder={str(folder)!r} is there, and no start that this made (it has no {SETTINGS_FILE}); give another, or "
+            f"folder={str(folder)!r} exists and has no {SETTINGS_FILE}, so it is no start of this function. Give another, or "
             f"remove {folder}"
         ) from None
     for name, value in settings.items():

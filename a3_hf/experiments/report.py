@@ -1,8 +1,8 @@
-"""Telling an experiment's result as its `report` says: the table, who wins, and the plots."""
+"""Reports of experiments: the page with its tables and figures, as an experiment's `report` asks for them."""
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers.utils import is_matplotlib_available
 
 from a3_hf.settings import check_keys, nearest
 
-from .comparison import write_report
+from .comparison import Better, list_table, summary_table, verdict_table, verdicts
 from .plots import draw_attention, draw_bars, draw_curves, draw_frontier, draw_scatter
 
 REPORT_FILE = "report.md"
@@ -22,29 +22,30 @@ KINDS: dict[str, Callable[..., None]] = {
     "frontier": draw_frontier,
     "scatter": draw_scatter,
 }
+RULE = (
+    "Differences are paired by seed. “wins” and “loses”: all seeds agree in sign, and the mean difference is more than two "
+    "of its standard errors from zero; otherwise “ties”. That is a rule of thumb: by chance alone, three seeds pass it about "
+    "once in five times, five seeds once in nine."
+)
 
 
 def check_report(report: Mapping[str, Any], arms: Collection[str]) -> None:
-    """Checks what an experiment's `report` asks for of its `arms`, as far as it can be without a result: `columns` of the
-    table; `lists`, measures that are lists, with the columns of their tables; `better`, columns that are compared, with
-    "lower" or "higher"; `compare`, pairs of arms; `plots`, mappings with a `title`, the `kind` of plot and its arguments.
+    """Checks an experiment's `report` before there is a result: `columns` of the table; `lists`, measures that are lists, with
+    the columns of their tables; `better`, columns that are compared, with "lower" or "higher"; `compare`, pairs of `arms`;
+    `plots`, mappings with a `title`, the `kind` of plot and its arguments.
 
     Raises:
         ValueError: an unknown key, kind or argument of a plot; a plot without title; two whose titles give one file name;
-            `better` without `compare` or the reverse; a pair that is none, or of arms that there are not.
+            `better` without `compare` or the reverse; a pair that is none, or of unknown arms.
     """
     check_keys("report", report, KEYS)
     for column, better in (report.get("better") or {}).items():
         if better not in ("lower", "higher"):
-            raise ValueError(f"report: better.{column}={better!r}; it takes 'lower' or 'higher'")
-    better, compare = report.get("better"), report.get("compare")
-    if bool(better) != bool(compare):
-        raise ValueError(
-            f"report: better={better!r} and compare={compare!r}; who wins takes both, columns and pairs of arms"
-        )
-    for pair in compare or []:
+            raise ValueError(f"report: better.{column}={better!r}: expected 'lower' or 'higher'")
+    _check_together(report.get("better"), report.get("compare"))
+    for pair in report.get("compare") or []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"report: compare holds {pair!r}; it takes pairs of arms, [of, against]")
+            raise ValueError(f"report: compare holds {pair!r}: expected pairs of arms, [of, against]")
         for arm in pair:
             if arm not in arms:
                 raise ValueError(
@@ -52,24 +53,35 @@ def check_report(report: Mapping[str, Any], arms: Collection[str]) -> None:
                 )
     files = set()
     for plot in report.get("plots") or []:
-        kind, title = plot.get("kind"), plot.get("title")
-        if kind not in KINDS:
-            raise ValueError(f"report: a plot of kind {kind!r}; it takes {', '.join(KINDS)}")
-        if not isinstance(title, str) or not re.search(r"\w", title):
-            raise ValueError(f"report: a plot with title={title!r}; it takes text")
-        if _file_name(title) in files:
-            raise ValueError(
-                f"report: two plots would be drawn in one file, {_file_name(title)}; rename title={title!r}"
-            )
-        files.add(_file_name(title))
-        parameters = inspect.signature(KINDS[kind]).parameters
-        known = [name for name in parameters if name not in ("result", "path")]
-        for name in plot.keys() - {"kind", "title"}:
-            if name not in known:
-                raise ValueError(f"report: the plot {title!r} has an unknown {name!r}; {kind} takes {', '.join(known)}")
-        for name in known:
-            if name not in plot and parameters[name].default is inspect.Parameter.empty:
-                raise ValueError(f"report: the plot {title!r} lacks {name!r}, which {kind} takes")
+        file = _check_plot(plot)
+        if file in files:
+            raise ValueError(f"report: two plots would be drawn in one file, {file}; rename title={plot['title']!r}")
+        files.add(file)
+
+
+def _check_together(better: Better | None, compare: Sequence | None) -> None:
+    if bool(better) != bool(compare):
+        raise ValueError(
+            f"report: better={better!r} and compare={compare!r}; a comparison takes both, columns and pairs of arms"
+        )
+
+
+def _check_plot(plot: Mapping[str, Any]) -> str:
+    """The file of a plot."""
+    kind, title = plot.get("kind"), plot.get("title")
+    if kind not in KINDS:
+        raise ValueError(f"report: a plot of kind {kind!r}: expected {', '.join(KINDS)}")
+    if not isinstance(title, str) or not re.search(r"\w", title):
+        raise ValueError(f"report: a plot with title={title!r}: expected text")
+    parameters = inspect.signature(KINDS[kind]).parameters
+    known = [name for name in parameters if name not in ("result", "path")]
+    for name in plot.keys() - {"kind", "title"}:
+        if name not in known:
+            raise ValueError(f"report: the plot {title!r} has an unknown {name!r}; {kind} takes {', '.join(known)}")
+    for name in known:
+        if name not in plot and parameters[name].default is inspect.Parameter.empty:
+            raise ValueError(f"report: the plot {title!r} lacks {name!r}, which {kind} takes")
+    return _file_name(title)
 
 
 def present(result: Mapping[str, Any], report: Mapping[str, Any], output: Path) -> Path:
@@ -84,16 +96,71 @@ def present(result: Mapping[str, Any], report: Mapping[str, Any], output: Path) 
     elif report.get("plots"):
         print("matplotlib is not installed, so no plots: pip install 'a3-hf[plot]'")
     page = output / REPORT_FILE
-    write_report(
-        result,
-        page,
-        drawn,
-        columns=report.get("columns"),
-        lists=report.get("lists"),
-        better=report.get("better"),
-        compare=[tuple(pair) for pair in report.get("compare") or []],
-    )
+    tables = {key: report.get(key) for key in ("columns", "lists", "better", "compare")}
+    write_report(result, page, drawn, **tables)
     return page
+
+
+def write_report(
+    result: Mapping[str, Any],
+    path: str | Path,
+    plots: Sequence[tuple[str, str]] = (),
+    *,
+    columns: Sequence[str] | None = None,
+    lists: Mapping[str, Sequence[str]] | None = None,
+    better: Better | None = None,
+    compare: Sequence[Sequence[str]] | None = None,
+) -> None:
+    """Writes a result as a Markdown page: question, command, date and environment, tables, comparisons, and plots.
+
+    Args:
+        path: path of the page.
+        plots: titles and names of PNG files that are in the page's folder already.
+        columns: columns of the table, as in `summary_table`.
+        lists: measures that are lists, each with the columns of its table, as in `list_table`.
+        better: columns that are compared, and whether "lower" or "higher" is better.
+        compare: pairs of arms, each (of, against), as in `verdicts`.
+
+    Raises:
+        ValueError: as `summary_table` and `verdicts`; `better` without `compare` or the reverse; a missing picture. Nothing
+            has been written then.
+    """
+    path = Path(path)
+    _check_together(better, compare)
+    for _, name in plots:
+        if not (path.parent / name).is_file():
+            raise ValueError(f"plots: there is no {name!r} in {str(path.parent)!r}; draw it first")
+    parts = [
+        f"# {result['experiment']}",
+        result["question"],
+        f"```bash\n{result['command']}\n```",
+        _circumstances(result),
+        "## Results",
+        summary_table(result, columns=columns),
+        "Means over seeds ± sample standard deviations.",
+    ]
+    for of, keys in (lists or {}).items():
+        parts += [f"## {of}", list_table(result, of, keys)]
+    for number, (of, against) in enumerate(compare or []):
+        rows = verdicts(result, columns=better, of=of, against=against)
+        parts += [f"## {of} against {against}", *([RULE] if number == 0 else [])]
+        parts.append(verdict_table(rows, of=of, against=against))
+    for title, name in plots:
+        parts += [f"## {title}", f"![{title}]({name})"]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _circumstances(result: Mapping[str, Any]) -> str:
+    """Date, size, device, versions and commit."""
+    environment = result["environment"]
+    commit = environment.get("git_commit")
+    facts = [
+        f"{result['date']}, size {result['size']}",
+        environment.get("device"),
+        *(f"{name} {version}" for name, version in environment.get("versions", {}).items() if version is not None),
+        commit and f"commit {commit[:7]}",
+    ]
+    return "; ".join(filter(None, facts)) + "."
 
 
 def _file_name(title: str) -> str:

@@ -1,4 +1,4 @@
-"""Running an experiment: each cell trained and measured, then one result, its table and its plots."""
+"""Runs an experiment: trains and measures each cell, then writes the result and its report."""
 
 import datetime
 import json
@@ -22,7 +22,7 @@ from a3_hf.data.loading import load_documents
 from a3_hf.evaluation.measures.attention_distance import measure_attention
 from a3_hf.evaluation.measures.coherence_diversity import measure_samples
 from a3_hf.evaluation.measures.decoding_frontier import measure_decoding
-from a3_hf.evaluation.measures.infilling_quality import measure_infilling, measure_infilling_rocstories
+from a3_hf.evaluation.measures.infilling_quality import measure_infilling
 from a3_hf.evaluation.measures.order_losses import measure_losses
 from a3_hf.evaluation.measures.trained_run import Trained
 from a3_hf.evaluation.reporting.results import environment
@@ -36,7 +36,7 @@ from .report import present
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "losses": measure_losses,
     "infilling": measure_infilling,
-    "infilling_rocstories": measure_infilling_rocstories,
+    "infilling_rocstories": measure_infilling,
     "samples": measure_samples,
     "attention": measure_attention,
     "decoding": measure_decoding,
@@ -50,21 +50,19 @@ def run(experiment: Experiment, output: Path, *, jobs: int = 1, command: str) ->
     """Trains and measures each cell that is not finished, and writes `result.json`, `report.md` and the plots to `output`.
 
     Args:
-        jobs: cells at a time, each in a process of its own with its share of this machine's threads. They are for a CPU: on a
-            GPU cells would stand in each other's way.
-        command: that made the result, told in it.
+        jobs: cells at a time on a CPU, each in a process of its own, with an equal part of this machine's threads.
+        command: the command that makes the result, quoted in it.
 
     Returns:
-        0, or 130 where a cell was stopped by Ctrl-C; the same command goes on.
+        0, or 130 where a cell was stopped by Ctrl-C; the same command resumes.
 
     Raises:
-        ValueError: fewer than one job, several where there is a GPU; a grid that changed (`check_record`); what recipes and
-            measurements refuse.
+        ValueError: fewer than one job, several on a GPU; a grid that changed (`check_record`); an invalid recipe or measure.
     """
     if jobs < 1:
-        raise ValueError(f"jobs={jobs}: takes 1 or more")
+        raise ValueError(f"jobs={jobs}: expected 1 or more")
     if jobs > 1 and torch.cuda.is_available() and not all(cell.recipe.training.use_cpu for cell in experiment.cells):
-        raise ValueError(f"jobs={jobs}: cells share one GPU; it takes 1")
+        raise ValueError(f"jobs={jobs}: cells share one GPU; expected 1")
     check_record(experiment)
     if experiment.start is not None:
         _make_starts(experiment)
@@ -106,7 +104,7 @@ def run(experiment: Experiment, output: Path, *, jobs: int = 1, command: str) ->
 
 
 def run_cell(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Trains a cell, if it is not finished, and measures its model, if that was not done under the same settings.
+    """Trains a cell, unless it is finished, and measures its model, unless that was done under the same settings.
 
     Returns:
         The cell's part of the result, or None where training was stopped.
@@ -158,7 +156,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 def _losses(entry: Mapping[str, float], architecture: str) -> dict[str, float]:
     """The losses of an evaluation, and the one that architectures have in common, `nll_any_order`: the mean over random
-    orders of single tokens, of which masked diffusion's bound is an estimate as well.
+    orders of single tokens, which masked diffusion's bound estimates too.
     """
     losses = {name: entry[name] for name in loss_names(entry)}
     common = "eval_loss" if architecture == "masked_diffusion" else "eval_loss_scattered_1"
@@ -166,7 +164,7 @@ def _losses(entry: Mapping[str, float], architecture: str) -> dict[str, float]:
 
 
 def load_trained(cell: Cell) -> Trained:
-    """A finished cell as measurements see it, on a GPU if it was trained on one."""
+    """Loads a finished cell for measures, on a GPU if it was trained on one."""
     folder = cell.recipe.training.output_dir
     model = load_model(folder, architecture=cell.recipe.model.architecture)
     device = "cuda" if torch.cuda.is_available() and not cell.recipe.training.use_cpu else "cpu"
@@ -214,7 +212,7 @@ def _stop_with_parent() -> None:
 
 
 def _run_in_worker(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    # Workers would write over each other's lines; the parent's bar tells how many cells are done.
+    # Workers would write over each other's lines; the parent shows progress.
     log = Path(cell.recipe.training.output_dir) / LOG_FILE
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):

@@ -1,4 +1,4 @@
-"""lm-eval's model `a3`: exact likelihoods in one pass under any order, and texts by any decoding strategy."""
+"""lm-eval's model `a3`: exact likelihoods under any order, and texts by any decoding strategy."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from lm_eval.api.registry import register_model
 from transformers import PreTrainedModel
 
 from a3_hf.adapters.checkpoints import attach_adapter, base_of, load_tokenizer, read_config, start_of
-from a3_hf.evaluation.measures.text_windows import pad_left, pad_right
+from a3_hf.evaluation.measures.batching import order_inputs, pad_rows, span_mask
 from a3_hf.evaluation.tasks.requests import Blank
 from a3_hf.models.a3_llama.generation_config import OWN_OPTIONS, A3GenerationConfig
 from a3_hf.models.a3_llama.infilling_templates import Template, decode_after
@@ -26,34 +26,33 @@ SHARED = ("order", "group_size", "span_length")
 @register_model("a3")
 class A3LM(BatchedLM):
     """An A3 model, or a LLaMA as one, for lm-eval: `--model a3 --model_args pretrained=…,order=random,num_orders=8`; and the
-    controls, Decoupled RoPE and masked diffusion, by what the checkpoint says.
+    controls, Decoupled RoPE and masked diffusion, by the checkpoint's architecture.
 
-    `loglikelihood` takes one forward pass a request, whatever the order; given text, on one side or both, is encoded first,
-    as singletons in text order. With masked diffusion it takes one for every group, or `num_samples` for the bound.
+    `loglikelihood` takes one forward pass per request, whatever the order; given text, on one side or both, is encoded first,
+    as singletons in text order. Masked diffusion takes a pass for every group, or `num_samples` for the bound.
 
     Args:
-        pretrained: a folder or a hub id, of a model or of an adapter; or a model, beside `tokenizer`.
-        order: `"left_to_right"`, `"right_to_left"`, `"random"` or `"spans"` (needs `span_length`), in which tokens are
-            scored, and written by `groupwise` and `speculative`.
+        pretrained: folder or hub id of a model or an adapter; or a model, together with `tokenizer`.
+        order: `"left_to_right"`, `"right_to_left"`, `"random"` or `"spans"` (needs `span_length`): the order in which tokens
+            are scored, and written by `groupwise` and `speculative`.
         group_size: tokens scored together, and written together by `groupwise`.
-        num_orders: a random order is drawn so many times and the likelihood is the mean over them (log-mean-exp of the
-            log-likelihoods: itself a proper likelihood; not specified in the paper).
-        seed: of random orders and sampling. A request's orders come from it, what is given, and the number of tokens to be
-            scored alone.
-        decoding: a strategy of `A3GenerationConfig`; None: `"groupwise"`, and with masked diffusion `"dynamic"`, which is all
-            that it takes, as Decoupled RoPE takes `"groupwise"` alone, one token a group.
-        num_samples: masked diffusion's Monte Carlo bound from so many masks, in place of the likelihood under `order`; what is
-            scored is then said to be greedy nowhere.
-        block_length: a continuation is written in blocks of so many tokens, and ends after the block that holds a stop
-            sequence. Left to right the result does not depend on it; `dynamic` and `refine` choose within a block.
-        base: of an adapter, where its base is no longer where it was.
-        **kwargs: options of the strategy by their own names (`criterion`, `threshold`, `draft_tokens`, …), and the
-            arguments of `HFLM` (`dtype`, `revision`, `peft`, `max_length`, …).
+        num_orders: number of random orders; the likelihood is the mean over them (log-mean-exp of the log-likelihoods: itself
+            a proper likelihood; not specified in the paper).
+        seed: seed of random orders and sampling. A request's orders depend on it, the given text, and the number of scored
+            tokens alone.
+        decoding: a strategy of `A3GenerationConfig`; None: `"groupwise"`, and with masked diffusion `"dynamic"`. Masked
+            diffusion takes no other, Decoupled RoPE only `"groupwise"`, one token a group.
+        num_samples: masks of masked diffusion's Monte Carlo bound, in place of the likelihood under `order`; no answer is then
+            greedy.
+        block_length: tokens per block of a continuation, which ends after the block with a stop sequence. Left to right the
+            result does not depend on it; `dynamic` and `refine` choose within a block.
+        base: folder or hub id of an adapter's base, in place of the recorded one.
+        **kwargs: options of the strategy by their own names (`criterion`, `threshold`, `draft_tokens`, …), and arguments of
+            `HFLM` (`dtype`, `revision`, `peft`, `max_length`, …).
 
     Raises:
-        ValueError: an unknown order or strategy (says which there are), an option of another strategy, several orders where
-            nothing is drawn; groups or a strategy that the architecture doesn't take, or samples of another than masked
-            diffusion.
+        ValueError: an unknown order or strategy, an option of another strategy, several orders where nothing is drawn; groups,
+            a strategy or samples that the architecture doesn't take.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class A3LM(BatchedLM):
         self._orders = {"order": order, "group_size": group_size, "span_length": span_length}
         self._num_orders, self._seed, self._block_length = num_orders, seed, block_length
         self._decoding = {"strategy": decoding, **own}
-        # what a strategy does not take, it is not told; `dynamic` and `refine` have no order of their own
+        # `dynamic` and `refine` have no order of their own
         if decoding in ("groupwise", "speculative"):
             self._decoding.update(order=order, span_length=span_length)
         if decoding == "groupwise":
@@ -118,51 +117,43 @@ class A3LM(BatchedLM):
             self._model = attach_adapter(self._model, peft)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the answers, beside the requests."""
-        name = self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name_or_path
+        """See `BatchedLM`."""
         likelihood = {**self._orders, "num_orders": self._num_orders, "seed": self._seed}
+        likelihood["num_samples"] = self._num_samples
         return {
             "model": "a3",
-            "pretrained": name,
-            "peft": self.peft,
-            "dtype": str(self.model.dtype),
-            "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
             **{key: value for key, value in likelihood.items() if value is not None},
             "decoding": {key: value for key, value in self._decoding.items() if value is not None},
             "block_length": self._block_length,
-            **({} if self._num_samples is None else {"num_samples": self._num_samples}),
         }
 
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
         """See `BatchedLM`. Greedy means under every order that was drawn."""
         copies = self._num_orders
         rows = [row for row in batch for _ in range(copies)]
-        ids, real = pad_right([[*row.context, *row.continuation, *row.suffix] for row in rows])
-        scored, generators = torch.zeros_like(ids), []
-        for number, row in enumerate(rows):
-            scored[number, len(row.context) : len(row.context) + len(row.continuation)] = 1
-            # An order must not look at what it scores: only then do the probabilities of all continuations sum to 1.
-            seen = (row.context, row.suffix, len(row.continuation))
-            generators.append(torch.Generator().manual_seed(seed_of(self._seed, *seen, number % copies)))
-        order = GroupOrder.infilling(scored, attention_mask=real, generator=generators, **self._orders)
-        inputs = tuple(tensor.to(self.device) for tensor in (ids, order.group_ids, real))
-        with torch.autocast(
-            self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
-        ):
-            if self._num_samples is not None:
-                given = (real & (scored == 0)).to(self.device)
-                bounds = self.model.log_likelihood_bound(
-                    inputs[0], inputs[2], given, num_samples=self._num_samples, seed=self._seed
-                )
-                return [(value, False, self._num_samples) for value in bounds.double().tolist()]
-            log_probs, greedy = self.model.log_likelihood_and_greedy(*inputs, scored_mask=scored.bool().to(self.device))
+        ids, real = pad_rows([[*row.context, *row.continuation, *row.suffix] for row in rows])
+        scored = span_mask(*([len(row[part]) for row in rows] for part in (0, 1)), ids.shape[1])
+        if self._num_samples is not None:
+            inputs = (one.to(self.device) for one in (ids, real, real.bool() & ~scored))
+            with self.autocast():
+                bounds = self.model.log_likelihood_bound(*inputs, num_samples=self._num_samples, seed=self._seed)
+            return [(value, False, self._num_samples) for value in bounds.double().tolist()]
+        # An order must not look at what it scores: only then do the probabilities of all continuations sum to 1.
+        generators = [
+            torch.Generator().manual_seed(
+                seed_of(self._seed, row.context, row.suffix, len(row.continuation), number % copies)
+            )
+            for number, row in enumerate(rows)
+        ]
+        inputs = order_inputs(ids, real, scored, self.device, generator=generators, **self._orders)
+        with self.autocast():
+            log_probs, greedy = self.model.log_likelihood_and_greedy(**inputs)
         totals = log_probs.double().sum(dim=1).view(-1, copies).logsumexp(dim=1) - math.log(copies)
         is_greedy = (greedy.sum(dim=1).cpu() == scored.sum(dim=1)).view(-1, copies).all(dim=1)
         passes = [1] * len(batch)
         if self._pass_per_group:
-            groups = order.group_ids.masked_fill(scored == 0, -1)
-            passes = [len(row.unique()) - int((row == -1).any()) for row in groups[::copies]]
+            groups = inputs["group_ids"].cpu()[::copies]
+            passes = [len(row[own].unique()) for row, own in zip(groups, scored[::copies], strict=True)]
         answers = zip(totals.tolist(), is_greedy.tolist(), passes, strict=True)
         return [(value, flag, number * copies) for value, flag, number in answers]
 
@@ -176,7 +167,7 @@ class A3LM(BatchedLM):
         ends = self._end_token_ids()
         while open_rows:
             texts = [[*contexts[row], *written[row]] for row in open_rows]
-            ids, real = pad_left(texts)
+            ids, real = pad_rows(texts, side="left")
             width = ids.shape[1]
             block = min(self._block_length, max_tokens - len(written[open_rows[0]]))
             output = self.model.generate_any_order(
@@ -189,30 +180,28 @@ class A3LM(BatchedLM):
                 **self._decoding,
                 **sampling,
             )
-            still_open = []
+            unfinished = []
             for place, row in enumerate(open_rows):
                 fresh = output.sequences[place, width:][output.commit_step[place, width:] >= 0].tolist()
                 written[row] += fresh
                 passes[row] += int(output.commit_step[place].max()) + 1
                 ended = len(fresh) < block or fresh[-1] in ends or len(written[row]) >= max_tokens
                 if not ended and not self.holds_stop(written[row], until):
-                    still_open.append(row)
-            open_rows = still_open
+                    unfinished.append(row)
+            open_rows = unfinished
         return [
             Written(self.text_until(tokens, until), len(tokens), spent)
             for tokens, spent in zip(written, passes, strict=True)
         ]
 
     def _end_token_ids(self) -> list[int]:
-        """What ends a continuation, as in `generate`: the tokenizer's EOS and those that the model names."""
+        """Tokens that end a continuation, as in `generate`: the tokenizer's EOS and those of the model's generation config."""
         named = self.model.generation_config.eos_token_id
         named = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
         return sorted({self.eot_token_id, *named})
 
     def fill_batch(self, contexts: Sequence[str], blanks: Sequence[Blank], **sampling) -> list[Written]:
-        """See `BatchedLM`. A length that is not given is chosen by exact likelihood (`lengths.choose_lengths`), and its
-        passes are not counted.
-        """
+        """See `BatchedLM`. A length that is not given is chosen by exact likelihood; its passes are not counted."""
         templates = [
             Template((context, blank.suffix), (blank.lengths or self.tokens_of(blank.length_of, context),))
             for context, blank in zip(contexts, blanks, strict=True)

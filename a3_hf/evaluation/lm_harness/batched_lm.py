@@ -9,13 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers.utils import logging
 
+from a3_hf.evaluation.measures.text_windows import rolling_windows
 from a3_hf.evaluation.tasks.requests import Blank, LogLikelihood, take_blank
 from a3_hf.models.a3_llama.generation_config import OWN_OPTIONS
 from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_piece
@@ -27,7 +28,7 @@ from .timing import Speed
 logger = logging.get_logger(__name__)
 
 SETTINGS_KEY = "settings of the model"  # in lm-eval's cache, beside the answers
-# Arguments of HFLM that would change nothing here, with the values that ask for nothing.
+# Arguments of HFLM that have no effect here, with their neutral values.
 WITHOUT_EFFECT = {
     "backend": ("default", "causal"),
     "truncation": (False, None),
@@ -41,7 +42,7 @@ WITHOUT_EFFECT = {
 
 
 class Scored(NamedTuple):
-    """A text to score: token ids of what is given before and after, and of what is scored between."""
+    """A text to score, in token ids: given, scored, and given after it."""
 
     context: list[int]
     continuation: list[int]
@@ -49,7 +50,7 @@ class Scored(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What was written for a request, the tokens that it took, and the passes."""
+    """The text for a request, its number of tokens, and its forward passes."""
 
     text: str
     tokens: int
@@ -57,13 +58,13 @@ class Written(NamedTuple):
 
 
 class BatchedLM(HFLM):
-    """Identical to `HFLM` except: requests may carry text behind what is asked (`requests.Blank`), answers to
-    `loglikelihood` know their number of tokens, time is kept for each task, a cache that was filled with other settings is
-    refused, several processes share the work on a CPU too, and every text begins with BOS, once, as rows of training and the
-    texts of `score` and `infill` do, whether the tokenizer adds it or not. `add_bos_token=False` leaves it out, but for
-    blanks and where nothing else is given: with a tokenizer that adds none, `HFLM`'s answers.
+    """Identical to `HFLM` except: requests may have text after the blank (`requests.Blank`); answers to `loglikelihood` have
+    their number of tokens; each task is timed; a cache that was filled under other settings is refused; several processes
+    share the work on a CPU too; and every text begins with one BOS, as in training, `score` and `infill`, whether the
+    tokenizer adds it or not. `add_bos_token=False` leaves it out, except for blanks and where nothing else is given: with a
+    tokenizer that adds none, `HFLM`'s answers.
 
-    Subclasses say how a batch is scored and written.
+    Subclasses score and write batches.
     """
 
     def __init__(self, pretrained, **kwargs):
@@ -96,7 +97,7 @@ class BatchedLM(HFLM):
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The model's own settings, those that decide the answers beside the requests and `identity`."""
+        """The settings on which answers depend, other than the requests and `identity`."""
 
     @abc.abstractmethod
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
@@ -115,7 +116,7 @@ class BatchedLM(HFLM):
     # Likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[LogLikelihood]:
-        """As in lm-eval; a third argument {"suffix": text} is given text behind the continuation."""
+        """As in lm-eval; a third argument {"suffix": text} is given text after the continuation."""
         return self._by_task(requests, lambda part: self._loglikelihood(part, disable_tqdm))
 
     def _loglikelihood(self, requests: list[Instance], disable_tqdm: bool) -> list[LogLikelihood]:
@@ -126,7 +127,7 @@ class BatchedLM(HFLM):
             spent.requests += len(requests)
             spent.tokens += sum(len(row.continuation) for row in rows)
             spent.passes += sum(passes for _, _, passes in answers)
-        self._tell_truncated(task, len(requests))
+        self._warn_truncated(task, len(requests))
         return [
             LogLikelihood(value, greedy, len(row.continuation))
             for (value, greedy, _), row in zip(answers, rows, strict=True)
@@ -160,8 +161,8 @@ class BatchedLM(HFLM):
         return [self.prefix_token_id, *ids]
 
     def _fit(self, row: Scored, task: str) -> Scored:
-        """Cuts what is given, the context from the left and then the suffix from the right. As in `HFLM`, the last token
-        of a row, which nothing has to see, may stand behind the model's context.
+        """Cuts the given text, the context from the left and then the suffix from the right. As in `HFLM`, the last token
+        of a row, which nothing has to see, may lie beyond the model's context.
         """
         room = self.max_length + 1 - len(row.continuation)
         if room < 1:
@@ -179,15 +180,9 @@ class BatchedLM(HFLM):
         """As in lm-eval: the log-likelihood (nats) of each text, in windows of the model's context, each token scored once."""
         rows, texts = [], []
         for number, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for window in windows:
-                context, continuation = make_disjoint_window(window)
-                rows.append(self._fit(Scored(list(context), list(continuation), []), "loglikelihood_rolling"))
+            ids = self.tok_encode(request.args[0])
+            for given, scored in rolling_windows(ids, start_id=self.prefix_token_id, length=self.max_length):
+                rows.append(self._fit(Scored(list(given), list(scored), []), "loglikelihood_rolling"))
                 texts.append(number)
         totals = [0.0] * len(requests)
         with self.speed.timing("loglikelihood_rolling") as spent:
@@ -202,7 +197,7 @@ class BatchedLM(HFLM):
 
     def _loglikelihood_tokens(self, requests, **kwargs):
         # HFLM's would score left to right, whatever the settings: nothing may end there.
-        raise NotImplementedError("lm-eval asks for likelihoods in a way that this model does not know")
+        raise NotImplementedError("lm-eval asks for likelihoods in a way that this model does not support")
 
     def _score(self, rows, disable_tqdm, keys) -> list[tuple[float, bool, int]]:
         if not rows:
@@ -232,10 +227,10 @@ class BatchedLM(HFLM):
 
     def _generate_until(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         task = requests[0].task_name
-        # rows of one batch share their settings; what each blank wants is its own
+        # rows of one batch share their settings, but not their blanks
         alike: defaultdict[str, list[int]] = defaultdict(list)
-        asked = [(request.args[0], *take_blank(request.args[1])) for request in requests]
-        for index, (_, settings, blank) in enumerate(asked):
+        parts = [(request.args[0], *take_blank(request.args[1])) for request in requests]
+        for index, (_, settings, blank) in enumerate(parts):
             alike[json.dumps([settings, blank is None], sort_keys=True)].append(index)
         texts: list = [None] * len(requests)
         with (
@@ -243,11 +238,11 @@ class BatchedLM(HFLM):
             tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Texts") as bar,
         ):
             for indices in alike.values():
-                indices.sort(key=lambda index: -len(asked[index][0]))
-                batch_size = self._batch_size(self._context_ids(asked[indices[0]][0]), [])
+                indices.sort(key=lambda index: -len(parts[index][0]))
+                batch_size = self._batch_size(self._context_ids(parts[indices[0]][0]), [])
                 for start in range(0, len(indices), batch_size):
                     part = indices[start : start + batch_size]
-                    rows = self._write([asked[index] for index in part], task)
+                    rows = self._write([parts[index] for index in part], task)
                     for index, written in zip(part, rows, strict=True):
                         texts[index] = written.text
                         self.cache_hook.add_partial("generate_until", requests[index].args, written.text)
@@ -255,7 +250,7 @@ class BatchedLM(HFLM):
                         spent.passes += written.passes
                     spent.requests += len(part)
                     bar.update(len(part))
-        self._tell_truncated(task, len(requests))
+        self._warn_truncated(task, len(requests))
         return texts
 
     def _write(self, rows: Sequence[tuple[str, dict[str, Any], Blank | None]], task: str) -> list[Written]:
@@ -287,8 +282,11 @@ class BatchedLM(HFLM):
     def _cut_text(self, context: str, blank: Blank, task: str) -> str:
         """The context, its start cut off where the whole would not fit."""
         ids = self._context_ids(context)
-        most = blank.lengths[1] if blank.lengths else self.tokens_of(blank.length_of, context)
-        room = self.max_length - most - len(encode_piece(self.tokenizer, blank.suffix, is_start=False))
+        room = (
+            self.max_length
+            - self.most_tokens(blank, context)
+            - len(encode_piece(self.tokenizer, blank.suffix, is_start=False))
+        )
         if room < 1:
             raise ValueError(f"blank and suffix of a request of {task} leave no room in {self.max_length} tokens")
         if len(ids) <= room:
@@ -299,6 +297,15 @@ class BatchedLM(HFLM):
     def tokens_of(self, text: str, context: str) -> int:
         """How many tokens a text has after a context."""
         return max(len(encode_piece(self.tokenizer, text, is_start=not context)), 1)
+
+    def most_tokens(self, blank: Blank, context: str) -> int:
+        """The largest number of tokens that a blank takes after a context."""
+        return blank.lengths[1] if blank.lengths else self.tokens_of(blank.length_of, context)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model computes."""
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _context_ids(self, context: str) -> list[int]:
         return self._begun(self.tok_encode(context) if context else []) or [self.prefix_token_id]
@@ -315,7 +322,7 @@ class BatchedLM(HFLM):
             tokens = tokens[:shortest]
         return cut_at(self.tok_decode(tokens), until)
 
-    # What both have in common
+    # Shared by likelihoods and texts
 
     def _by_task(self, requests: list[Instance], answer: Callable[[list[Instance]], list]) -> list:
         places: defaultdict[str, list[int]] = defaultdict(list)
@@ -332,7 +339,7 @@ class BatchedLM(HFLM):
             return self.batch_size
         return self._detect_batch_size([(None, context, continuation or context[:1])], 0)
 
-    def _tell_truncated(self, task: str, count: int) -> None:
+    def _warn_truncated(self, task: str, count: int) -> None:
         if self.truncated[task]:
             logger.warning(
                 f"{task}: {self.truncated[task]} of {count} requests were longer than the model's context "
@@ -355,9 +362,9 @@ class BatchedLM(HFLM):
         now = json.loads(json.dumps(now, default=str))
         changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
         if changed:
-            told = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
+            shown = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
             raise ValueError(
-                f"use_cache names a cache that another model filled, or the same with other settings: {told}. Give another "
+                f"use_cache names a cache that another model filled, or the same with other settings: {shown}. Give another "
                 "path, or delete that one"
             )
 

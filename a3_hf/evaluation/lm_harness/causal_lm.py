@@ -1,6 +1,5 @@
-"""lm-eval's model `a3_ar`: a causal LM under the requests that A3 answers, the baseline that sees as much as it can."""
+"""lm-eval's model `a3_ar`: a causal LM, the baseline for the requests that A3 answers."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,36 +8,34 @@ from lm_eval.api.registry import register_model
 from transformers import LlamaForCausalLM
 
 from a3_hf.adapters.checkpoints import read_config
-from a3_hf.evaluation.measures.text_windows import pad_left, pad_right
+from a3_hf.evaluation.measures.batching import next_token_scores, pad_rows, span_mask
 from a3_hf.evaluation.tasks.requests import Blank
+from a3_hf.evaluation.tasks.sentences import sentence_ends
 from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_piece, special_token_ids
-from a3_hf.models.a3_llama.likelihood import token_log_probs
 from a3_hf.models.a3_llama.orders import seed_of
 
 from .batched_lm import BatchedLM, Scored, Written
 
 INFILLING = ("prefix", "suffix_prompt", "best_of")
-SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 
 
 @register_model("a3_ar")
 class CausalLM(BatchedLM):
-    """A LLaMA for lm-eval, or the content stream of an A3 checkpoint, which is one. Without text behind what is asked its
-    answers are those of lm-eval's `hf` for texts that begin with BOS (see `BatchedLM`).
+    """A LLaMA for lm-eval, or the content stream of an A3 checkpoint, which is one. Without text after the blank its answers
+    are those of lm-eval's `hf` for texts that begin with BOS (see `BatchedLM`).
 
     Args:
         pretrained: a folder or a hub id of a LLaMA or A3 checkpoint; or a model, beside `tokenizer`.
-        infilling: what becomes of text behind a blank. `"prefix"`: it is not seen (as in the paper's baseline).
-            `"suffix_prompt"`: it stands before the context, on a line of its own. `"best_of"`: `num_samples` texts are
-            written without it, and the one is taken which, followed by it, is likeliest; a continuation to be scored is
-            scored together with it.
-        num_samples: with `best_of`.
-        temperature: of these samples.
-        seed: of these samples; a text's samples come from it and the text alone.
-        **kwargs: the arguments of `HFLM`.
+        infilling: use of the text after a blank. `"prefix"`: none (as in the paper's baseline). `"suffix_prompt"`: it is put
+            before the context, on a line of its own. `"best_of"`: `num_samples` texts are written without it, and the one
+            that is likeliest together with it is taken; a continuation is scored together with it.
+        num_samples: number of samples, with `best_of`.
+        temperature: temperature of these samples.
+        seed: seed of these samples, together with the text.
+        **kwargs: arguments of `HFLM`.
 
     Raises:
-        ValueError: an unknown `infilling` (says which there are), an adapter.
+        ValueError: an unknown `infilling`, an adapter.
     """
 
     AUTO_MODEL_CLASS = LlamaForCausalLM
@@ -63,37 +60,21 @@ class CausalLM(BatchedLM):
         super().__init__(pretrained, **kwargs)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the answers, beside the requests."""
+        """See `BatchedLM`."""
         sampling = {"num_samples": self._num_samples, "temperature": self._temperature, "seed": self._seed}
-        return {
-            "model": "a3_ar",
-            "pretrained": self.pretrained if isinstance(self.pretrained, str) else self.pretrained.name_or_path,
-            "dtype": str(self.model.dtype),
-            "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
-            "infilling": self._infilling,
-            **(sampling if self._infilling == "best_of" else {}),
-        }
+        own = {"model": "a3_ar", "infilling": self._infilling}
+        return own | (sampling if self._infilling == "best_of" else {})
 
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
         """See `BatchedLM`."""
         rows = [self._without_suffix(row) for row in batch]
-        inputs = [[*row.context, *row.continuation][:-1] for row in rows]
-        ids, _ = pad_right(inputs)
-        with (
-            torch.no_grad(),
-            torch.autocast(
-                self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
-            ),
-        ):
-            hidden_states = self.model.model(ids.to(self.device), use_cache=False).last_hidden_state
-            answers = []
-            for row, tokens, hidden in zip(rows, inputs, hidden_states, strict=True):
-                wanted = torch.tensor(row.continuation, device=self.device)
-                logits = self.model.lm_head(hidden[len(tokens) - len(wanted) : len(tokens)])
-                value = token_log_probs(logits, wanted).double().sum().item()
-                answers.append((value, bool((logits.argmax(dim=-1) == wanted).all()), 1))
-        return answers
+        # The last token, which nothing sees, may lie beyond the model's context.
+        ids, mask = pad_rows([[*row.context, *row.continuation] for row in rows])
+        scored = span_mask(*([len(row[part]) for row in rows] for part in (0, 1)), ids.shape[1])
+        with self.autocast():
+            log_probs, greedy = next_token_scores(self.model, ids, mask, scored)
+        totals = log_probs.double().sum(dim=1).tolist()
+        return [(value, flag, 1) for value, flag in zip(totals, greedy.all(dim=1).tolist(), strict=True)]
 
     def _without_suffix(self, row: Scored) -> Scored:
         if not row.suffix or self._infilling == "prefix":
@@ -110,7 +91,7 @@ class CausalLM(BatchedLM):
         self, contexts: Sequence[list[int]], *, max_tokens: int, until: list[str], **sampling
     ) -> list[Written]:
         """See `BatchedLM`."""
-        ids, real = pad_left(contexts)
+        ids, real = pad_rows(contexts, side="left")
         width = ids.shape[1]
         output = self._model_generate(
             context=ids.to(self.device),
@@ -128,28 +109,24 @@ class CausalLM(BatchedLM):
 
     def fill_batch(self, contexts: Sequence[str], blanks: Sequence[Blank], **sampling) -> list[Written]:
         """See `BatchedLM`."""
-        wants_best = self._infilling == "best_of" and any(blank.suffix for blank in blanks)
-        prompts, most = [], []
-        for context, blank in zip(contexts, blanks, strict=True):
+        most = [self.most_tokens(blank, context) for context, blank in zip(contexts, blanks, strict=True)]
+        ids = []
+        for context, blank, length in zip(contexts, blanks, most, strict=True):
             if self._infilling == "suffix_prompt" and blank.suffix.strip():
-                prompts.append(f"{blank.suffix.strip()}\n{context}")
-            else:
-                prompts.append(context)
-            most.append(blank.lengths[1] if blank.lengths else self.tokens_of(blank.length_of, context))
-        ids = [
-            self._context_ids(prompt)[-(self.max_length - length) :]
-            for prompt, length in zip(prompts, most, strict=True)
+                context = f"{blank.suffix.strip()}\n{context}"
+            ids.append(self._context_ids(context)[-(self.max_length - length) :])
+        if self._infilling == "best_of" and any(blank.suffix for blank in blanks):
+            return [self._best(*row) for row in zip(ids, most, blanks, strict=True)]
+        written = self._generate(ids, max(most), **sampling)
+        texts = [
+            self._ended(prompt, tokens[:length], blank)
+            for prompt, tokens, length, blank in zip(ids, written, most, blanks, strict=True)
         ]
-        rows = range(len(ids))
-        if not wants_best:
-            written = self._generate(ids, max(most), **sampling)
-            texts = [self._ended(ids[row], written[row][: most[row]], blanks[row]) for row in rows]
-            return [Written(text, len(tokens), most[row]) for row, (text, tokens) in zip(rows, texts, strict=True)]
-        return [self._best(ids[row], most[row], blanks[row]) for row in rows]
+        return [Written(text, len(tokens), length) for (text, tokens), length in zip(texts, most, strict=True)]
 
     def _generate(self, prompts: Sequence[list[int]], length: int, **sampling) -> list[list[int]]:
-        """`length` tokens behind each prompt."""
-        ids, real = pad_left(prompts)
+        """`length` tokens after each prompt."""
+        ids, real = pad_rows(prompts, side="left")
         with torch.no_grad():
             output = self.model.generate(
                 ids.to(self.device),
@@ -163,7 +140,7 @@ class CausalLM(BatchedLM):
         return output[:, ids.shape[1] :].tolist()
 
     def _best(self, ids: list[int], most: int, blank: Blank) -> Written:
-        """Of several samples the one which, followed by the suffix, is likeliest per token."""
+        """The likeliest of several samples."""
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(self._seed, ids))
             samples = self._generate(
@@ -179,11 +156,11 @@ class CausalLM(BatchedLM):
         return Written(texts[best][0], len(texts[best][1]), len(samples) * (most + 1))
 
     def _ended(self, ids: list[int], tokens: list[int], blank: Blank) -> tuple[str, list[int]]:
-        """What was written, up to the end of its last sentence where the length was left to the model."""
+        """The text and its tokens, up to the end of the last sentence wanted where the model chooses the length."""
         text = decode_after(self.tokenizer, ids, tokens)
         if blank.lengths is None or blank.sentences is None:
             return text, tokens
-        ends = [match.end() for match in SENTENCE_END.finditer(text)]
+        ends = sentence_ends(text)
         if len(ends) < blank.sentences:
             return text, tokens
         text = text[: ends[blank.sentences - 1]]
@@ -191,12 +168,12 @@ class CausalLM(BatchedLM):
         return text, tokens[:kept]
 
     def _likeliest(self, ids: list[int], texts: list[tuple[str, list[int]]], blank: Blank) -> int:
-        """The text which, followed by the suffix, has the highest log-likelihood per token."""
+        """The index of the text with the highest log-likelihood per token, the suffix after it included."""
         suffix = encode_piece(self.tokenizer, blank.suffix, is_start=False)
         rows = [
             Scored(ids[-(self.max_length - len(suffix) - len(tokens)) :], [*tokens, *suffix], []) for _, tokens in texts
         ]
         scores = [
-            value / len(row.continuation) for (value, _, _), row in zip(self.score_batch(rows), rows, strict=True)
+            score / len(row.continuation) for (score, _, _), row in zip(self.score_batch(rows), rows, strict=True)
         ]
-        return max(range(len(scores)), key=scores.__getitem__)
+        return scores.index(max(scores))

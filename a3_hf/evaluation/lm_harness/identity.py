@@ -1,4 +1,4 @@
-"""What makes a model's answers its own: its weights, its tokenizer, and every argument that it was made with."""
+"""The identity of a model for lm-eval's cache: its weights, its tokenizer, and its arguments."""
 
 import hashlib
 import json
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Of an evaluation, these decide how fast its answers come, and where they are computed.
+# Arguments that decide how fast and where answers are computed.
 SPEED_ALONE = ("batch_size", "max_batch_size", "device")
 ABOUT_FILES = ("_name_or_path", "transformers_version")
 
 
 def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the answers of `model`, which was made from the arguments `given`, as JSON can hold it."""
+    """Everything that decides the answers of `model`, made from the arguments `given`, in values of JSON."""
     arguments = {name: value for name, value in given.items() if name not in SPEED_ALONE}
     return {
         "arguments": json.loads(json.dumps(arguments, sort_keys=True, default=lambda value: type(value).__name__)),
@@ -29,7 +29,7 @@ def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, give
 
 
 def _of_weights(model: PreTrainedModel) -> str:
-    """SHA-256 of all weights: a few seconds for 8B parameters, and less than they took to read."""
+    """SHA-256 of all weights: a few seconds for 8B parameters."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""How fast a model answered, task by task."""
+"""Time, tokens and passes of each task."""
 
 from collections import defaultdict
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass
 class Spent:
-    """What the requests of a task took.
+    """The cost of a task's requests.
 
     Attributes:
-        requests: how many were answered.
+        requests: number of answers.
         tokens: scored or written, the context not counted.
-        passes: forward passes, each counted once for every row in it.
+        passes: forward passes, each counted once per row.
         seconds: of the model's work, tokenizing included.
     """
 
@@ -25,7 +25,7 @@ class Spent:
 
 
 class Speed:
-    """Adds up what each task took on this process."""
+    """Adds up the cost of each task on this process."""
 
     def __init__(self):
         self._spent: defaultdict[str, Spent] = defaultdict(Spent)

@@ -1,4 +1,4 @@
-"""Measurement: where attention goes, by distance in the text and by distance in generation, of each stream and layer."""
+"""Measure of attention: its mass by distance in the text and by distance in generation, per stream and layer."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,9 +11,8 @@ from a3_hf.models.a3_llama.orders import GroupOrder
 from a3_hf.training.base_trainer import row_generator
 from a3_hf.training.model_inputs import model_inputs
 
+from .checks import check_counts, check_length
 from .coherence_diversity import held_out_rows
-from .next_token import check_counts
-from .text_windows import check_length
 from .trained_run import Trained
 
 NEAR = 2  # the scalars are of distances from 1 to this
@@ -43,34 +42,32 @@ def measure_attention(
     distances: Sequence[int] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Attention mass by textual and by generation distance (paper §2: a state that predicts is said to look at tokens near
-    in the text, one that summarises at those just generated, and one that must do both to trade one for the other).
+    """Measures attention mass by textual and by generation distance (paper §2: predicting states are said to look at tokens
+    near in the text, summarising ones at tokens just generated, and one state that must do both to trade them).
 
-    Held-out texts are encoded in a random order of single tokens, a text's own from `seed` and its number alone. The mass is
-    the mean over texts, heads and those of a stream's states that see at least half of a text: where little is seen there is
-    little choice, and most of what is seen is recent. `uniform` is what attention that is spread evenly over the visible keys
-    would give to the same distances. By stream:
+    Held-out texts are encoded in a random order of single tokens, drawn from `seed` and the text's number. The mass is the
+    mean over texts, heads, and those states of a stream that see at least half of a text. `uniform` is the mass of attention
+    spread evenly over the visible keys. By stream:
 
-    - A3, `query`: a slot; its distances are from the token that it asks for, which is written next.
-    - A3, `content`: a token, which sees itself, at distances 0 and 0. The last layer is left out: no slot reads what its
-      content rows make.
-    - Decoupled RoPE, `single`: a token that asks for the one after it; its distances are from that one, and the token's own
-      key is at generation distance 1. So they are of plain LLaMA, from left to right, without generation distance, which is
-      the same.
-    - masked diffusion, `single`: the state that forecasts a masked token, half of the tokens being masked; textual distances
-      are from that token, and all keys are visible, masked ones included. There is no generation distance.
+    - A3, `query`: a slot; distances are from the token that it predicts, which is generated next.
+    - A3, `content`: a token, which sees itself, at distances 0 and 0. Without the last layer, whose content rows no slot
+      reads.
+    - Decoupled RoPE, `single`: a token that predicts the next one in the order; distances are from that one, and the token's
+      own key is at generation distance 1. The same for plain LLaMA, left to right, without generation distance.
+    - masked diffusion, `single`: the state that predicts a masked token, half of the tokens being masked; textual distances
+      are from that token, and all keys are visible. There is no generation distance.
 
     Args:
-        num_rows: held-out rows, packed as those of training.
-        length: of a row, BOS included; None: the recipe's `block_size`.
+        num_rows: held-out rows, packed as in training.
+        length: tokens of a row, BOS included; None: the recipe's `block_size`.
         distances: the smallest distance of each bin, ascending from 0; None: 0, 1, 2, 4, 8, … up to the row's length.
-        seed: of the orders, or of what is masked.
+        seed: seed of the orders, or of the masks.
 
     Returns:
-        `attention`, for each stream, layer, kind and bin that holds a visible key: `stream`, `layer` (from 0), `kind`
-        (`"textual"` or `"generation"`), `distance_from` and `distance_to` (both included), `mass` and `uniform`, which sum to
-        1 over the bins; and for each stream the scalars `attention_textual_{stream}` and `attention_generation_{stream}`:
-        mass over uniform at distances 1 and 2, the mean over its layers. 1: no preference.
+        `attention`, a dict per stream, layer, kind and bin with a visible key: `stream`, `layer` (from 0), `kind`
+        (`"textual"` or `"generation"`), `distance_from` and `distance_to` (inclusive), `mass` and `uniform`, which sum to 1
+        over the bins; and per stream the scalars `attention_textual_{stream}` and `attention_generation_{stream}`: mass over
+        uniform at distances 1 and 2, the mean over layers (1: no preference).
 
     Raises:
         ValueError: numbers that are not whole or below 1; a length above the model's context or below 3; distances that do
@@ -78,10 +75,7 @@ def measure_attention(
     """
     check_counts(num_rows=num_rows)
     length = trained.recipe.data.block_size if length is None else length
-    check_counts(length=length)
-    check_length("length", length, trained.model.config)
-    if length < 3:
-        raise ValueError(f"length={length}; it takes at least 3: BOS and two tokens, the second of which has a choice")
+    check_length("length", length, trained.model.config, least=3)  # BOS and two tokens: the second has a choice
     starts = _bins(distances, length)
     rows = held_out_rows(trained, length=length, count=num_rows)
     if len(rows) < num_rows:
@@ -98,31 +92,22 @@ def measure_attention(
             ids = torch.tensor([row], device=model.device)
             for stream in map(_late, _STREAMS[trained.architecture](model, ids, generator)):
                 for kind, distance in stream.distances.items():
-                    sums = _shares(stream, distance, starts.to(distance.device))
+                    sums = _fractions(stream, distance, starts.to(distance.device))
                     totals[stream.name, kind] = totals.get((stream.name, kind), 0.0) + sums / num_rows
     finally:
         model.set_attn_implementation(implementation)
 
     curves, scalars = [], {}
     ends = [*(starts[1:] - 1).tolist(), length - 1]
-    for (stream, kind), shares in totals.items():
-        binned, near = shares[:, :-1].tolist(), shares[:, -1].tolist()
-        *masses, uniform = binned
+    for (stream, kind), fractions in totals.items():
+        *masses, uniform = fractions[:, :-1].tolist()
+        *near, near_uniform = fractions[:, -1].tolist()
         for layer, mass in enumerate(masses):
-            curves += [
-                {
-                    "stream": stream,
-                    "layer": layer,
-                    "kind": kind,
-                    "distance_from": start,
-                    "distance_to": end,
-                    "mass": share,
-                    "uniform": even,
-                }
-                for start, end, share, even in zip(starts.tolist(), ends, mass, uniform, strict=True)
-                if even > 0
-            ]
-        scalars[f"attention_{kind}_{stream}"] = sum(near[:-1]) / len(masses) / near[-1]
+            bins = zip(starts.tolist(), ends, mass, uniform, strict=True)
+            names = ("distance_from", "distance_to", "mass", "uniform")
+            about = {"stream": stream, "layer": layer, "kind": kind}
+            curves += [about | dict(zip(names, values, strict=True)) for values in bins if values[-1] > 0]
+        scalars[f"attention_{kind}_{stream}"] = sum(near) / len(masses) / near_uniform
     return {"attention": curves, **scalars}
 
 
@@ -133,13 +118,13 @@ def _bins(distances: Sequence[int] | None, length: int) -> torch.Tensor:
     ascending = all(a < b for a, b in pairwise(distances))
     if not distances or distances[0] != 0 or not ascending or distances[-1] >= length:
         raise ValueError(
-            f"distances={distances!r}; it takes whole numbers that ascend from 0 and stay below the row's length, {length}"
+            f"distances={distances!r}: expected whole numbers that ascend from 0 and stay below the row's length, {length}"
         )
     return torch.tensor(distances)
 
 
 def _late(stream: Stream) -> Stream:
-    """Of a text's rows, those that see at least half as many keys as the last one."""
+    """The rows of a text that see at least half as many keys as the last one."""
     seen = stream.visible.sum(dim=1)
     late = 2 * seen >= seen.max()
     return Stream(
@@ -150,9 +135,9 @@ def _late(stream: Stream) -> Stream:
     )
 
 
-def _shares(stream: Stream, distance: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """(layers + 1, bins + 1) the shares of a row's attention that go to each bin of distance, the mean over rows, and
-    behind them that of distances 1 to `NEAR`; the last line is that of uniform attention.
+def _fractions(stream: Stream, distance: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """(layers + 1, bins + 1) the fraction of a row's attention in each bin of distance, the mean over rows, and in the last
+    column that of distances 1 to `NEAR`; the last line is uniform attention.
     """
     even = stream.visible / stream.visible.sum(dim=1, keepdim=True)
     weights = torch.cat([stream.weights, even[None]]).double()
@@ -174,8 +159,8 @@ def _attentions(model, **inputs: Any) -> torch.Tensor:
 def _scattered(
     ids: torch.Tensor, generator: torch.Generator, *, one_stream: bool
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """The model's inputs for a row (1, S) in a random order, and the positions (S − 1,) of its tokens in that order, without
-    the last, and of the token that each asks for.
+    """The model's inputs for a row (1, S) in a random order; the positions (S − 1,) of its tokens in that order, without the
+    last; and those of the token that each predicts.
     """
     order = GroupOrder.scattered(torch.ones_like(ids, dtype=torch.bool), group_size=1, generator=[generator])
     inputs = model_inputs(order, ids, group_size=1, implementation="eager", one_stream=one_stream)
@@ -188,10 +173,10 @@ def _between(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def _streams_of_a3(model, ids: torch.Tensor, generator: torch.Generator) -> list[Stream]:
-    inputs, own, asked = _scattered(ids, generator, one_stream=False)
+    inputs, own, targets = _scattered(ids, generator, one_stream=False)
     weights, ranks = _attentions(model, **inputs), torch.arange(len(own), device=ids.device)
     visible = ranks[:, None] >= ranks
-    distances = {TEXTUAL: _between(asked, own), GENERATION: _between(ranks + 1, ranks)}
+    distances = {TEXTUAL: _between(targets, own), GENERATION: _between(ranks + 1, ranks)}
     streams = [Stream("query", weights[:, len(own) :], visible, distances)]
     if len(weights) > 1:  # of the last layer, slots alone are read
         distances = {TEXTUAL: _between(own, own), GENERATION: _between(ranks, ranks)}
@@ -200,9 +185,9 @@ def _streams_of_a3(model, ids: torch.Tensor, generator: torch.Generator) -> list
 
 
 def _streams_of_decoupled_rope(model, ids: torch.Tensor, generator: torch.Generator) -> list[Stream]:
-    inputs, own, asked = _scattered(ids, generator, one_stream=True)
+    inputs, own, targets = _scattered(ids, generator, one_stream=True)
     ranks = torch.arange(len(own), device=ids.device)
-    distances = {TEXTUAL: _between(asked, own), GENERATION: _between(ranks + 1, ranks)}
+    distances = {TEXTUAL: _between(targets, own), GENERATION: _between(ranks + 1, ranks)}
     return [Stream("single", _attentions(model, **inputs), ranks[:, None] >= ranks, distances)]
 
 
@@ -216,7 +201,7 @@ def _streams_of_masked_diffusion(model, ids: torch.Tensor, generator: torch.Gene
     length = ids.shape[1]
     masked = 1 + torch.randperm(length - 1, generator=generator)[: length // 2].sort().values.to(ids.device)
     text = ids.index_fill(1, masked, model.config.mask_token_id)
-    # A token is forecast by the state before it.
+    # A token is predicted by the state before it.
     weights = _attentions(model, input_ids=text, use_cache=False)[:, masked - 1]
     places = torch.arange(length, device=ids.device)
     visible = torch.ones(len(masked), length, dtype=torch.bool, device=ids.device)

@@ -1,17 +1,19 @@
-"""Calibration: whether what was written with probability p is right in p of the cases."""
+"""Calibration: whether tokens written with probability p are right in p of the cases."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from a3_hf.evaluation.reporting.plots import plot_reliability  # noqa: F401  (its public place)
 from a3_hf.models.a3_llama.generation_config import A3GenerationConfig
 from a3_hf.models.a3_llama.orders import seed_of
 
-from .text_windows import Track, Window, check_length, cut_windows, pad_right, silently
+from .batching import Track, pad_rows, silently
+from .checks import check_counts, check_length
+from .text_windows import Window, cut_windows
 
 SHAPES = ("scattered", "spans", "middle")
 WHOLE = "all"  # in the place of a bin: the row over all of them
@@ -20,13 +22,13 @@ WHOLE = "all"  # in the place of a bin: the row over all of them
 def draw_blanks(
     window: Window, *, share: float = 0.5, shape: str = "scattered", blank_length: int | None = None, seed: int
 ) -> list[bool]:
-    """Which tokens of a window are taken out: for all of its tokens, the given ones (never taken) first.
+    """Draws the tokens of a window that become blanks: a flag for each of its tokens, the given ones (never blanked) first.
 
     Args:
-        share: of the scored tokens, rounded; at least one.
-        shape: "scattered" (each by itself), "spans" (runs of `blank_length` neighbours; the last one shorter where the
-            share is full) or "middle" (one run).
-        seed: the draw depends on it and on the window's own tokens alone.
+        share: fraction of the scored tokens, rounded; at least one token.
+        shape: "scattered" (single tokens), "spans" (runs of `blank_length` neighbours, the last one cut at `share`) or
+            "middle" (one run).
+        seed: seed of the draw, together with the window's own tokens.
     """
     length = len(window.scored)
     number = max(round(share * length), 1)
@@ -45,17 +47,16 @@ def draw_blanks(
 
 
 def check_blanks(share: float, shape: str, blank_length: int | None, bins: int, settings: Mapping[str, Any]) -> None:
-    """Raises a ValueError for blanks or strategies that confidence can't be measured on."""
+    """Raises a ValueError for settings of blanks, and for strategies whose confidence can't be measured."""
     if not 0 < share <= 1:
-        raise ValueError(f"share={share}; it takes a number above 0 and at most 1")
+        raise ValueError(f"share={share}: expected a number above 0 and at most 1")
     if shape not in SHAPES:
         raise ValueError(f"shape={shape!r} is not known; it takes one of {', '.join(SHAPES)}")
     if (shape == "spans") != (blank_length is not None) or (blank_length is not None and blank_length < 1):
         raise ValueError(
             f"blank_length={blank_length} with shape={shape!r}; shape='spans' takes at least 1, others don't take it"
         )
-    if bins < 1:
-        raise ValueError(f"bins={bins}; it takes at least 1")
+    check_counts(bins=bins)
     config = A3GenerationConfig(**settings)
     if config.strategy == "refine":
         raise ValueError(
@@ -80,18 +81,17 @@ def calibration_rows(
     batch_size: int = 8,
     track: Track = silently,
 ) -> list[dict[str, Any]]:
-    """Takes tokens out of texts, has them written, and sets the confidence of each when it was committed, its probability
-    under the model, against whether it is the true token (not in the paper).
+    """Blanks tokens of texts, fills them, and compares each token's confidence (its probability under the model when it was
+    committed) with whether it is the true token (not in the paper).
 
     Args:
-        share, shape, blank_length: what is taken out (see `draw_blanks`).
-        max_length: of the windows that documents are cut into (see `perplexity.cut_windows`) — one less is scored, so that
-            a window fits the context with its first token; None: the model's context.
-        settings: of `A3GenerationConfig`: the strategy and its options.
+        share, shape, blank_length: as in `draw_blanks`.
+        max_length: tokens of the windows that documents are cut into, the given one included; None: the model's context.
+        settings: settings of `A3GenerationConfig`: the strategy and its options.
 
     Returns:
-        As `reliability`; the row over all bins has also `windows`, `tokens` (written), `passes` (forward passes, of
-        each row until its last token is written), `seconds`, `tokens_per_second`.
+        The rows of `reliability`; the last one also has `windows`, `tokens` (written), `passes` (forward passes of each row
+        until its last token is written), `seconds`, `tokens_per_second`.
 
     Raises:
         ValueError: as `check_blanks`, a length above the model's context, no document, an empty one, a tokenizer without
@@ -99,19 +99,16 @@ def calibration_rows(
     """
     settings = {} if settings is None else settings
     check_blanks(share, shape, blank_length, bins, settings)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; it takes at least 1")
+    check_counts(batch_size=batch_size)
     length = model.config.max_position_embeddings if max_length is None else max_length
-    check_length("max_length", length, model.config)
-    if length < 3:
-        raise ValueError(f"max_length={length}; it takes at least 3 tokens")
+    check_length("max_length", length, model.config, least=3)
     windows = cut_windows(tokenizer, documents, length - 1)
     confidence, correct, passes = [], [], 0
     start = perf_counter()
     starts = range(0, len(windows), batch_size)
     for first in track(starts, "blanks"):
         batch = windows[first : first + batch_size]
-        ids, mask = pad_right([window.given + window.scored for window in batch])
+        ids, mask = pad_rows([window.given + window.scored for window in batch])
         blanks = torch.zeros_like(mask, dtype=torch.bool)
         for row, window in enumerate(batch):
             drawn = draw_blanks(window, share=share, shape=shape, blank_length=blank_length, seed=seed)
@@ -135,12 +132,12 @@ def calibration_rows(
 
 
 def reliability(confidence: torch.Tensor, correct: torch.Tensor, *, bins: int) -> list[dict[str, Any]]:
-    """Sorts (N,) probabilities into `bins` of equal width, with (N,) whether each was right.
+    """Sorts probabilities (N,) into bins of equal width, with whether each was right (N,).
 
     Returns:
-        A dict for each bin (from, but not including, `above` to `up_to`; the first from 0): `bin` (from 1), `above`,
-        `up_to`, `count`, `mean_confidence` and `accuracy` (None in an empty bin). A last one with `bin` "all": over all,
-        and `expected_calibration_error`, the mean distance of the two over the bins, weighted by their counts.
+        A dict per bin (above < probability ≤ up_to; the first includes 0): `bin` (from 1), `above`, `up_to`, `count`,
+        `mean_confidence` and `accuracy` (None in an empty bin). A last one with `bin` "all", over all of them, which also has
+        `expected_calibration_error`, the mean distance of the two over the bins, weighted by their counts.
     """
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     counts = torch.bincount(index, minlength=bins).tolist()
@@ -163,44 +160,3 @@ def reliability(confidence: torch.Tensor, correct: torch.Tensor, *, bins: int) -
     sure, right = (sums.sum(dim=1) / len(confidence)).tolist()
     whole = {"bin": WHOLE, "above": 0.0, "up_to": 1.0, "count": len(confidence)}
     return [*rows, {**whole, "mean_confidence": sure, "accuracy": right, "expected_calibration_error": error}]
-
-
-def plot_reliability(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws a PNG: accuracy over confidence, bin by bin, beside the diagonal on which the two agree; below it how many
-    tokens each bin has.
-    """
-    from matplotlib.figure import Figure  # only where it is asked for: an extra
-
-    *parts, whole = rows
-    figure = Figure(figsize=(6, 7), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    filled = [row for row in parts if row["count"]]
-    upper.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
-    upper.bar(
-        [row["above"] for row in filled],
-        [row["accuracy"] for row in filled],
-        width=[row["up_to"] - row["above"] for row in filled],
-        align="edge",
-        edgecolor="white",
-        alpha=0.5,
-    )
-    sure, right = ([row[name] for row in filled] for name in ("mean_confidence", "accuracy"))
-    upper.plot(sure, right, marker="o", markersize=4, label="written")
-    upper.set_title(
-        f"{whole['count']} tokens, {whole['accuracy']:.1%} right, "
-        f"expected calibration error {whole['expected_calibration_error']:.3f}"
-    )
-    upper.set_ylim(0, 1)
-    upper.set_ylabel("accuracy")
-    upper.legend()
-    lower.bar(
-        [row["above"] for row in parts],
-        [row["count"] for row in parts],
-        width=[row["up_to"] - row["above"] for row in parts],
-        align="edge",
-        edgecolor="white",
-    )
-    lower.set_xlim(0, 1)
-    lower.set_xlabel("confidence at commit")
-    lower.set_ylabel("tokens")
-    figure.savefig(path, dpi=120)

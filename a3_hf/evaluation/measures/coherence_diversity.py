@@ -1,4 +1,4 @@
-"""Measurement: texts written from nothing, by temperature: how many of their words exist, and how many differ."""
+"""Measure of samples by temperature: the fraction of their words that exist, and of those that differ."""
 
 import math
 import re
@@ -12,8 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from a3_hf.data.packing import check_tokens, pack_rows
 from a3_hf.data.tokenization import pad_id, tokenize
 
-from .next_token import check_counts
-from .text_windows import check_length
+from .checks import check_counts, check_length
 from .trained_run import Trained
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
@@ -34,40 +33,36 @@ def measure_samples(
     diffusion_steps: int | None = 128,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The coherence–diversity frontier (paper §2): rows of `length` tokens, of which BOS alone is given, sampled at each
+    """Measures the coherence–diversity frontier (paper §2): rows of `length` tokens, sampled after BOS alone at each
     temperature.
 
-    A3 and Decoupled RoPE write one token a pass, in a random order of each row's own; masked diffusion too, the next blank
-    being a random one, but in no more than `diffusion_steps` passes; plain LLaMA from left to right, whatever `order`. At
-    every temperature the rows have the same orders and random numbers. EOS is a token as others are, after which the row
-    goes on. The paper's word list is that of English; here it is made from the training text.
+    A3 and Decoupled RoPE write one token a pass, each row in a random order of its own; masked diffusion too, but in at most
+    `diffusion_steps` passes; plain LLaMA from left to right, whatever `order`. Orders and random numbers are the same at every
+    temperature. EOS does not end a row. The word list is the words of the training text (the paper's is of English).
 
-    Diversity falls as more is written: compare it where the architectures and lengths write as many tokens.
+    Diversity falls as more is written: compare equal numbers of tokens.
 
     Args:
         temperatures: above 0.
-        num_samples: rows; None: as many as hold 4,096 tokens, so that all lengths write as much.
-        length: of a row, BOS included; None: the recipe's `block_size`.
+        num_samples: rows; None: as many as hold 4,096 tokens.
+        length: tokens of a row, BOS included; None: the recipe's `block_size`.
         order: `"random"`, or `"left_to_right"`.
-        diffusion_steps: of masked diffusion alone, whose every pass is over whole rows: passes in which a row is written,
-            several tokens at once where it has more blanks. None: one token a pass.
-        seed: of orders and samples.
+        diffusion_steps: passes in which masked diffusion writes a row, several tokens at once where it has more blanks. None:
+            one token a pass.
+        seed: seed of orders and samples.
 
     Returns:
-        `samples`, for each temperature: `temperature`, `coherence` and `diversity` as `coherence_and_diversity` has them
-        (both left out where no word was written), `num_words`, `tokens_per_forward`, `order`, and the beginning of the first
-        row, `text`. `held_out_coherence`, `held_out_diversity` and `held_out_num_words` are those of as many rows of
-        held-out text, left out where there are not so many.
+        `samples`, a dict per temperature: `temperature`, `coherence`, `diversity` and `num_words` of
+        `coherence_and_diversity`, `tokens_per_forward`, `order`, and `text`, the beginning of the first row.
+        `held_out_coherence`, `held_out_diversity` and `held_out_num_words` are of as many rows of held-out text, absent where
+        there are too few.
 
     Raises:
         ValueError: no temperature or one that is not above 0; numbers that are not whole or below 1; a length above the
-            model's context; another order; `diffusion_steps` with masked diffusion from left to right, which takes None.
+            model's context; another order; `diffusion_steps` with masked diffusion from left to right.
     """
     length = trained.recipe.data.block_size if length is None else length
-    check_counts(length=length)
-    check_length("length", length, trained.model.config)
-    if length < 2:
-        raise ValueError(f"length={length}; it takes at least 2: BOS and a token to write")
+    check_length("length", length, trained.model.config, least=2)
     num_samples = max(TOKENS // length, 1) if num_samples is None else num_samples
     check_counts(num_samples=num_samples, **({} if diffusion_steps is None else {"diffusion_steps": diffusion_steps}))
     if order not in ORDERS:
@@ -120,16 +115,15 @@ def words(text: str) -> list[str]:
 
 
 def coherence_and_diversity(texts: Sequence[str], vocabulary: Collection[str]) -> dict[str, float | int]:
-    """How many of the words of sampled texts exist, and how many differ.
-
-    Words are those of `words`, but for a run of letters at either end of a text, which may be a part of a word.
+    """Measures which words of sampled texts exist, and how many differ. Words are those of `words`, without runs of letters at
+    either end of a text, which may be parts of words.
 
     Args:
         vocabulary: the words that exist, lower-cased.
 
     Returns:
-        `coherence`, the share of the words that are in the vocabulary; `diversity`, the number of different words over
-        that of words, over all texts together; both left out where there is no word; and `num_words`.
+        `coherence`, the fraction of the words that are in the vocabulary; `diversity`, the number of different words over
+        that of words, over all texts together; both absent where there is no word; and `num_words`.
 
     Example:
         >>> coherence_and_diversity(["... some word, some wrod."], {"some", "word"})
@@ -153,9 +147,7 @@ def _whole_words(text: str) -> Iterator[str]:
 
 
 def row_text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
-    """The text of a row that starts with BOS, a line break in place of each special token behind it: words on both sides
-    of it are two.
-    """
+    """The text of a row that starts with BOS, with a line break for each later special token, so that it separates words."""
     special, pieces = set(tokenizer.all_special_ids), [[]]
     for token in row[1:]:
         if token in special:
@@ -166,8 +158,8 @@ def row_text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
 
 
 def held_out_rows(trained: Trained, *, length: int, count: int) -> list[list[int]]:
-    """The first `count` rows of `length` tokens, BOS included, of the held-out documents, packed as those of training are
-    (never isolated). Fewer where the documents do not fill so many.
+    """The first `count` rows of `length` tokens, BOS included, of the held-out documents, packed as in training (never
+    isolated); fewer where the documents fill fewer.
     """
     boundary_id = check_tokens(trained.recipe.data, trained.tokenizer)
     documents = (
@@ -197,7 +189,7 @@ def _write(
     diffusion_steps: int | None,
     seed: int,
 ) -> tuple[list[list[int]], float]:
-    """Rows of `length` tokens, and how many of them were written by a pass."""
+    """Rows of `length` tokens, and the tokens written per pass."""
     model, tokenizer = trained.model, trained.tokenizer
     bos = torch.full((num_samples, 1), tokenizer.bos_token_id, device=model.device)
     if trained.architecture == "llama":

@@ -1,189 +1,94 @@
-"""Measurement: what is written into stories, and how likely what stood there: a middle sentence, a single word."""
+"""Measure of infilling: how well a middle sentence and a single word of a story are predicted and written."""
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from a3_hf.evaluation.tasks.datasets import rocstories
-from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_piece, encode_prompt
-from a3_hf.models.a3_llama.orders import GroupOrder
+from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_piece, encode_prompt, special_token_ids
 from a3_hf.training.base_trainer import row_generator
 
-from .next_token import NEXT_TOKEN_ARCHITECTURES, check_counts, check_max_length, next_token_log_probs, padded
+from .batching import NEXT_TOKEN_ARCHITECTURES, next_token_scores, pad_rows, span_mask
+from .checks import check_counts, check_length
+from .stories import BlankBatch, StoryBlank, read_stories
 from .trained_run import Trained
 
-SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
 WORD = re.compile(r"(?<=\s)[^\W\d_]{3,}(?=\s)")  # letters alone, between white space
 FEWEST_SENTENCES = 3
 ROC_SENTENCES = 5
 
 
-class Blank(NamedTuple):
-    """A story with a blank in it, in tokens: those before (BOS first), those that stood in the blank, and those after; and
-    the `text` that stood there, without the white space around it.
-    """
-
-    before: list[int]
-    target: list[int]
-    after: list[int]
-    text: str
-
-
 def measure_infilling(
     trained: Trained,
     *,
+    data_dir: str | None = None,
     num_documents: int = 100,
     num_generated: int = 50,
     max_length: int = 256,
     seed: int = 21,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Infilling of held-out documents: the middle sentence of each (of an even number, the first behind the middle), and
-    one word of it. A story is the first whole sentences of a document, as many as fit in `max_length` tokens (with BOS, and
-    the line break of the prompt below): most TinyStories have more tokens than a row of training, and leaving these out
-    would leave the shortest alone.
+    """Measures infilling of held-out documents or of ROCStories: the middle sentence of each story (of an even number, the
+    first after the middle), and one word of it.
 
-    Story, sentence, word and tokens are the same for every architecture and run. Each part of a story (before the blank,
-    in it, after it) is tokenised by itself, as it is inside a text.
+    A story is the first whole sentences of a document, as many as fit in `max_length` tokens with BOS and a line break;
+    one of ROCStories has to fit whole, and its third sentence is blanked (paper §1). Stories, blanks and tokens are the same
+    for every architecture and run.
 
-    Each architecture sees both sides. Plain LLaMA reads what stands after the blank, a line break, then what stands
-    before, and goes on (as in `a3_ar` with `infilling="suffix_prompt"`); the others read the story as it stands.
+    Each architecture sees both sides. Plain LLaMA reads the text after the blank, a line break, then the text before it (as
+    `a3_ar` with `infilling="suffix_prompt"`); the others read the story in its own order.
 
     Args:
-        num_documents: how many stories, the first that can be used; a text of fewer than three sentences, or without a word
-            to blank, is skipped.
-        num_generated: in how many of these the sentence is written.
+        data_dir: the folder that holds `rocstories/cloze_test_val__spring2016.csv`; None: held-out documents.
+        num_documents: number of stories, the first usable ones. A story of fewer than three sentences, or without a word to
+            blank, is skipped.
+        num_generated: number of stories whose sentence is written.
         max_length: tokens of a story.
-        seed: of which word is blanked; a story's comes from it and the document's number alone.
-        batch_size: stories of a batch.
+        seed: seed of the choice of the word, together with the document's number.
+        batch_size: stories per batch.
 
     Returns:
-        - `nll_middle_sentence`: nats per token of the true sentence, both sides given, left to right within the blank: exact
-          for every architecture (masked diffusion takes a pass for each token of it).
-        - `nll_middle_sentence_prefix_only`: of plain LLaMA and of A3's content stream, the same sentence given only what
-          stands before it, token by token.
-        - `rouge1`, `rougeL`: F-measures × 100, words unstemmed, of the sentence written greedily at its true number of
-          tokens: left to right, and by masked diffusion one token a pass, the one it is surest of. Special tokens are
-          never written.
-        - `exact_match_words`: the percentage of stories where a single word, drawn among those of three letters or more
-          that stand between white space, neither the first nor the last of the story, is written exactly; greedily, at its
-          true number of tokens.
-        - `infilling_stories`, `infilling_tokens` (of the sentences), `infilling_generated`, `infilling_skipped` (texts that
-          were passed over before the last story was found).
+        A dict, whose names end in `_roc` with `data_dir`:
+
+        - `nll_middle_sentence`: nats per token of the true sentence given both sides, left to right within the blank; exact
+          for every architecture (masked diffusion takes a pass per token).
+        - `nll_middle_sentence_prefix_only`: the same given only the text before, next token by next token, for plain LLaMA
+          and A3's content stream.
+        - `rouge1`, `rougeL`: F-measure × 100, unstemmed, of the sentence written greedily at its true number of tokens: left
+          to right, or for masked diffusion the most confident token per pass. Special tokens are never written.
+        - `exact_match_words`: percentage of stories where the word is written exactly, greedily at its true number of tokens.
+          It is drawn from the words of three letters or more between white space.
+        - `infilling_stories`, `infilling_tokens` (of the sentences), `infilling_generated`, `infilling_skipped` (stories
+          skipped before the last one used).
 
     Raises:
-        ValueError: numbers that are not whole or below 1, more stories to write in than to measure, a `max_length` above
-            the model's context, too few documents that can be used, a tokenizer without BOS.
+        ValueError: numbers that are not whole or below 1, `num_generated` above `num_documents`, a `max_length` above the
+            model's context, too few usable stories, a tokenizer without BOS, an absent or unreadable file.
     """
-    stories = (split_sentences(document) for document in trained.documents)
-    return _measure(
-        trained,
-        stories,
-        fewest_sentences=FEWEST_SENTENCES,
-        source=f"{len(trained.documents)} held-out documents",
-        num_documents=num_documents,
-        num_generated=num_generated,
-        max_length=max_length,
-        seed=seed,
-        batch_size=batch_size,
-    )
-
-
-def measure_infilling_rocstories(
-    trained: Trained,
-    *,
-    data_dir: str,
-    num_documents: int = 100,
-    num_generated: int = 50,
-    max_length: int = 256,
-    seed: int = 21,
-    batch_size: int = 16,
-) -> dict[str, Any]:
-    """What `measure_infilling` measures, on ROCStories: of five sentences the third is blanked (paper §1). A story that
-    does not fit in `max_length` tokens whole is skipped.
-
-    Args:
-        data_dir: the folder that holds `rocstories/cloze_test_val__spring2016.csv`, as in `a3_hf.evaluation.tasks.datasets`.
-        num_documents, num_generated, max_length, seed, batch_size: as in `measure_infilling`.
-
-    Returns:
-        As `measure_infilling`, each name with `_roc` behind it.
-
-    Raises:
-        ValueError: as `measure_infilling`; a file that is absent or can't be read.
-    """
-    told = rocstories(data_dir=data_dir)["validation"]["sentences"]
-    stories = ([start, *(f" {sentence}" for sentence in others)] for start, *others in told)
-    result = _measure(
-        trained,
-        stories,
-        fewest_sentences=ROC_SENTENCES,
-        source=f"{len(told)} stories of ROCStories",
-        num_documents=num_documents,
-        num_generated=num_generated,
-        max_length=max_length,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    return {f"{name}_roc": value for name, value in result.items()}
-
-
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, each with the white space before it; joined, they are the text without that around it. One
-    ends with a full stop, an exclamation or question mark, or several, and the quotes and brackets closed behind.
-
-    Example:
-        >>> split_sentences('"Hi, Tim!" said Mr. Toad. He left')
-        ['"Hi, Tim!"', ' said Mr.', ' Toad.', ' He left']
-    """
-    text = text.strip()
-    ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    starts = [0, *ends]
-    return [text[start:end] for start, end in zip(starts, [*ends, len(text)], strict=True) if start < end]
-
-
-def _measure(
-    trained: Trained,
-    stories: Iterable[list[str]],
-    *,
-    fewest_sentences: int,
-    source: str,
-    num_documents: int,
-    num_generated: int,
-    max_length: int,
-    seed: int,
-    batch_size: int,
-) -> dict[str, Any]:
     from rouge_score.rouge_scorer import RougeScorer  # of the extra `eval`
 
     check_counts(num_documents=num_documents, num_generated=num_generated, batch_size=batch_size)
-    check_max_length(max_length, trained)
+    check_length("max_length", max_length, trained.model.config, least=2)
     if num_generated > num_documents:
-        raise ValueError(f"num_generated={num_generated}; it takes at most num_documents={num_documents}")
+        raise ValueError(f"num_generated={num_generated}: expected at most num_documents={num_documents}")
 
     # 1. The blanks: a sentence and a word of each story.
-    tokenizer, sentences, words, skipped = trained.tokenizer, [], [], 0
-    line = encode_piece(tokenizer, "\n", is_start=False)
-    for number, story in enumerate(stories):
-        pair = _blanks_of(tokenizer, story, max_length - len(line), row_generator(seed, number), fewest_sentences)
-        if pair is None:
-            skipped += 1
-            continue
-        sentences.append(pair[0])
-        words.append(pair[1])
-        if len(sentences) == num_documents:
-            break
+    stories, source = read_stories(trained, data_dir)
+    line = encode_piece(trained.tokenizer, "\n", is_start=False)
+    fewest = FEWEST_SENTENCES if data_dir is None else ROC_SENTENCES
+    sentences, words, skipped = _draw_blanks(
+        trained.tokenizer, stories, num_documents, length=max_length - len(line), fewest_sentences=fewest, seed=seed
+    )
     if len(sentences) < num_documents:
         raise ValueError(
-            f"num_documents={num_documents}: of {source} {len(sentences)} have {fewest_sentences} sentences within "
-            f"max_length={max_length} tokens and a word to blank; ask for fewer, or give more"
+            f"num_documents={num_documents}: of {source} {len(sentences)} have {fewest} sentences within "
+            f"max_length={max_length} tokens and a word to blank. Ask for fewer, or give more"
         )
 
-    # 2. How likely the sentences are.
+    # 2. Likelihood of the sentences.
     tokens = sum(len(blank.target) for blank in sentences)
     nats = _both_sides_nats(trained, sentences, line, batch_size=batch_size)
     result: dict[str, Any] = {"nll_middle_sentence": nats / tokens}
@@ -191,7 +96,7 @@ def _measure(
         nats = _next_token_nats(trained, [blank.before for blank in sentences], sentences, batch_size=batch_size)
         result["nll_middle_sentence_prefix_only"] = nats / tokens
 
-    # 3. What is written into the blanks.
+    # 3. Texts written into the blanks.
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     chosen = sentences[:num_generated]
     written = _write(trained, chosen, line, batch_size=batch_size, title="sentences")
@@ -200,13 +105,37 @@ def _measure(
         result[name] = 100 * sum(score[name].fmeasure for score in scores) / num_generated
     written = _write(trained, words, line, batch_size=batch_size, title="words")
     matches = [blank.text == text for blank, text in zip(words, written, strict=True)]
-    return result | {
+    result |= {
         "exact_match_words": 100 * sum(matches) / num_documents,
         "infilling_stories": num_documents,
         "infilling_tokens": tokens,
         "infilling_generated": num_generated,
         "infilling_skipped": skipped,
     }
+    return result if data_dir is None else {f"{name}_roc": value for name, value in result.items()}
+
+
+def _draw_blanks(
+    tokenizer: PreTrainedTokenizerBase,
+    stories: Iterable[list[str]],
+    number: int,
+    *,
+    length: int,
+    fewest_sentences: int,
+    seed: int,
+) -> tuple[list[StoryBlank], list[StoryBlank], int]:
+    """The blanked sentences and words of the first `number` usable stories, and how many stories were skipped."""
+    sentences, words, skipped = [], [], 0
+    for index, story in enumerate(stories):
+        pair = _blanks_of(tokenizer, story, length, row_generator(seed, index), fewest_sentences)
+        if pair is None:
+            skipped += 1
+            continue
+        sentences.append(pair[0])
+        words.append(pair[1])
+        if len(sentences) == number:
+            break
+    return sentences, words, skipped
 
 
 def _blanks_of(
@@ -215,86 +144,61 @@ def _blanks_of(
     length: int,
     generator: torch.Generator,
     fewest_sentences: int,
-) -> tuple[Blank, Blank] | None:
-    """The story without its middle sentence and without a word, each of at most `length` tokens; None where it can't be
-    used.
-    """
-    encoded, used = [], len(encode_prompt(tokenizer, ""))
+) -> tuple[StoryBlank, StoryBlank] | None:
+    """The story without its middle sentence and without a word, each of at most `length` tokens; None if unusable."""
+    kept, used = 0, len(encode_prompt(tokenizer, ""))
     for sentence in story:
-        ids = encode_piece(tokenizer, sentence, is_start=not encoded)
-        used += len(ids)
+        used += len(encode_piece(tokenizer, sentence, is_start=not kept))
         if used > length:
             break
-        encoded.append(ids)
-    if len(encoded) < fewest_sentences:
-        return None
-    middle, text = len(encoded) // 2, "".join(story[: len(encoded)])
-    start = len("".join(story[:middle]))
-    blanks = [_blank(tokenizer, text, start, start + len(story[middle]))]
+        kept += 1
+    text = "".join(story[:kept])
     places = [match.span() for match in WORD.finditer(text)]
-    if not places:
+    if kept < fewest_sentences or not places:
         return None
+    start = len("".join(story[: kept // 2]))
+    end = start + len(story[kept // 2])
+    sentence = StoryBlank.of(tokenizer, text[:start], text[start:end], text[end:])
     start, end = places[int(torch.randint(len(places), (), generator=generator))]
-    blanks.append(_blank(tokenizer, text, len(text[:start].rstrip(" ")), end))
-    if any(len(blank.before) + len(blank.target) + len(blank.after) > length for blank in blanks):
-        return None
-    return blanks[0], blanks[1]
+    start = len(text[:start].rstrip(" "))
+    word = StoryBlank.of(tokenizer, text[:start], text[start:end], text[end:])
+    return None if max(len(sentence.tokens), len(word.tokens)) > length else (sentence, word)
 
 
-def _blank(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> Blank:
-    return Blank(
-        encode_prompt(tokenizer, text[:start]),
-        encode_piece(tokenizer, text[start:end], is_start=False),
-        encode_piece(tokenizer, text[end:], is_start=False),
-        text[start:end].strip(),
-    )
-
-
-def _suffix_prompt(blank: Blank, line: list[int]) -> list[int]:
-    """What stands after the blank, a line break, what stands before it."""
+def _suffix_prompt(blank: StoryBlank, line: list[int]) -> list[int]:
+    """BOS, the text after the blank, a line break, the text before it."""
     return [*blank.before[:1], *blank.after, *line, *blank.before[1:]]
 
 
-def _target_mask(blanks: Sequence[Blank], starts: Sequence[int], width: int) -> torch.Tensor:
-    """(B, S), True at the tokens of the blanks, which begin at the columns `starts`."""
-    first = torch.tensor(starts)[:, None]
-    last = first + torch.tensor([len(blank.target) for blank in blanks])[:, None]
-    columns = torch.arange(width)
-    return (columns >= first) & (columns < last)
-
-
-def _both_sides_nats(trained: Trained, blanks: Sequence[Blank], line: list[int], *, batch_size: int) -> float:
+def _both_sides_nats(trained: Trained, blanks: Sequence[StoryBlank], line: list[int], *, batch_size: int) -> float:
     """−log p of all targets given both sides, nats."""
     if trained.architecture == "llama":
         prompts = [_suffix_prompt(blank, line) for blank in blanks]
         return _next_token_nats(trained, prompts, blanks, batch_size=batch_size)
     model, nats = trained.model, 0.0
     for start in tqdm(range(0, len(blanks), batch_size), desc="middle sentences", leave=False):
-        part = blanks[start : start + batch_size]
-        ids, mask = padded([[*blank.before, *blank.target, *blank.after] for blank in part])
-        is_blank = _target_mask(part, [len(blank.before) for blank in part], ids.shape[1])
-        group_ids = GroupOrder.infilling(is_blank, attention_mask=mask).group_ids
-        inputs = (tensor.to(model.device) for tensor in (ids, group_ids, mask))
-        log_probs = model.log_likelihood(*inputs, scored_mask=is_blank.to(model.device))
-        nats -= log_probs.double().sum().item()
+        nats -= BlankBatch.of(blanks[start : start + batch_size], model.device).log_likelihood(model)
     return nats
 
 
 def _next_token_nats(
-    trained: Trained, prompts: Sequence[list[int]], blanks: Sequence[Blank], *, batch_size: int
+    trained: Trained, prompts: Sequence[list[int]], blanks: Sequence[StoryBlank], *, batch_size: int
 ) -> float:
-    """−log p of all targets, each behind its prompt, next token by next token, nats."""
+    """−log p of all targets, each after its prompt, next token by next token, nats."""
     nats = 0.0
     for start in tqdm(range(0, len(blanks), batch_size), desc="middle sentences, next token", leave=False):
         part, given = blanks[start : start + batch_size], prompts[start : start + batch_size]
-        ids, mask = padded([[*prompt, *blank.target] for prompt, blank in zip(given, part, strict=True)])
-        log_probs = next_token_log_probs(trained, ids, mask)
-        nats -= log_probs[_target_mask(part, list(map(len, given)), ids.shape[1])].double().sum().item()
+        ids, mask = pad_rows([[*prompt, *blank.target] for prompt, blank in zip(given, part, strict=True)])
+        scored = span_mask([*map(len, given)], [len(blank.target) for blank in part], ids.shape[1])
+        log_probs, _ = next_token_scores(trained.model, ids, mask, scored)
+        nats -= log_probs.double().sum().item()
     return nats
 
 
-def _write(trained: Trained, blanks: Sequence[Blank], line: list[int], *, batch_size: int, title: str) -> list[str]:
-    """What is written greedily into each blank, as many tokens as stood there, without the white space around it."""
+def _write(
+    trained: Trained, blanks: Sequence[StoryBlank], line: list[int], *, batch_size: int, title: str
+) -> list[str]:
+    """The text written greedily into each blank at its true number of tokens, without the white space around it."""
     by_length = sorted(range(len(blanks)), key=lambda index: len(blanks[index].target))  # a batch waits for its longest
     texts = [""] * len(blanks)
     for start in tqdm(range(0, len(blanks), batch_size), desc=f"writing {title}", leave=False):
@@ -306,31 +210,29 @@ def _write(trained: Trained, blanks: Sequence[Blank], line: list[int], *, batch_
     return texts
 
 
-def _fill(trained: Trained, blanks: Sequence[Blank]) -> list[list[int]]:
-    """Tokens of each blank, by a model that writes between what is given."""
-    model = trained.model
-    ids, mask = padded([[*blank.before, *([0] * len(blank.target)), *blank.after] for blank in blanks])
-    is_blank = _target_mask(blanks, [len(blank.before) for blank in blanks], ids.shape[1])
+def _fill(trained: Trained, blanks: Sequence[StoryBlank]) -> list[list[int]]:
+    """Tokens of each blank, by a model that writes between two sides."""
+    ids, is_blank, mask = BlankBatch.of(blanks, trained.model.device)
     if trained.architecture == "masked_diffusion":
         strategy = {"strategy": "dynamic", "criterion": "confidence", "tokens_per_step": 1}
     else:
         strategy = {"strategy": "groupwise", "order": "left_to_right", "group_size": 1}
-    sequences = model.generate_any_order(
-        ids.to(model.device),
-        is_blank.to(model.device),
-        attention_mask=mask.to(model.device),
+    sequences = trained.model.generate_any_order(
+        ids.masked_fill(is_blank, 0),
+        is_blank,
+        attention_mask=mask,
         do_sample=False,
-        suppress_tokens=sorted(trained.tokenizer.all_special_ids),
+        suppress_tokens=special_token_ids(trained.tokenizer, trained.model.config.vocab_size),
         **strategy,
-    ).sequences.cpu()
+    ).sequences
     return [row[blank].tolist() for row, blank in zip(sequences, is_blank, strict=True)]
 
 
 @torch.no_grad()
-def _continue(trained: Trained, blanks: Sequence[Blank], line: list[int]) -> list[list[int]]:
-    """Tokens of each blank, by a plain LLaMA behind a prompt that holds both sides."""
+def _continue(trained: Trained, blanks: Sequence[StoryBlank], line: list[int]) -> list[list[int]]:
+    """Tokens of each blank, by a plain LLaMA after a prompt that holds both sides."""
     model = trained.model
-    ids, mask = padded([_suffix_prompt(blank, line) for blank in blanks], side="left")
+    ids, mask = pad_rows([_suffix_prompt(blank, line) for blank in blanks], side="left")
     longest = max(len(blank.target) for blank in blanks)
     sequences = model.generate(
         ids.to(model.device),
@@ -338,7 +240,7 @@ def _continue(trained: Trained, blanks: Sequence[Blank], line: list[int]) -> lis
         do_sample=False,
         max_new_tokens=longest,
         min_new_tokens=longest,
-        suppress_tokens=sorted(trained.tokenizer.all_special_ids),
+        suppress_tokens=special_token_ids(trained.tokenizer, trained.model.config.vocab_size),
         pad_token_id=0,
     )[:, ids.shape[1] :].tolist()
     return [row[: len(blank.target)] for row, blank in zip(sequences, blanks, strict=True)]

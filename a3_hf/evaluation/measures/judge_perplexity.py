@@ -1,7 +1,8 @@
-"""Conditional generation by steps and criteria, its perplexity told by another model."""
+"""Conditional generation by steps and criteria, and the perplexity of the texts under another model."""
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -10,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3_hf.data.tokenization import encode_documents
 from a3_hf.models.a3_llama.generation_config import A3GenerationConfig
-from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_prompt
-from a3_hf.models.a3_llama.likelihood import token_log_probs
+from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_prompt, special_token_ids
 from a3_hf.models.a3_llama.orders import seed_of
 
-from .text_windows import Track, check_length, pad_right, silently
+from .batching import Track, next_token_scores, pad_rows, silently, span_mask
+from .checks import check_counts, check_length
 
-REFERENCE = "reference"  # in the place of a strategy: how the documents themselves go on
+REFERENCE = "reference"  # in the place of a strategy: the documents' own continuations
 
 
 def judge_rows(
@@ -36,63 +37,47 @@ def judge_rows(
     batch_size: int = 8,
     track: Track = silently,
 ) -> list[dict[str, Any]]:
-    """The paper's Table 2 (§1): texts are continued, and another model tells how likely it finds what was written.
+    """Continues texts and measures their perplexity under another model (paper §1, Table 2).
 
     The prompts are the first `prompt_tokens` tokens of the first `count` documents that have at least `prompt_tokens` +
-    `new_tokens`. Every continuation has `new_tokens` tokens: special tokens, EOS among them, are never written (not
-    specified in the paper). Each number of steps commits new_tokens / steps tokens a step: `dynamic` by each criterion, and
-    `groupwise` from left to right.
+    `new_tokens`. Every continuation has `new_tokens` tokens; special tokens, EOS among them, are never written (not specified
+    in the paper). Each number of steps commits new_tokens / steps tokens a step: `dynamic` by each criterion, and `groupwise`
+    from left to right.
 
     Args:
-        judge: a causal language model. A text that holds a part of a character is judged with the replacement character
-            in its place, as it reads.
-        temperature: sample; None: the likeliest token.
-        seed: of sampling and of the criterion "random"; a text depends on it and on the number of its document alone.
+        judge: a causal language model. A part of a character is judged as the replacement character.
+        temperature: temperature of sampling; None: the likeliest token.
+        seed: seed of sampling and of the criterion "random", together with a document's number.
 
     Returns:
-        A dict for how the documents themselves go on (`strategy` "reference") and for each way of writing: `strategy`,
+        A dict for the documents' own continuations (`strategy` "reference") and for each way of writing: `strategy`,
         `criterion`, `steps`, `tokens_per_step`, `texts`; then
 
-        - `judge_tokens` (what was written, in the judge's own tokens), `judge_nats_per_token` and `judge_perplexity`
-          (per token over all texts, given the prompt);
-        - `unique_tokens`: the share of a text's tokens that are different ones, on average: texts that repeat themselves
-          are likely;
-        - `tokens` (written), `passes` (forward passes, each counted once for every text), `tokens_per_forward`,
-          `seconds`, `tokens_per_second`; None for the reference.
+        - `judge_tokens` (written, in the judge's own tokens), `judge_nats_per_token` and `judge_perplexity` (over all texts,
+          given the prompts);
+        - `unique_tokens`: the fraction of a text's tokens that are different, on average: repetitive texts are likely;
+        - `tokens` (written), `passes` (forward passes, each counted once per text), `tokens_per_forward`, `seconds`,
+          `tokens_per_second`; None for the reference.
 
     Raises:
-        ValueError: steps that don't divide `new_tokens`, a criterion that is not known, numbers below 1, too few documents
-            that are long enough, a text longer than the model's or the judge's context, a tokenizer without BOS.
+        ValueError: steps that don't divide `new_tokens`, an unknown criterion, numbers below 1, too few documents that are
+            long enough, a text longer than the model's or the judge's context, a tokenizer without BOS.
     """
     ways = ways_to_write(steps, criteria, new_tokens=new_tokens, temperature=temperature)
-    for name, number in (("prompt_tokens", prompt_tokens), ("count", count), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"{name}={number}; it takes at least 1")
-    check_length("prompt_tokens + new_tokens + 1", prompt_tokens + new_tokens + 1, model.config)
-    bos = encode_prompt(tokenizer, "")
-    encoded = (bos + encode_documents([document], tokenizer)[0] for document in documents)
+    check_counts(prompt_tokens=prompt_tokens, count=count, batch_size=batch_size)
     length = 1 + prompt_tokens + new_tokens
-    references = []
-    for ids in encoded:
-        if len(ids) >= length:
-            references.append(ids[:length])
-        if len(references) == count:
-            break
-    if len(references) < count:
-        raise ValueError(
-            f"count={count}: of {len(documents)} documents {len(references)} have the {prompt_tokens} tokens of the prompt "
-            f"and {new_tokens} more; give more documents, or ask for fewer or shorter texts"
-        )
+    check_length("prompt_tokens + new_tokens + 1", length, model.config)
+    references = _long_documents(tokenizer, documents, length, count)
     prompts = torch.tensor(references)[:, : 1 + prompt_tokens]
     starts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts.tolist()]
-    fixed = {"batch_size": batch_size, "max_new_tokens": new_tokens, "seed": seed, "track": track}
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    fixed["suppress_tokens"] = sorted(special | set(tokenizer.all_special_ids))
+    suppressed = special_token_ids(tokenizer, model.config.vocab_size)
+    fixed = {"batch_size": batch_size, "max_new_tokens": new_tokens, "seed": seed, "suppress_tokens": suppressed}
 
     def judged(sequences: list[list[int]]) -> dict[str, Any]:
-        ends = [decode_after(tokenizer, ids[: 1 + prompt_tokens], ids[1 + prompt_tokens :]) for ids in sequences]
-        nats, tokens = judged_nats(judge, judge_tokenizer, starts, ends, batch_size=batch_size)
         written = [ids[1 + prompt_tokens :] for ids in sequences]
+        pairs = zip(prompts.tolist(), written, strict=True)
+        ends = [decode_after(tokenizer, prompt, ids) for prompt, ids in pairs]
+        nats, tokens = judged_nats(judge, judge_tokenizer, starts, ends, batch_size=batch_size)
         return {
             "texts": len(sequences),
             "judge_tokens": tokens,
@@ -106,32 +91,40 @@ def judge_rows(
     rows = [{**way, **judged(references), **nothing}]
     for about, settings in ways:
         start = perf_counter()
-        sequences, passes = _continue(model, prompts, describe=_name(about), **fixed, **settings)
+        sequences, passes = _continue(model, prompts, track=track, title=_title(about), **fixed, **settings)
         seconds = perf_counter() - start
         tokens = new_tokens * count
-        speed = {
-            "tokens": tokens,
-            "passes": passes,
-            "tokens_per_forward": tokens / passes,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-        rows.append({**about, **judged(sequences), **speed})
+        speed = (tokens, passes, tokens / passes, seconds, tokens / seconds)
+        rows.append({**about, **judged(sequences), **dict(zip(nothing, speed, strict=True))})
     return rows
+
+
+def _long_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int, count: int
+) -> list[list[int]]:
+    """The first `length` tokens, BOS included, of the first `count` documents that have as many."""
+    bos = encode_prompt(tokenizer, "")
+    encoded = (bos + encode_documents([document], tokenizer)[0] for document in documents)
+    found = list(islice((ids[:length] for ids in encoded if len(ids) >= length), count))
+    if len(found) < count:
+        raise ValueError(
+            f"count={count}: of {len(documents)} documents {len(found)} have the {length - 1} tokens of a prompt and its "
+            "continuation. Give more documents, or ask for fewer or shorter texts"
+        )
+    return found
 
 
 def ways_to_write(
     steps: Sequence[int], criteria: Sequence[str], *, new_tokens: int, temperature: float | None = None
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """What the table says of each way of writing, and its settings of `A3GenerationConfig`.
+    """Each way of writing: its columns in the table, and its settings of `A3GenerationConfig`.
 
     Raises:
-        ValueError: steps that don't divide `new_tokens`, a criterion that is not known, a temperature of 0 or below.
+        ValueError: steps that don't divide `new_tokens`, an unknown criterion, a temperature of 0 or below.
     """
     if not steps or not criteria:
-        raise ValueError(f"steps={list(steps)} and criteria={list(criteria)}; they take at least one each")
-    if new_tokens < 1:
-        raise ValueError(f"new_tokens={new_tokens}; it takes at least 1")
+        raise ValueError(f"steps={list(steps)} and criteria={list(criteria)}: expected at least one each")
+    check_counts(new_tokens=new_tokens)
     sampling = {} if temperature is None else {"do_sample": True, "temperature": temperature}
     ways = []
     for number in steps:
@@ -141,12 +134,8 @@ def ways_to_write(
             )
         size = new_tokens // number
         about = {"steps": number, "tokens_per_step": size}
-        ways.append(
-            (
-                {"strategy": "groupwise", "criterion": None, **about},
-                {"strategy": "groupwise", "group_size": size, **sampling},
-            )
-        )
+        left_to_right = {"strategy": "groupwise", "group_size": size, **sampling}
+        ways.append(({"strategy": "groupwise", "criterion": None, **about}, left_to_right))
         for criterion in criteria:
             dynamic = {"strategy": "dynamic", "criterion": criterion}
             ways.append(({**dynamic, **about}, {**dynamic, "tokens_per_step": size, **sampling}))
@@ -155,17 +144,17 @@ def ways_to_write(
     return ways
 
 
-def _name(about: dict[str, Any]) -> str:
+def _title(about: dict[str, Any]) -> str:
     by = f", {about['criterion']}" if about["criterion"] else ""
     return f"{about['strategy']}{by}, {about['steps']} steps"
 
 
 def _continue(
-    model, prompts: torch.Tensor, *, batch_size: int, seed: int, track: Track, describe: str, **settings: Any
+    model, prompts: torch.Tensor, *, batch_size: int, seed: int, track: Track, title: str, **settings: Any
 ) -> tuple[list[list[int]], int]:
-    """Prompts (B, S) with what was written after each, and the passes, counted once for every text."""
+    """Prompts (B, S) with their continuations, and the passes, each counted once per text."""
     sequences, passes = [], 0
-    for start in track(range(0, len(prompts), batch_size), describe):
+    for start in track(range(0, len(prompts), batch_size), title):
         batch = prompts[start : start + batch_size].to(model.device)
         seeds = [seed_of(seed, number) for number in range(start, start + len(batch))]
         output = model.generate_any_order(batch, seed=seeds, **settings)
@@ -174,7 +163,6 @@ def _continue(
     return sequences, passes
 
 
-@torch.no_grad()
 def judged_nats(
     judge: PreTrainedModel,
     judge_tokenizer: PreTrainedTokenizerBase,
@@ -183,10 +171,10 @@ def judged_nats(
     *,
     batch_size: int = 8,
 ) -> tuple[float, int]:
-    """How unlikely a causal model finds texts given their starts: the sum over all in nats, and its own tokens in them.
+    """−log p of texts given their starts, under a causal model: the sum over all in nats, and its number of tokens.
 
-    Each start and its end are encoded as one text, behind BOS if the judge has one. Given are the tokens that the start
-    alone would have too; a token that lies in both counts as written.
+    Each start and its end are encoded as one text, after BOS if the judge has one. Given are the tokens that the start alone
+    would have too; a token that lies in both counts as written.
 
     Raises:
         ValueError: a text longer than the judge's context; ends without a token; a start that leaves none as given.
@@ -200,8 +188,8 @@ def judged_nats(
         same = next((i for i, pair in enumerate(zip(alone, whole, strict=False)) if pair[0] != pair[1]), len(alone))
         if len(whole) > context:
             raise ValueError(
-                f"judge: a text has {len(whole)} of its tokens, more than its context (max_position_embeddings={context}); "
-                "ask for shorter texts, or another judge"
+                f"judge: a text has {len(whole)} of its tokens, more than its context (max_position_embeddings={context}). "
+                "Ask for shorter texts, or another judge"
             )
         if same == 0:
             raise ValueError(f"judge: nothing of the start {start!r} is given in its tokens; take longer prompts")
@@ -209,14 +197,12 @@ def judged_nats(
         given.append(same)
     tokens = sum(len(row) - same for row, same in zip(rows, given, strict=True))
     if tokens == 0:
-        raise ValueError("judge: no text has a token of its own behind its start; there is nothing to judge")
+        raise ValueError("judge: no text has a token of its own after its start; there is nothing to judge")
     nats = 0.0
     for first in range(0, len(rows), batch_size):
-        ids, mask = pad_right(rows[first : first + batch_size])
-        ids, mask = ids.to(judge.device), mask.to(judge.device)
-        logits = judge(ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        log_probs = token_log_probs(logits, ids[:, 1:]).double()
-        starts_at = torch.tensor(given[first : first + batch_size], device=ids.device)[:, None]
-        scored = (torch.arange(ids.shape[1], device=ids.device) >= starts_at) & mask.bool()
-        nats -= float((log_probs * scored[:, 1:]).sum())
+        part, starts_at = rows[first : first + batch_size], given[first : first + batch_size]
+        ids, mask = pad_rows(part)
+        lengths = [len(row) - same for row, same in zip(part, starts_at, strict=True)]
+        log_probs, _ = next_token_scores(judge, ids, mask, span_mask(starts_at, lengths, ids.shape[1]))
+        nats -= log_probs.double().sum().item()
     return nats, tokens

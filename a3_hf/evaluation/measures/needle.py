@@ -1,4 +1,4 @@
-"""Long context: whether a fact hidden somewhere in a text is found when it is asked for at the end."""
+"""Long context: whether a fact hidden in a text is found when the text ends with a question for it."""
 
 import random
 from collections.abc import Sequence
@@ -10,14 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from a3_hf.data.tokenization import encode_documents
 from a3_hf.models.a3_llama.infilling_templates import encode_piece, encode_prompt
-from a3_hf.models.a3_llama.orders import GroupOrder, seed_of
+from a3_hf.models.a3_llama.orders import seed_of
 
-from .text_windows import SCALE, Track, check_length, pad_right, silently
+from .batching import Track, order_inputs, pad_rows, silently, span_mask
+from .checks import check_counts, check_length
+from .text_windows import SCALE
 
 ANSWERS = ("dog", "ball", "tree", "car", "bird", "cake", "boat", "hat")
 FACT = " The secret word is {answer}."
 QUESTION = " What is the secret word? The secret word is"
-# What stands around the fact, over and over, where no haystack is given.
+# The haystack, repeated, where none is given.
 FILLER = (
     " A small wind moved the leaves. The road went up the hill and down again. Nobody was in the garden. A bell rang far "
     "away, and then it was still."
@@ -26,7 +28,7 @@ SENTENCE_ENDS = (".", "!", "?", "\n")
 
 
 class Needle(NamedTuple):
-    """A text that asks, in tokens from BOS on, the tokens of each answer, and which answer is right."""
+    """A text with its question, in tokens from BOS on; the tokens of each answer; and the index of the right one."""
 
     prompt: list[int]
     answers: list[list[int]]
@@ -47,18 +49,19 @@ def make_needle(
     tokens together.
 
     Args:
-        haystack: tokens, at least as many as stand around the fact.
-        depth: 0: the fact comes right behind BOS; 1: right before the question; between: behind the last whole sentence
-            before that share of the haystack, or, where there is none, after that share.
-        right: which of the answers is hidden.
-        seed: draws the piece of the haystack, the same at every depth.
+        haystack: tokens, at least as many as fit around the fact.
+        length: tokens of prompt and longest answer.
+        depth: 0: the fact right after BOS; 1: right before the question; between: after the last whole sentence before that
+            fraction of the haystack, or after that fraction where there is none.
+        right: index of the hidden answer.
+        seed: seed of the piece of the haystack, the same at every depth.
 
     Raises:
         ValueError: a depth outside 0 to 1; a length with no room for haystack, or that the haystack doesn't fill; answers
             that can't be told apart; a tokenizer without BOS.
     """
     if not 0 <= depth <= 1:
-        raise ValueError(f"depths holds {depth}; it takes numbers from 0 to 1")
+        raise ValueError(f"depths holds {depth}: expected numbers from 0 to 1")
     encoded = _encode_answers(tokenizer, answers)
     bos = encode_prompt(tokenizer, "")
     fact = encode_piece(tokenizer, FACT.format(answer=answers[right]), is_start=False)
@@ -66,11 +69,11 @@ def make_needle(
     room = length - len(bos) - len(fact) - len(question) - max(map(len, encoded))
     if room < 1:
         raise ValueError(
-            f"lengths holds {length}; fact, question and answer alone have {length - room} tokens: it takes more than that"
+            f"lengths holds {length}: expected more than the {length - room} tokens of fact, question and answer"
         )
     if room > len(haystack):
         raise ValueError(
-            f"haystack has {len(haystack)} tokens; with length {length} it takes at least {room}: give a longer text"
+            f"haystack has {len(haystack)} tokens: expected at least {room} for length {length}. Give a longer text"
         )
     start = random.Random(seed).randint(0, len(haystack) - room)
     hay = list(haystack[start : start + room])
@@ -83,7 +86,7 @@ def make_needle(
 
 def _encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
     if len(answers) < 2:
-        raise ValueError(f"answers={list(answers)}; it takes at least two, to choose among")
+        raise ValueError(f"answers={list(answers)}: expected at least two")
     known: dict[tuple[int, ...], str] = {}
     for answer in answers:
         ids = tuple(encode_piece(tokenizer, f" {answer}", is_start=False))
@@ -108,33 +111,30 @@ def needle_rows(
     batch_size: int = 8,
     track: Track = silently,
 ) -> list[dict[str, Any]]:
-    """How often the right answer is the likeliest of all answers, for each length and depth (not in the paper).
-
-    An answer's score is its exact log-likelihood given the whole text before it, from left to right, per token.
+    """Measures how often the right answer is the likeliest of all answers, for each length and depth (not in the paper). An
+    answer's score is its exact log-likelihood given the whole text before it, left to right, per token.
 
     Args:
-        lengths: of text, question and longest answer, in tokens.
-        haystack: a text that pieces are taken from; None: a few sentences, over and over.
-        answers: what is hidden and what stands against it, words.
-        count: texts for each length and depth. The answers take turns at being right, so that with a multiple of their
-            number a model that always says the same is right by chance.
-        seed: draws the pieces of the haystack; the same ones at every depth.
+        lengths: tokens of text, question and longest answer.
+        depths: places of the fact, as in `make_needle`.
+        haystack: a text that pieces are taken from; None: a few sentences, repeated.
+        answers: the words to choose among.
+        count: texts per length and depth. The answers take turns at being right, so that with a multiple of their number a
+            constant answer is right by chance.
+        seed: seed of the pieces of the haystack, the same at every depth.
 
     Returns:
-        A dict for each length and depth: `length`, `depth`, `count`, `choices` (of which 1 in n is right by chance),
-        `accuracy`, `exact_match` (the share of texts after which the likeliest tokens, one by one, are the right answer),
-        `nats_per_token` (of the right answer), `passes` (forward passes, each counted once for every row in it),
-        `seconds`, `tokens_per_second` (of the texts).
+        A dict per length and depth: `length`, `depth`, `count`, `choices` (number of answers), `accuracy`, `exact_match` (the
+        fraction of texts after which greedy decoding writes the right answer), `nats_per_token` (of the right answer),
+        `passes` (forward passes, each counted once per row), `seconds`, `tokens_per_second` (of the texts).
 
     Raises:
         ValueError: a length above the model's context, and as `make_needle`.
     """
     for name, numbers in (("lengths", lengths), ("depths", depths)):
         if not numbers:
-            raise ValueError(f"{name} is empty; it takes at least one number")
-    for name, number in (("count", count), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"{name}={number}; it takes at least 1")
+            raise ValueError(f"{name} is empty: expected at least one number")
+    check_counts(count=count, batch_size=batch_size)
     for length in lengths:
         check_length("lengths", length, model.config, advice=SCALE)
     if haystack is None:
@@ -142,43 +142,31 @@ def needle_rows(
         hay = once * (max(lengths) // len(once) + 2)
     else:
         (hay,) = encode_documents([haystack], tokenizer)
-    hidden = {
-        (length, depth): [
-            make_needle(
-                tokenizer,
-                hay,
-                length=length,
-                depth=depth,
-                right=number % len(answers),
-                answers=answers,
-                seed=seed_of(seed, length, number),
-            )
-            for number in range(count)
+
+    def hide(length: int, depth: float) -> list[Needle]:
+        place = {"length": length, "depth": depth, "answers": answers}
+        seeds = [seed_of(seed, length, number) for number in range(count)]
+        rights = [number % len(answers) for number in range(count)]
+        return [
+            make_needle(tokenizer, hay, right=right, seed=one, **place)
+            for right, one in zip(rights, seeds, strict=True)
         ]
-        for length in lengths
-        for depth in depths
-    }
+
+    hidden = {(length, depth): hide(length, depth) for length in lengths for depth in depths}
     rows = []
     for (length, depth), needles in track(list(hidden.items()), "needles"):
         start = perf_counter()
         scores, found = score_answers(model, needles, batch_size=batch_size)
         seconds = perf_counter() - start
-        right = [needle.right for needle in needles]
-        texts = sum(len(needle.prompt) + len(ids) for needle in needles for ids in needle.answers)
-        rows.append(
-            {
-                "length": length,
-                "depth": depth,
-                "count": count,
-                "choices": len(answers),
-                "accuracy": float((scores.argmax(dim=1) == torch.tensor(right)).double().mean()),
-                "exact_match": float(found[torch.arange(count), right].double().mean()),
-                "nats_per_token": -float(scores[torch.arange(count), right].mean()),
-                "passes": count * len(answers),
-                "seconds": seconds,
-                "tokens_per_second": texts / seconds,
-            }
-        )
+        tokens = sum(len(needle.prompt) + len(ids) for needle in needles for ids in needle.answers)
+        right = torch.tensor([needle.right for needle in needles])
+        own = torch.arange(count), right
+        row = {"length": length, "depth": depth, "count": count, "choices": len(answers)}
+        row["accuracy"] = (scores.argmax(dim=1) == right).double().mean().item()
+        row["exact_match"] = found[own].double().mean().item()
+        row["nats_per_token"] = -scores[own].mean().item()
+        row |= {"passes": count * len(answers), "seconds": seconds, "tokens_per_second": tokens / seconds}
+        rows.append(row)
     return rows
 
 
@@ -190,13 +178,10 @@ def score_answers(model, needles: Sequence[Needle], *, batch_size: int = 8) -> t
     means, found = [], []
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
-        ids, mask = pad_right([prompt + answer for prompt, answer in batch])
-        given = torch.tensor([len(prompt) for prompt, _ in batch])[:, None]
-        asked = (torch.arange(ids.shape[1]) >= given) & mask.bool()
-        group_ids = GroupOrder.infilling(asked, attention_mask=mask).group_ids
-        inputs = (tensor.to(model.device) for tensor in (ids, group_ids, mask))
-        log_probs, greedy = model.log_likelihood_and_greedy(*inputs, scored_mask=asked.to(model.device))
-        means.append(log_probs.cpu().double().sum(dim=1) / asked.sum(dim=1))
-        found.append((greedy.cpu() | ~asked).all(dim=1))
+        ids, mask = pad_rows([prompt + answer for prompt, answer in batch])
+        scored = span_mask(*([len(ids) for ids in part] for part in zip(*batch, strict=True)), ids.shape[1])
+        log_probs, greedy = model.log_likelihood_and_greedy(**order_inputs(ids, mask, scored, model.device))
+        means.append(log_probs.cpu().double().sum(dim=1) / scored.sum(dim=1))
+        found.append((greedy.cpu() | ~scored).all(dim=1))
     shape = (len(needles), -1)
     return torch.cat(means).view(shape), torch.cat(found).view(shape)

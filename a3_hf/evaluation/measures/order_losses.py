@@ -1,4 +1,4 @@
-"""Measurement: nats per token of texts that training did not see, under one order after another."""
+"""Measure of losses: nats per token of held-out texts under several orders."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,10 +12,14 @@ from a3_hf.models.a3_llama.infilling_templates import encode_prompt
 from a3_hf.models.a3_llama.orders import GroupOrder
 from a3_hf.training.base_trainer import row_generator
 
-from .next_token import NEXT_TOKEN_ARCHITECTURES, check_counts, check_max_length, next_token_log_probs, padded
+from .batching import NEXT_TOKEN_ARCHITECTURES, next_token_scores, pad_rows
+from .checks import check_counts, check_length
 from .trained_run import Trained
 
+# An order of rows with an attention mask (B, S), from a generator for each row.
 MakeOrder = Callable[[torch.Tensor, Sequence[torch.Generator]], GroupOrder]
+# The log-likelihood (B,) of padded rows, from their ids and mask (B, S) and the number of the first of them.
+ScoreBatch = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def measure_losses(
@@ -30,38 +34,33 @@ def measure_losses(
     seed: int = 20,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Nats per token over the first held-out documents. Each is BOS, which is given, and its tokens, cut to `max_length`
-    with BOS: longer documents are measured by their beginning. Every architecture and run is scored on the same tokens, and
-    under the same random orders: a document's come from `seed` and its number alone, and those of all group sizes cut one
-    permutation.
+    """Measures nats per token over the first held-out documents, cut to `max_length` tokens; BOS is given. Every architecture
+    and run is scored on the same tokens and under the same random orders, which for all group sizes cut one permutation.
 
     Masked diffusion takes a pass for each group of an order, so its exact losses are of the first `num_ordered_documents`
-    documents alone. To stand beside them, every loss of every architecture is given over these few documents too, under
-    its name with `_few` behind it; names without it are always of all documents.
+    documents alone. For comparison every loss of every architecture is also given over these, with `_few` after its name.
 
     Args:
-        num_documents: how many documents, from the start.
+        num_documents: number of documents.
         num_ordered_documents: how many of them are the few; None: four, or all where there are fewer.
-        group_size: of the scattered groups, at least 2.
+        max_length: tokens of a document, BOS included.
+        group_size: size of the scattered groups, at least 2.
         orders: random orders of each document; a loss is the mean over them.
         num_samples: masks of each document in the bound of masked diffusion.
-        seed: of the random orders and of the bound.
-        batch_size: documents of a batch.
+        seed: seed of random orders and of the bound, together with a document's number.
+        batch_size: documents per batch.
 
     Returns:
-        `loss_documents`, `loss_tokens` (scored ones), `loss_documents_few`, `loss_tokens_few`, and in nats per token, where
-        the architecture has it, each also with `_few`:
+        `loss_documents`, `loss_tokens` (scored), `loss_documents_few`, `loss_tokens_few`, and in nats per token, where the
+        architecture has it, each also with `_few`:
 
-        - `nll_next_token`: each token given those before it, by plain LLaMA or by A3's content stream read as the LLaMA
-          that it is: what is left of next-token use.
-        - `nll_left_to_right`, `nll_right_to_left`: the exact loss of these orders, one token at a time: of A3 by its
-          slots. Masked diffusion has only those of the few documents. Plain LLaMA's, left to right, is `nll_next_token`,
-          and it has no other order.
-        - `nll_scattered_1`: in random order, one token at a time. Of masked diffusion it is the negative of
-          `log_likelihood_bound`, whose expectation is the mean over all orders of this loss: an unbiased estimate of what
-          the random orders of the others estimate.
-        - `nll_scattered_{group_size}`: in random order, groups written at once. A3, and masked diffusion on the few
-          documents; Decoupled RoPE has no groups.
+        - `nll_next_token`: each token given those before it, by plain LLaMA or by A3's content stream read as a LLaMA.
+        - `nll_left_to_right`, `nll_right_to_left`: the exact loss of these orders, one token at a time. Masked diffusion has
+          only those of the few documents; plain LLaMA has only the first, which is `nll_next_token`.
+        - `nll_scattered_1`: in random order, one token at a time. For masked diffusion, the negative `log_likelihood_bound`,
+          an unbiased estimate of the mean of this loss over all orders.
+        - `nll_scattered_{group_size}`: in random order, groups written at once; not for Decoupled RoPE, which has no groups,
+          and for masked diffusion on the few documents.
 
     Raises:
         ValueError: numbers that are not whole or below 1 (`group_size`: 2), a `max_length` above the model's context, fewer
@@ -71,102 +70,100 @@ def measure_losses(
         num_ordered_documents = min(4, num_documents)
     check_counts(num_documents=num_documents, num_ordered_documents=num_ordered_documents, orders=orders)
     check_counts(num_samples=num_samples, batch_size=batch_size, group_size=group_size)
-    check_max_length(max_length, trained)
+    check_length("max_length", max_length, trained.model.config, least=2)
     if group_size < 2:
-        raise ValueError(f"group_size={group_size}; it takes at least 2: singletons are measured anyway")
+        raise ValueError(f"group_size={group_size}: expected at least 2; singletons are measured anyway")
     if num_ordered_documents > num_documents:
         raise ValueError(
-            f"num_ordered_documents={num_ordered_documents}; it takes at most num_documents={num_documents}"
+            f"num_ordered_documents={num_ordered_documents}: expected at most num_documents={num_documents}"
         )
-    if len(trained.documents) < num_documents:
-        raise ValueError(f"num_documents={num_documents}; there are {len(trained.documents)} held-out documents")
-    bos, documents = encode_prompt(trained.tokenizer, ""), trained.documents[:num_documents]
-    rows = [(bos + ids)[:max_length] for ids in encode_documents(documents, trained.tokenizer)]
-    for number, row in enumerate(rows):
-        if len(row) < 2:
-            raise ValueError(f"held-out document {number} is empty; it takes at least one token to score")
+    rows = _read_rows(trained, num_documents, max_length)
 
     # 1. Log-likelihoods (documents,) by name, of all documents or of the few.
     totals: dict[str, torch.Tensor] = {}
+    batches = partial(_totals, rows, batch_size=batch_size)
     if trained.architecture in NEXT_TOKEN_ARCHITECTURES:
-        totals["nll_next_token"] = _next_token_totals(trained, rows, batch_size=batch_size)
+        totals["nll_next_token"] = batches("next token", partial(_next_token, trained))
     if trained.architecture == "llama":
         totals["nll_left_to_right"] = totals["nll_next_token"]
     else:
-        few = rows[:num_ordered_documents] if trained.architecture == "masked_diffusion" else rows
-        ordered = partial(_order_totals, trained, few, seed=seed, batch_size=batch_size)
-        totals["nll_left_to_right"] = ordered("left to right", _left_to_right)
-        totals["nll_right_to_left"] = ordered("right to left", _right_to_left)
-        if trained.architecture == "masked_diffusion":
-            totals["nll_scattered_1"] = _bound_totals(
-                trained, rows, num_samples=num_samples, seed=seed, batch_size=batch_size
-            )
+        is_diffusion = trained.architecture == "masked_diffusion"
+        few = rows[:num_ordered_documents] if is_diffusion else rows
+
+        def ordered(title: str, make_order: MakeOrder, orders: int = 1) -> torch.Tensor:
+            score = partial(_in_orders, trained, make_order=make_order, orders=orders, seed=seed)
+            return _totals(few, title, score, batch_size=batch_size)
+
+        totals["nll_left_to_right"] = ordered("left to right", lambda mask, _: GroupOrder.left_to_right(mask))
+        totals["nll_right_to_left"] = ordered("right to left", lambda mask, _: GroupOrder.right_to_left(mask))
+        if is_diffusion:
+            totals["nll_scattered_1"] = batches("bound", partial(_bound, trained, num_samples=num_samples, seed=seed))
         else:
-            totals["nll_scattered_1"] = ordered("scattered", partial(_scattered, group_size=1), orders=orders)
+            totals["nll_scattered_1"] = ordered("scattered", partial(_scattered, group_size=1), orders)
         if trained.architecture != "decoupled_rope":
-            totals[f"nll_scattered_{group_size}"] = ordered(
-                f"scattered, groups of {group_size}", partial(_scattered, group_size=group_size), orders=orders
-            )
+            title = f"scattered, groups of {group_size}"
+            totals[f"nll_scattered_{group_size}"] = ordered(title, partial(_scattered, group_size=group_size), orders)
 
     # 2. Nats per token.
     result: dict[str, Any] = {}
-    for behind, count in (("", num_documents), ("_few", num_ordered_documents)):
+    for ending, count in (("", num_documents), ("_few", num_ordered_documents)):
         tokens = sum(len(row) - 1 for row in rows[:count])
-        result |= {f"loss_documents{behind}": count, f"loss_tokens{behind}": tokens}
+        result |= {f"loss_documents{ending}": count, f"loss_tokens{ending}": tokens}
         of_enough = {name: nats for name, nats in totals.items() if len(nats) >= count}
-        result |= {name + behind: -nats[:count].sum().item() / tokens for name, nats in of_enough.items()}
+        result |= {name + ending: -nats[:count].sum().item() / tokens for name, nats in of_enough.items()}
     return result
 
 
-def _left_to_right(mask: torch.Tensor, generators: Sequence[torch.Generator]) -> GroupOrder:
-    return GroupOrder.left_to_right(mask)
+def _read_rows(trained: Trained, count: int, length: int) -> list[list[int]]:
+    """The first `length` tokens, BOS included, of the first `count` held-out documents."""
+    if len(trained.documents) < count:
+        raise ValueError(f"num_documents={count}: there are {len(trained.documents)} held-out documents")
+    bos, documents = encode_prompt(trained.tokenizer, ""), trained.documents[:count]
+    rows = [(bos + ids)[:length] for ids in encode_documents(documents, trained.tokenizer)]
+    for number, row in enumerate(rows):
+        if len(row) < 2:
+            raise ValueError(f"held-out document {number} is empty: expected at least one token to score")
+    return rows
 
 
-def _right_to_left(mask: torch.Tensor, generators: Sequence[torch.Generator]) -> GroupOrder:
-    return GroupOrder.right_to_left(mask)
+def _totals(rows: Sequence[list[int]], title: str, score: ScoreBatch, *, batch_size: int) -> torch.Tensor:
+    """(rows,) log-likelihood of each row, nats in double."""
+    starts = tqdm(range(0, len(rows), batch_size), desc=title, leave=False)
+    return torch.cat([score(*pad_rows(rows[start : start + batch_size]), start) for start in starts])
 
 
 def _scattered(mask: torch.Tensor, generators: Sequence[torch.Generator], *, group_size: int) -> GroupOrder:
     return GroupOrder.scattered(mask, group_size=group_size, generator=generators)
 
 
-def _order_totals(
+def _in_orders(
     trained: Trained,
-    rows: Sequence[list[int]],
-    title: str,
-    make_order: MakeOrder,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    start: int,
     *,
-    orders: int = 1,
+    make_order: MakeOrder,
+    orders: int,
     seed: int,
-    batch_size: int,
 ) -> torch.Tensor:
-    """(rows,) log-likelihood of each row, nats in double, the mean over its orders."""
-    model, parts = trained.model, []
-    for start in tqdm(range(0, len(rows), batch_size), desc=title, leave=False):
-        ids, mask = padded(rows[start : start + batch_size])
-        total = torch.zeros(len(ids), dtype=torch.float64)
-        for number in range(orders):
-            generators = [row_generator(seed, index, number) for index in range(start, start + len(ids))]
-            group_ids = make_order(mask, generators).group_ids
-            inputs = (tensor.to(model.device) for tensor in (ids, group_ids, mask))
-            total += model.log_likelihood(*inputs).double().sum(dim=1).cpu()
-        parts.append(total / orders)
-    return torch.cat(parts)
+    """The mean over a row's orders."""
+    total = torch.zeros(len(ids), dtype=torch.float64)
+    for number in range(orders):
+        generators = [row_generator(seed, index, number) for index in range(start, start + len(ids))]
+        inputs = (one.to(trained.model.device) for one in (ids, make_order(mask, generators).group_ids, mask))
+        total += trained.model.log_likelihood(*inputs).double().sum(dim=1).cpu()
+    return total / orders
 
 
-def _next_token_totals(trained: Trained, rows: Sequence[list[int]], *, batch_size: int) -> torch.Tensor:
-    """(rows,) log-likelihood of each row, nats in double."""
-    batches = tqdm(range(0, len(rows), batch_size), desc="next token", leave=False)
-    parts = [next_token_log_probs(trained, *padded(rows[start : start + batch_size])) for start in batches]
-    return torch.cat([part.double().sum(dim=1) for part in parts])
+def _next_token(trained: Trained, ids: torch.Tensor, mask: torch.Tensor, start: int) -> torch.Tensor:
+    scored = mask.bool()
+    scored[:, 0] = False
+    return next_token_scores(trained.model, ids, mask, scored)[0].double().sum(dim=1)
 
 
-def _bound_totals(
-    trained: Trained, rows: Sequence[list[int]], *, num_samples: int, seed: int, batch_size: int
+def _bound(
+    trained: Trained, ids: torch.Tensor, mask: torch.Tensor, start: int, *, num_samples: int, seed: int
 ) -> torch.Tensor:
-    """(rows,) estimate of the mean over all orders of each row's log-likelihood, nats in double."""
-    model, parts = trained.model, []
-    for start in tqdm(range(0, len(rows), batch_size), desc="bound", leave=False):
-        ids, mask = (tensor.to(model.device) for tensor in padded(rows[start : start + batch_size]))
-        parts.append(model.log_likelihood_bound(ids, mask, num_samples=num_samples, seed=seed).double().cpu())
-    return torch.cat(parts)
+    """An estimate of the mean over all orders."""
+    inputs = (tensor.to(trained.model.device) for tensor in (ids, mask))
+    return trained.model.log_likelihood_bound(*inputs, num_samples=num_samples, seed=seed).double().cpu()

@@ -1,4 +1,4 @@
-"""Perplexity of running text under several orders and lengths, and what adaptation cost against the base LLaMA."""
+"""Perplexity of texts under several orders and lengths, and what adaptation cost against the base LLaMA."""
 
 import math
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from a3_hf.models.a3_llama.likelihood import SLOTS_PER_CHUNK, token_log_probs
-from a3_hf.models.a3_llama.orders import ORDERS, RANDOM_ORDERS, GroupOrder, seed_of
+from a3_hf.models.a3_llama.orders import ORDERS, RANDOM_ORDERS, seed_of
 
-from .text_windows import SCALE, Track, Window, check_length, cut_windows, pad_right, silently
+from .batching import Track, next_token_scores, order_inputs, pad_rows, silently, span_mask
+from .checks import check_length
+from .text_windows import SCALE, Window, cut_windows
 
 
 def order_log_likelihoods(
@@ -28,9 +29,9 @@ def order_log_likelihoods(
 ) -> torch.Tensor:
     """The exact log-likelihood of each window under each of `num_orders` orders: (windows, num_orders) nats, in double.
 
-    A random order is drawn as in `harness`, from the seed, what is given, how many tokens are scored, and the number of
-    the order: not from what is scored, for only then do the probabilities of all texts sum to 1. It does not depend on the
-    batch, and the first n orders are the same whatever `num_orders`.
+    A random order is drawn, as in lm-eval's model `a3`, from the seed, the given tokens, the number of scored tokens and the
+    number of the order: not from the scored tokens, for only then do the probabilities of all texts sum to 1. It does not
+    depend on the batch, and the first n orders are the same whatever `num_orders`.
     """
     rows = [(index, number) for index in range(len(windows)) for number in range(num_orders)]
     rows.sort(key=lambda row: -sum(map(len, windows[row[0]])))
@@ -38,27 +39,18 @@ def order_log_likelihoods(
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     for batch in track(batches, f"{order}, groups of {group_size}"):
         members = [windows[index] for index, _ in batch]
-        ids, mask = pad_right([window.given + window.scored for window in members])
-        seen = [(list(window.given), [], len(window.scored)) for window in members]
-        seeds = [seed_of(seed, *one, number) for one, (_, number) in zip(seen, batch, strict=True)]
+        seeds = [
+            seed_of(seed, list(window.given), [], len(window.scored), number)
+            for window, (_, number) in zip(members, batch, strict=True)
+        ]
         generators = [torch.Generator().manual_seed(one) for one in seeds]
-        scored = _scored_mask(members, mask)
-        group_ids = GroupOrder.infilling(
-            scored,
-            attention_mask=mask,
-            order=order,
-            group_size=group_size,
-            span_length=span_length,
-            generator=generators,
-        ).group_ids
-        inputs = (tensor.to(model.device) for tensor in (ids, group_ids, mask))
-        log_probs = model.log_likelihood(*inputs, scored_mask=scored.to(model.device)).cpu()
+        settings = {"order": order, "group_size": group_size, "span_length": span_length, "generator": generators}
+        log_probs = model.log_likelihood(**order_inputs(*_window_batch(members), model.device, **settings)).cpu()
         index, number = torch.tensor(batch).unbind(dim=1)
         totals[index, number] = log_probs.double().sum(dim=1)
     return totals
 
 
-@torch.no_grad()
 def base_log_likelihoods(
     base: LlamaForCausalLM, windows: Sequence[Window], *, batch_size: int = 8, track: Track = silently
 ) -> torch.Tensor:
@@ -67,30 +59,24 @@ def base_log_likelihoods(
     totals = torch.zeros(len(windows), dtype=torch.float64)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for batch in track(batches, "the base"):
-        members = [windows[index] for index in batch]
-        ids, mask = (tensor.to(base.device) for tensor in pad_right([one.given + one.scored for one in members]))
-        hidden_states = base.model(ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-        # a large vocabulary's logits are never there all at once
-        chunks = zip(
-            hidden_states.flatten(0, 1).split(SLOTS_PER_CHUNK), ids[:, 1:].flatten().split(SLOTS_PER_CHUNK), strict=True
-        )
-        log_probs = torch.cat([token_log_probs(base.lm_head(hidden), wanted) for hidden, wanted in chunks])
-        log_probs = log_probs.view(len(batch), -1).cpu().double()
-        totals[torch.tensor(batch)] = (log_probs * _scored_mask(members, mask.cpu())[:, 1:]).sum(dim=1)
+        log_probs, _ = next_token_scores(base, *_window_batch([windows[index] for index in batch]))
+        totals[torch.tensor(batch)] = log_probs.double().sum(dim=1)
     return totals
 
 
-def _scored_mask(windows: Sequence[Window], mask: torch.Tensor) -> torch.Tensor:
-    given = torch.tensor([len(window.given) for window in windows])
-    return (torch.arange(mask.shape[1]) >= given[:, None]) & mask.bool()
+def _window_batch(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask, and True at scored tokens, each (B, S)."""
+    ids, mask = pad_rows([window.given + window.scored for window in windows])
+    given, scored = ([len(one) for one in part] for part in zip(*windows, strict=True))
+    return ids, mask, span_mask(given, scored, ids.shape[1])
 
 
 def check_orders(
     orders: Sequence[str], group_sizes: Sequence[int], *, num_orders: int, span_length: int | None
 ) -> None:
-    """Raises a ValueError for orders that are not known, and for settings that no order would obey."""
+    """Raises a ValueError for unknown orders, and for settings that have no effect on any of them."""
     if not orders:
-        raise ValueError(f"orders is empty; it takes one or more of {', '.join(ORDERS)}")
+        raise ValueError(f"orders is empty: expected one or more of {', '.join(ORDERS)}")
     for order in orders:
         if order not in ORDERS:
             raise ValueError(f"orders holds {order!r}, which is not known; it takes some of {', '.join(ORDERS)}")
@@ -126,35 +112,33 @@ def perplexity_rows(
     batch_size: int = 8,
     track: Track = silently,
 ) -> list[dict[str, Any]]:
-    """Rolling perplexity for each length, order and group size.
+    """Measures rolling perplexity for each length, order and group size.
 
     Args:
-        num_orders: of each random order; the others have one.
-        max_lengths: the lengths of windows; None: the model's context.
+        num_orders: number of random orders; the others have one.
+        max_lengths: lengths of windows, in tokens; None: the model's context.
         base: the LLaMA that the model was adapted from. It is measured on the same windows, left to right.
 
     Returns:
-        A dict for each measurement: `max_length`, `model` ("a3" or "base"), `order`, `group_size`, `num_orders`,
-        `documents`, `windows`, `tokens` (scored), `bytes` (of the documents in UTF-8); then
+        A dict per measurement: `max_length`, `model` ("a3" or "base"), `order`, `group_size`, `num_orders`, `documents`,
+        `windows`, `tokens` (scored), `bytes` (of the documents in UTF-8); then
 
         - `log_likelihood` (nats), `nats_per_token`, `perplexity` (per token), `bits_per_byte`. Over several orders each
           window's likelihood is the mean of the orders' likelihoods, which is a likelihood itself (not in the paper);
         - `log_likelihood_mean_of_orders` and `nats_per_token_mean_of_orders`: the mean of the orders' log-likelihoods,
-          which is never above the former (Jensen);
-        - `adaptation_cost`, in the row of the model left to right in groups of one, with a base: its nats per token less
-          the base's;
-        - `passes` (forward passes, each counted once for every row in it), `seconds`, `tokens_per_second` (scored, each
-          once for every order).
+          never above the former (Jensen);
+        - `adaptation_cost`, with a base, left to right in groups of one: nats per token above the base's;
+        - `passes` (forward passes, each counted once per row), `seconds`, `tokens_per_second` (scored, each once per order).
 
     Raises:
-        ValueError: an order that is not known, a setting that no order would obey, a length above the model's or the
-            base's context, a base with a smaller vocabulary or without the row to compare it with, no document, an empty
-            one, a tokenizer without BOS.
+        ValueError: an unknown order, a setting that has no effect on any order, a length above the model's or the base's
+            context, a base with another vocabulary or without the row to compare it with, no document, an empty one, a
+            tokenizer without BOS.
     """
     check_orders(orders, group_sizes, num_orders=num_orders, span_length=span_length)
     max_lengths = [model.config.max_position_embeddings] if max_lengths is None else max_lengths
     if not max_lengths:
-        raise ValueError("max_length is empty; it takes at least one length")
+        raise ValueError("max_length is empty: expected at least one length")
     for length in max_lengths:
         check_length("max_length", length, model.config, advice=SCALE)
     if base is not None:
@@ -195,7 +179,7 @@ def perplexity_rows(
 
 
 def check_base(base: LlamaForCausalLM, model, orders: Sequence[str], group_sizes: Sequence[int], max_lengths) -> None:
-    """Raises a ValueError where a base can't be compared with the model."""
+    """Raises a ValueError for a base that can't be compared with the model."""
     if "left_to_right" not in orders or 1 not in group_sizes:
         raise ValueError(
             f"base is compared with the order left_to_right in groups of 1; add them to orders={','.join(orders)} and "
@@ -211,7 +195,7 @@ def check_base(base: LlamaForCausalLM, model, orders: Sequence[str], group_sizes
 
 
 def _figures(totals: torch.Tensor, tokens: int, num_bytes: int, seconds: float) -> dict[str, Any]:
-    """What a row tells, from the log-likelihoods (windows, orders)."""
+    """A row's figures, from the log-likelihoods (windows, orders)."""
     num_orders = totals.shape[1]
     total = float((totals.logsumexp(dim=1) - math.log(num_orders)).sum())
     mean_of_orders = float(totals.mean(dim=1).sum())

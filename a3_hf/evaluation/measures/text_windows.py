@@ -1,9 +1,8 @@
-"""Running text in windows and batches, and contexts stretched to hold more of it."""
+"""Documents cut into windows of tokens, and contexts stretched to hold longer ones."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
@@ -19,67 +18,53 @@ SCALING_OPTIONS = {
     "llama3": (),
 }
 
-SCALE = ", or rope_scaling to reach further"  # advice
-
-Track = Callable[[Sequence, str], Iterable]
-
-
-def silently(items: Sequence, description: str) -> Iterable:
-    """Where no progress is shown."""
-    return items
+SCALE = ". Shorten it, or stretch the context with rope_scaling"  # a remedy in messages
 
 
 class Window(NamedTuple):
-    """Neighbouring tokens of a document: those that are given, and behind them those that are scored."""
+    """Neighbouring tokens of a document: those that are given, then those that are scored."""
 
     given: tuple[int, ...]
     scored: tuple[int, ...]
 
 
-def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> list[Window]:
-    """Cuts documents into windows as lm-eval's `loglikelihood_rolling` does, with a context of one token: every token is
-    scored in exactly one window, of at most `length` scored tokens. The first window of a document is given BOS, each
-    later one the token before it; the last, where it is shorter, as many of those before it as make it full.
+def rolling_windows(ids: list[int], *, start_id: int, length: int) -> list[Window]:
+    """Cuts a document as lm-eval's `loglikelihood_rolling` does, with a context of one token: every token is scored in
+    exactly one window, of at most `length` scored tokens. The first window is given `start_id`, each later one the token
+    before it; the last, where it is shorter, as many of those before it as make it full.
+    """
+    pairs = get_rolling_token_windows(token_list=ids, prefix_token=start_id, max_seq_len=length, context_len=1)
+    return [Window(*map(tuple, make_disjoint_window(pair))) for pair in pairs]
 
-    As in lm-eval, the last token of a full window stands one position behind the `length` of the context.
+
+def cut_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> list[Window]:
+    """Cuts documents into windows (`rolling_windows`), the first of each document behind BOS. As in lm-eval, the last token
+    of a full window has the position `length`, one beyond the context.
 
     Raises:
         ValueError: a length below 2, no document, an empty one, a tokenizer without BOS.
     """
     if length < 2:
-        raise ValueError(f"max_length={length}; it takes at least 2 tokens")
+        raise ValueError(f"max_length={length}: expected at least 2 tokens")
     if not documents:
-        raise ValueError("documents is empty; it takes at least one text")
+        raise ValueError("documents is empty: expected at least one text")
     windows = []
     for number, document in enumerate(documents, start=1):
         (bos,) = encode_prompt(tokenizer, "")
         (ids,) = encode_documents([document], tokenizer)
         if not ids:
-            raise ValueError(f"document {number} is empty; it takes at least one token to score")
-        for pair in get_rolling_token_windows(token_list=ids, prefix_token=bos, max_seq_len=length, context_len=1):
-            given, scored = make_disjoint_window(pair)
-            windows.append(Window(tuple(given), tuple(scored)))
+            raise ValueError(f"document {number} is empty: expected at least one token to score")
+        windows += rolling_windows(ids, start_id=bos, length=length)
     return windows
 
 
-def check_length(name: str, length: int, config: LlamaConfig, *, advice: str = "") -> None:
-    """Raises a ValueError, which ends with `advice`, for a length that is above the model's context."""
-    context = config.max_position_embeddings
-    if length > context:
-        raise ValueError(
-            f"{name}={length} is above the model's context (max_position_embeddings={context}); it takes at most that"
-            f"{advice}"
-        )
-
-
 def scale_rope(config: LlamaConfig, rope_scaling: Mapping[str, Any]) -> None:
-    """Stretches the context of a model that is not loaded yet to `factor` times what it was.
+    """Multiplies the context of a model that is not loaded yet by `factor`.
 
     Args:
-        config: changed in place: `rope_parameters`, of which `rope_theta` stays, and `max_position_embeddings`.
-        rope_scaling: `rope_type` ("linear", "yarn" or "llama3") and `factor`, and what else the type takes;
-            `original_max_position_embeddings`, what the model was trained at, is by default the config's
-            `max_position_embeddings`.
+        config: changed in place: `rope_parameters` (except `rope_theta`) and `max_position_embeddings`.
+        rope_scaling: `rope_type` ("linear", "yarn" or "llama3"), `factor`, and the type's other options;
+            `original_max_position_embeddings`, the context of training, defaults to the config's `max_position_embeddings`.
 
     Raises:
         ValueError: a type that is not known or whose angles depend on the batch, a key that is missing or that the type
@@ -104,19 +89,3 @@ def scale_rope(config: LlamaConfig, rope_scaling: Mapping[str, Any]) -> None:
         parameters["original_max_position_embeddings"] = original
     config.rope_parameters = parameters
     config.max_position_embeddings = int(original * factor)
-
-
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, S) of rows of different lengths, padded with 0 on the right, and their attention mask (B, S)."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    return ids, mask
-
-
-def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, padded on the left, so that all rows go on at the same column."""
-    ids, mask = pad_right([row[::-1] for row in rows])
-    return ids.flip(1), mask.flip(1)

@@ -1,4 +1,4 @@
-"""A trained run as measurements see it: its model, its text, its recipe and what it logged."""
+"""A trained run, the input of measures: its model, texts, recipe and log."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from a3_hf.training.arguments import Recipe
 
 @dataclass(frozen=True)
 class Trained:
-    """What a measurement is given.
+    """The input of a measure.
 
     Attributes:
         model: the trained model, in evaluation mode: an `A3LlamaForCausalLM`, `DecoupledRopeLlamaForCausalLM`,
             `MaskedDiffusionLlamaForCausalLM` or, of next-token training, `LlamaForCausalLM`.
-        documents: texts that training did not see, the recipe's `validation_documents`.
-        training_documents: the texts that it saw.
-        log_history: what the run logged, as in `TrainerState`.
+        documents: held-out texts, the recipe's `validation_documents`.
+        training_documents: the texts of training.
+        log_history: the log of training, as in `TrainerState`.
     """
 
     model: PreTrainedModel

@@ -1,4 +1,4 @@
-"""Runs, their scores and their speed, as the files of results tell them."""
+"""Runs, their scores and their speed, read from files of results."""
 
 import json
 import math
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-# What a model takes where `--model_args` says nothing; a run is told by what differs.
+from .markdown import ABSENT, is_number, plain
+
+# Defaults of `--model_args`; a run is described by what differs.
 DEFAULTS = {
     "a3": {
         "order": "left_to_right",
@@ -20,20 +22,19 @@ DEFAULTS = {
     },
     "a3_ar": {"infilling": "prefix", "num_samples": 8, "temperature": 1.0, "seed": 0},
 }
-# Arguments of a model that say where and how it computes, not what it answers.
+# Arguments that change where and how a model computes, not its answers.
 NEUTRAL = ("pretrained", "batch_size", "max_batch_size", "device", "parallelize", "trust_remote_code")
-# What a metric is multiplied by, and then shown to one decimal, as in the paper. Other metrics are shown as they are.
+# Factors of metrics that are shown to one decimal, as in the paper. Other metrics are shown unscaled.
 SCALES = {
     **dict.fromkeys(("acc", "acc_norm", "exact_match", "alias_match", "em", "f1", "qa_f1_score", "pass@1"), 100),
     **dict.fromkeys(("rouge1", "rouge2", "rougeL"), 1),
 }
-ABSENT = "–"
 SAME = 1e-5  # relative: batches of other sizes round differently
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is compared: a model and its settings, whatever the batch and the device."""
+    """A model and its settings, whatever the batch and the device."""
 
     model: str
     pretrained: str
@@ -45,17 +46,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked: a task of lm-eval, and what makes it another one."""
+    """A task of lm-eval, with what distinguishes it from others of the same name."""
 
     name: str
     version: str
     shots: int
-    lengths: str  # those that the model chooses from, where the task lets it
+    lengths: str  # the range that the model chooses from, if any
 
 
 @dataclass(frozen=True)
 class Column:
-    """What is measured: a metric of a task, and the filter that answers went through, as lm-eval names them."""
+    """A metric of a task, and the filter of the answers, by lm-eval's names."""
 
     task: Task
     metric: str
@@ -64,7 +65,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Score:
-    """A value with its standard error, over how many items of how many, and the file that it stands in."""
+    """A value with its standard error, the number of items it is over and of all items, and its file."""
 
     value: float
     error: float | None
@@ -79,7 +80,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Timing:
-    """What a run spent on a task, as `BatchedLM` tells it: tokens without the prompt, passes summed over rows."""
+    """The cost of a task in a run, from `BatchedLM`: tokens without the prompt, passes summed over rows."""
 
     run: Run
     task: Task
@@ -111,12 +112,12 @@ def run_of(result: Mapping[str, Any]) -> Run:
     ):
         if value:
             settings[name] = plain(value)
-    told = " ".join(f"{name}={value}" for name, value in sorted(settings.items()))
-    return Run(model, arguments.get("pretrained", ""), told)
+    shown = " ".join(f"{name}={value}" for name, value in sorted(settings.items()))
+    return Run(model, arguments.get("pretrained", ""), shown)
 
 
 def _model_args(given: str | Mapping[str, Any] | None) -> dict[str, str]:
-    """lm-eval keeps them as they were given: as a string, or as a dict."""
+    """The arguments, which lm-eval keeps as a string or as a dict."""
     if isinstance(given, str):
         given = dict(pair.partition("=")[::2] for pair in given.split(",") if pair)
     return {name.strip(): plain(value).strip() for name, value in (given or {}).items()}
@@ -133,7 +134,7 @@ def gather_scores(results: Iterable[Mapping[str, Any]]) -> dict[Run, dict[Column
     """The scores of lm-eval's results, those of the same run in one line whatever their files.
 
     Raises:
-        ValueError: two files tell different values for the same run, task and metric.
+        ValueError: two files have different values for the same run, task and metric.
     """
     table: dict[Run, dict[Column, Score]] = {}
     for result in results:
@@ -158,9 +159,9 @@ def gather_scores(results: Iterable[Mapping[str, Any]]) -> dict[Run, dict[Column
                 before = line.setdefault(column, score)
                 if not before.is_same(score):
                     raise ValueError(
-                        f"{before.path} and {score.path} tell different {metric} of {task} for the run "
-                        f"{run}: {before.value} ({before.items} items) and {score.value} "
-                        f"({score.items} items); leave one of them in the folder"
+                        f"{before.path} and {score.path} tell different {metric} of {task} for the run {run}: "
+                        f"{before.value} ({before.items} items) and {score.value} ({score.items} items). Leave one of them "
+                        "in the folder"
                     )
     return table
 
@@ -175,7 +176,7 @@ def _task(result: Mapping[str, Any], name: str) -> Task:
 
 
 def gather_timings(results: Iterable[Mapping[str, Any]]) -> list[Timing]:
-    """What each run spent on each task; models other than ours don't tell.
+    """The cost of each task in each run of this package's models.
 
     Raises:
         ValueError: an entry lacks a figure.
@@ -214,35 +215,29 @@ def device_of(result: Mapping[str, Any]) -> str:
 
 
 def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
-    """Date, versions, commit, device and seeds of a result, as far as it tells them."""
+    """Date, versions, commit, device and seeds of a result, as far as it has them."""
     config = result.get("config", {})
     if "kind" in result:
-        commit, seeds = result.get("git_commit"), ""
+        commit, seed, seeds = result.get("git_commit"), config.get("seed"), ""
         facts = {"date": result.get("date"), **result.get("versions", {})}
-        seed = config.get("seed")
     else:
-        environment = result.get("pretty_env_info") or ""
-        found = {
-            name: re.search(pattern, environment)
-            for name, pattern in (("torch", r"PyTorch version: *(\S+)"), ("python", r"Python version: *(\d[\d.]*)"))
-        }
-        began = result.get("date")
+        environment, began = result.get("pretty_env_info") or "", result.get("date")
         facts = {
             "date": datetime.fromtimestamp(began, UTC).date().isoformat() if is_number(began) else began,
             "lm_eval": result.get("lm_eval_version"),
             "transformers": result.get("transformers_version"),
-            **{name: match and match.group(1) for name, match in found.items()},
-            "dtype": config.get("model_dtype"),
         }
+        for name, pattern in (("torch", r"PyTorch version: *(\S+)"), ("python", r"Python version: *(\d[\d.]*)")):
+            found = re.search(pattern, environment)
+            facts[name] = found and found.group(1)
+        facts["dtype"] = config.get("model_dtype")
         commit = result.get("git_hash")
         seed = config.get("settings", {}).get("seed", _model_args(config.get("model_args")).get("seed"))
         names = {"random": "random_seed", "numpy": "numpy_seed", "torch": "torch_seed", "few-shot": "fewshot_seed"}
         seeds = ", ".join(f"{name} {config[key]}" for name, key in names.items() if config.get(key) is not None)
     # `git describe` may put a tag before it, and shortens it
     facts["git commit"] = re.sub(r"^.*-g(?=[0-9a-f]+$)", "", commit)[:7] if commit else "unknown"
-    facts["device"] = device_of(result)
-    facts["seed"] = seed
-    facts["seeds of lm-eval"] = seeds or None
+    facts |= {"device": device_of(result), "seed": seed, "seeds of lm-eval": seeds or None}
     return {name: plain(value) for name, value in facts.items() if value is not None}
 
 
@@ -250,14 +245,6 @@ def differing_settings(files: Sequence[Mapping[str, Any]]) -> list[str]:
     """Settings that are not the same in all files of a kind."""
     names = dict.fromkeys(name for result in files for name in result.get("config", {}))
     return [name for name in names if len({plain(result.get("config", {}).get(name)) for result in files}) > 1]
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) if value is not None else "None"
 
 
 def unit(column: Column) -> str:

@@ -1,81 +1,55 @@
-"""Results, drawn. matplotlib is an extra, imported only where something is drawn."""
+"""Figures: what all of them share, and those of `a3 eval`. matplotlib is an extra, imported only where something is drawn."""
 
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .lm_eval_results import SCALES, Column, Run, Score, Timing, is_number, unit
+from .lm_eval_results import SCALES, Column, Run, Score, Timing, unit
+from .markdown import is_number
 
 MARKERS = "osD^vPX"
-LEGEND_WIDTH = 100
+LEGEND_WIDTH = 100  # characters
+DPI = 120
+Rows = Sequence[Mapping[str, Any]]
+
+# Shared by all figures
 
 
-def draw_quality(
-    title: str,
-    points: Sequence[tuple[Timing, Score]],
-    numbers: Mapping[Run, int],
-    column: Column,
-    path: Path,
-    *,
-    lower_is_better: bool,
-) -> None:
-    """A point with its standard error for each run, by its number, and for each device and batch a line through the runs
-    that no other beats in both.
+def make_figure(
+    titles: Iterable[str] = ("",), *, size: tuple[float, float] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A figure with a panel for each different title, at most three side by side, with one y axis; and the panels by title.
+
+    Args:
+        size: width and height in inches; None: by the number of panels.
     """
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-    times = SCALES.get(column.metric, 1)
-    speeds = [timing.tokens_per_second for timing, _ in points]
-    values = [times * score.value for _, score in points]
-    models = list(dict.fromkeys((timing.run.model, timing.run.pretrained) for timing, _ in points))
-    devices = list(dict.fromkeys((timing.device, timing.batch) for timing, _ in points))
-    handles = [Line2D([], [], color="silver", label="not beaten in both")]
-    for number, model in enumerate(models):
-        handles.append(_entry(" ".join(filter(None, model)), color=f"C{number % 10}", marker="o"))
-        own = dict.fromkeys(timing.run for timing, _ in points if (timing.run.model, timing.run.pretrained) == model)
-        handles += [_entry(f"   {numbers[run]}  {run.settings or 'defaults'}") for run in own]
-    for number, (device, batch) in enumerate(devices):
-        marker = MARKERS[number % len(MARKERS)]
-        handles.append(_entry(f"{device}, batch {batch}", color="grey", marker=marker))
-    lines = sum(handle.get_label().count("\n") + 1 for handle in handles)
-    figure = Figure(figsize=(8, 4.8 + 0.19 * lines), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    make_log(axes, "x", speeds)
-    axes.margins(y=0.15)
-    for device in devices:
-        own = [i for i, (timing, _) in enumerate(points) if (timing.device, timing.batch) == device]
-        best = unbeaten([speeds[i] for i in own], [-values[i] if lower_is_better else values[i] for i in own])
-        axes.plot([speeds[own[i]] for i in best], [values[own[i]] for i in best], color="silver", zorder=1)
-    for i, (timing, score) in enumerate(points):
-        if score.error is not None and math.isfinite(score.error):
-            axes.errorbar(speeds[i], values[i], times * score.error, color="gainsboro", zorder=0)
-        color = f"C{models.index((timing.run.model, timing.run.pretrained)) % 10}"
-        marker = MARKERS[devices.index((timing.device, timing.batch)) % len(MARKERS)]
-        axes.plot(speeds[i], values[i], marker, color=color, zorder=2)
-    axes.set_title(title)
-    axes.set_xlabel("tokens per second, without the prompt")
-    better = "; lower is better" if lower_is_better else ""
-    axes.set_ylabel(unit(column) + better)
-    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=9)
-    figure.draw_without_rendering()
-    put_labels(axes, list(zip(speeds, values, strict=True)), [str(numbers[timing.run]) for timing, _ in points])
-    figure.savefig(path)
+    titles = list(dict.fromkeys(titles))
+    width = min(len(titles), 3)
+    height = math.ceil(len(titles) / width)
+    size = size or (8 if width == 1 else 4.4 * width, 4.6 * height)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = figure.subplots(height, width, sharey=True, squeeze=False).flatten()
+    for axes, title in zip(panels, titles, strict=False):
+        axes.set_title(title)
+    for axes in panels[len(titles) :]:
+        axes.remove()
+    return figure, dict(zip(titles, panels, strict=False))
 
 
-def _entry(label: str, **style: Any):
-    """A line of a legend: a marker, or none."""
-    from matplotlib.lines import Line2D
-
-    label = textwrap.fill(label, LEGEND_WIDTH, subsequent_indent="        ", drop_whitespace=False)
-    return Line2D([], [], linestyle="none", label=label, **style)
+def clean(axes, *, grid: str) -> None:
+    """Leaves out the upper and right spine, and draws a light grid along "x", "y" or "both"."""
+    axes.grid(axis=grid, color="gainsboro", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def make_log(axes, name: str, values: Sequence[float]) -> None:
-    """A logarithmic axis, "x" or "y", around values, wide enough to have a tick at 1, 2 or 5 of some power."""
+    """Makes an axis, "x" or "y", logarithmic around values, wide enough for a tick at 1, 2 or 5 times some power of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set(**{f"{name}scale": "log", f"{name}lim": (min(values) / 1.6, max(values) * 1.6)})
@@ -85,8 +59,59 @@ def make_log(axes, name: str, values: Sequence[float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def shorten_numbers(axes) -> None:
+    """Writes the numbers of the x axis with a prefix, e.g. 20k."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def palette(number: int) -> list[Any]:
+    """Colours to tell `number` things apart.
+
+    Raises:
+        ValueError: more than 20.
+    """
+    from matplotlib import colormaps
+
+    colors = colormaps["tab10" if number <= 10 else "tab20"].colors
+    if number > len(colors):
+        raise ValueError(f"the result has {number} arms to be told apart by colour; a figure takes {len(colors)}")
+    return list(colors[:number])
+
+
+def legend_entry(label: str, **style: Any) -> Any:
+    """An entry of a legend: a line, or a marker, or neither."""
+    from matplotlib.lines import Line2D
+
+    label = textwrap.fill(label, LEGEND_WIDTH, subsequent_indent="        ", drop_whitespace=False)
+    return Line2D([], [], label=label, **({"linestyle": "none"} | style))
+
+
+def add_legend(
+    figure, panels: Iterable[Any] = (), *, notes: Sequence[str] = (), entries: Sequence[Any] = (), columns: int = 0
+) -> None:
+    """Adds a legend below the panels: entries, the labels in the panels (each once), and lines of text. The figure grows.
+
+    Args:
+        columns: of the legend; 0: as many as fit.
+    """
+    entries = list(entries)
+    for axes in panels:
+        own, labels = axes.get_legend_handles_labels()
+        named = {one.get_label() for one in entries}
+        entries += [one for one, label in zip(own, labels, strict=True) if label not in named]
+    entries += [legend_entry(note) for note in notes]
+    width, height = figure.get_size_inches()
+    longest = max(len(one.get_label()) for one in entries)
+    columns = columns or max(1, min(len(entries), int(width * 12 / (longest + 8))))
+    lines = sum(one.get_label().count("\n") + 1 for one in entries)
+    figure.set_size_inches(width, height + 0.2 * math.ceil(lines / columns))
+    figure.legend(handles=entries, loc="outside lower left", ncols=columns, frameon=False, fontsize=9, handlelength=3)
+
+
 def unbeaten(speeds: Sequence[float], qualities: Sequence[float]) -> list[int]:
-    """Indices, by rising speed, of the points than which no other is better in one and at least as good in the other.
+    """Indices, by rising speed, of the points to which no other is superior in one and at least equal in the other.
 
     Example:
         >>> unbeaten([1.0, 2.0, 4.0], [5.0, 3.0, 4.0])
@@ -100,10 +125,13 @@ def unbeaten(speeds: Sequence[float], qualities: Sequence[float]) -> list[int]:
 
 
 def put_labels(axes, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
-    """Writes each text beside its point, at the nearest place that no point and no other text has taken."""
+    """Writes each text beside its point, at the nearest place that no point and no other text has taken. The size of the
+    figure has to be final.
+    """
+    axes.figure.draw_without_rendering()  # only then is it known where points are
     scale = axes.figure.dpi / 72
     taken = [tuple(axes.transData.transform(point)) for point in points]
-    # each ring turned a little, so that no leader runs through a text of the ring within
+    # each ring is turned a little, so that no leader runs through a text of the ring within
     places = [
         (distance * math.cos(angle), distance * math.sin(angle))
         for distance, turn in ((10, 0), (22, 12), (36, 24), (50, 36))
@@ -115,22 +143,63 @@ def put_labels(axes, points: Sequence[tuple[float, float]], texts: Sequence[str]
             if all(math.dist(spot, other) > 13 * scale for other in taken if other != (x, y)):
                 break
         taken.append(spot)
-        axes.annotate(
-            text,
-            point,
-            (dx, dy),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5} if math.hypot(dx, dy) > 12 else None,
-        )
+        arrow = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5} if math.hypot(dx, dy) > 12 else None
+        place = {"textcoords": "offset points", "ha": "center", "va": "center"}
+        axes.annotate(text, point, (dx, dy), **place, fontsize=9, arrowprops=arrow)
 
 
-def draw_losses(files: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """A dot for each measurement, orders below each other; hollow where it is the mean of orders, not of likelihoods."""
-    from matplotlib.figure import Figure
+# The figures of `a3 eval`
 
+
+def draw_quality(
+    title: str,
+    points: Sequence[tuple[Timing, Score]],
+    numbers: Mapping[Run, int],
+    column: Column,
+    path: Path,
+    *,
+    lower_is_better: bool,
+) -> None:
+    """Draws a numbered point with its standard error for each run, and for each device and batch a line through the runs
+    that no other beats in both speed and quality.
+    """
+    times = SCALES.get(column.metric, 1)
+    speeds = [timing.tokens_per_second for timing, _ in points]
+    values = [times * score.value for _, score in points]
+    models = [(timing.run.model, timing.run.pretrained) for timing, _ in points]
+    places = [(timing.device, timing.batch) for timing, _ in points]
+    colors = {model: f"C{number % 10}" for number, model in enumerate(dict.fromkeys(models))}
+    markers = {place: MARKERS[number % len(MARKERS)] for number, place in enumerate(dict.fromkeys(places))}
+    entries = [legend_entry("not beaten in both", color="silver", linestyle="-")]
+    for model, color in colors.items():
+        entries.append(legend_entry(" ".join(filter(None, model)), color=color, marker="o"))
+        own = dict.fromkeys(timing.run for (timing, _), other in zip(points, models, strict=True) if other == model)
+        entries += [legend_entry(f"   {numbers[run]}  {run.settings or 'defaults'}") for run in own]
+    entries += [
+        legend_entry(f"{device}, batch {batch}", color="grey", marker=marker)
+        for (device, batch), marker in markers.items()
+    ]
+    figure, panels = make_figure([title], size=(8, 4.8))
+    axes = panels[title]
+    make_log(axes, "x", speeds)
+    axes.margins(y=0.15)
+    for place in markers:
+        own = [i for i, other in enumerate(places) if other == place]
+        best = unbeaten([speeds[i] for i in own], [-values[i] if lower_is_better else values[i] for i in own])
+        axes.plot([speeds[own[i]] for i in best], [values[own[i]] for i in best], color="silver", zorder=1)
+    for i, (_, score) in enumerate(points):
+        if score.error is not None and math.isfinite(score.error):
+            axes.errorbar(speeds[i], values[i], times * score.error, color="gainsboro", zorder=0)
+        axes.plot(speeds[i], values[i], markers[places[i]], color=colors[models[i]], zorder=2)
+    axes.set_xlabel("tokens per second, without the prompt")
+    axes.set_ylabel(unit(column) + ("; lower is better" if lower_is_better else ""))
+    add_legend(figure, entries=entries, columns=1)
+    put_labels(axes, list(zip(speeds, values, strict=True)), [str(numbers[timing.run]) for timing, _ in points])
+    figure.savefig(path)
+
+
+def draw_losses(files: Sequence[tuple[str, Rows]], path: Path) -> None:
+    """Draws a dot for each loss, orders below each other; hollow for the mean of the orders' own losses."""
     lengths = {row.get("max_length") for _, rows in files for row in rows}
     orders: dict[str, None] = {}
     series: defaultdict[str, list[tuple[str, float, float | None]]] = defaultdict(list)
@@ -148,8 +217,8 @@ def draw_losses(files: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: 
             parts += [f"{row['max_length']} tokens"] if len(lengths) > 1 and row.get("max_length") else []
             series[", ".join(filter(None, parts)) or label].append((order, row["nats_per_token"], averaged))
     rows_of = {order: place for place, order in enumerate(reversed(orders))}
-    figure = Figure(figsize=(8, 1.8 + 0.45 * len(orders) + 0.22 * len(series)), layout="constrained")
-    axes = figure.add_subplot()
+    figure, panels = make_figure(["Losses per order"], size=(8, 1.8 + 0.45 * len(orders)))
+    (axes,) = panels.values()
     for number, (name, dots) in enumerate(series.items()):
         # beside each other within a line, so that equal values are seen
         shift = (0.5 - (number + 0.5) / len(series)) * 0.5
@@ -159,24 +228,22 @@ def draw_losses(files: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: 
         hollow = [(mean, y) for (_, _, mean), y in zip(dots, ys, strict=True) if is_number(mean)]
         if hollow:
             axes.plot(*zip(*hollow, strict=True), fillstyle="none", **style)
-    if any(is_number(mean) for dots in series.values() for _, _, mean in dots):
-        axes.plot([], [], "o", color="grey", fillstyle="none", label="mean of the orders' own losses")
+    is_hollow = any(is_number(mean) for dots in series.values() for _, _, mean in dots)
+    own = {"marker": "o", "color": "grey", "fillstyle": "none"}
     axes.set_yticks(list(rows_of.values()), list(rows_of))
     axes.set_ylim(-0.5, len(rows_of) - 0.5)
-    axes.grid(axis="x", color="lightgrey", linewidth=0.5)
-    axes.set_title("Losses per order")
+    clean(axes, grid="x")
     axes.set_xlabel("nats per token")
-    figure.legend(loc="outside lower left", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
+    add_legend(
+        figure, [axes], columns=1, entries=[legend_entry("mean of the orders' own losses", **own)] if is_hollow else []
+    )
+    figure.savefig(path)
 
 
-def draw_judge(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A line for each criterion over the steps; the texts' own perplexity as a level."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot()
+def draw_judge(rows: Rows, path: Path) -> None:
+    """Draws perplexity over steps, a line for each criterion, and the perplexity of the true texts as a level."""
+    figure, panels = make_figure(size=(7, 5))
+    axes = panels[""]
     lines: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         name = " ".join(filter(None, (row.get("strategy"), row.get("criterion"))))
@@ -187,30 +254,29 @@ def draw_judge(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for name, dots in lines.items():
         axes.plot(*zip(*sorted(dots), strict=True), marker="o", markersize=4, label=name)
     steps = sorted({step for dots in lines.values() for step, _ in dots})
-    axes.set_xscale("log")
-    axes.set_xticks(steps, [str(step) for step in steps])
-    axes.xaxis.set_minor_locator(NullLocator())
+    if steps:
+        make_log(axes, "x", steps)
+        axes.set_xticks(steps, [str(step) for step in steps])
     make_log(axes, "y", [row["judge_perplexity"] for row in rows])
     axes.set_xlabel("steps")
     axes.set_ylabel("perplexity under the judge")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    add_legend(figure, [axes])
+    figure.savefig(path)
 
 
-def draw_needle(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A field for each length and depth, its share of right answers written in it."""
-    from matplotlib.figure import Figure
-
+def draw_needle(rows: Rows, path: Path) -> None:
+    """Draws accuracy as a field of lengths and depths, with its value in each cell."""
     lengths, depths = sorted({row["length"] for row in rows}), sorted({row["depth"] for row in rows})
     found = {(row["depth"], row["length"]): row["accuracy"] for row in rows}
     field = [[found.get((depth, length), math.nan) for length in lengths] for depth in depths]
-    figure = Figure(figsize=(2.5 + 0.8 * len(lengths), 2 + 0.5 * len(depths)), layout="constrained")
-    axes = figure.add_subplot()
+    figure, panels = make_figure(size=(2.5 + 0.8 * len(lengths), 2 + 0.5 * len(depths)))
+    axes = panels[""]
     image = axes.imshow(field, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for y, line in enumerate(field):
-        for x, share in enumerate(line):
-            if math.isfinite(share):
-                axes.text(x, y, f"{share:.2f}", ha="center", va="center", color="black" if share > 0.6 else "white")
+        for x, accuracy in enumerate(line):
+            if math.isfinite(accuracy):
+                color = "black" if accuracy > 0.6 else "white"
+                axes.text(x, y, f"{accuracy:.2f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     axes.set_xlabel("length, tokens")
@@ -220,4 +286,38 @@ def draw_needle(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if len(chance) == 1 and None not in chance:
         bar.ax.axhline(1 / chance.pop(), color="red")
         bar.set_label("accuracy (red: by chance)")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
+
+
+def plot_reliability(rows: Rows, path: Path) -> None:
+    """Draws the rows of `reliability`: accuracy over confidence beside the diagonal where the two agree, and below it the
+    number of tokens per bin.
+    """
+    from matplotlib.figure import Figure
+
+    *parts, whole = rows
+    figure = Figure(figsize=(6, 7), dpi=DPI, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = [row for row in parts if row["count"]]
+
+    def bars(axes, shown: Rows, name: str, **style: Any) -> None:
+        widths = [row["up_to"] - row["above"] for row in shown]
+        left, heights = ([row[key] for row in shown] for key in ("above", name))
+        axes.bar(left, heights, width=widths, align="edge", edgecolor="white", **style)
+
+    upper.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
+    bars(upper, filled, "accuracy", alpha=0.5)
+    sure, right = ([row[name] for row in filled] for name in ("mean_confidence", "accuracy"))
+    upper.plot(sure, right, marker="o", markersize=4, label="written")
+    upper.set_title(
+        f"{whole['count']} tokens, {whole['accuracy']:.1%} right, "
+        f"expected calibration error {whole['expected_calibration_error']:.3f}"
+    )
+    upper.set_ylim(0, 1)
+    upper.set_ylabel("accuracy")
+    upper.legend()
+    bars(lower, parts, "count")
+    lower.set_xlim(0, 1)
+    lower.set_xlabel("confidence at commit")
+    lower.set_ylabel("tokens")
+    figure.savefig(path)

@@ -1,4 +1,4 @@
-"""Results in a folder as one page: tables, plots, and the paper's numbers beside ours."""
+"""Reports of `a3 eval`: all results in a folder as one page of tables, plots, and the paper's numbers."""
 
 import math
 import re
@@ -10,10 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from a3_hf.evaluation.measures.calibration import plot_reliability
-
 from .lm_eval_results import (
-    ABSENT,
     DEFAULTS,
     SCALES,
     Column,
@@ -25,12 +22,11 @@ from .lm_eval_results import (
     facts_of,
     gather_scores,
     gather_timings,
-    is_number,
-    plain,
     run_of,
     unit,
 )
-from .plots import draw_judge, draw_losses, draw_needle, draw_quality
+from .markdown import ABSENT, is_number, markdown_table, plain, shown
+from .plots import draw_judge, draw_losses, draw_needle, draw_quality, plot_reliability
 from .published import JUDGE_STEPS, JUDGED, RESULTS, SOURCE, SUSPECT, published_scores
 from .results import read_results
 
@@ -41,7 +37,7 @@ TITLES = {
     "calibration": "Calibration",
     "speed": "More of speed",
 }
-# What a row of a kind needs, as a finite number, to be in its plot.
+# The columns that have to be finite numbers in a row of a kind, for the row to be in its plot.
 DRAWN = {
     "ppl": ("nats_per_token",),
     "judge": ("judge_perplexity",),
@@ -52,7 +48,7 @@ DRAWN = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of the report: its file, what it shows, and what draws it to a path."""
+    """A plot of the report: its file, its title, and the function that draws it to a path."""
 
     name: str
     title: str
@@ -63,16 +59,16 @@ def write_report(folder: Path, output: Path | None = None, *, plots: bool = True
     """Reads all results under a folder and writes `report.md`, and PNG plots that it shows.
 
     Args:
-        folder: what lm-eval wrote to its `--output_path`, and files of `write_result`, in any folders below.
-        output: where the report goes; the same folder by default.
-        plots: False writes the tables alone, and does not need matplotlib.
+        folder: folder of lm-eval's `--output_path`, and of files of `write_result`; sub-folders are included.
+        output: folder of the report; None: the same folder.
+        plots: False for tables alone, without matplotlib.
 
     Returns:
         The path of `report.md`.
 
     Raises:
-        ValueError: no results, a file that can't be read or lacks what belongs there, two values for one score, an
-            `output` that is a file, no matplotlib. Nothing has been written then.
+        ValueError: no results, an unreadable or incomplete file, two values for one score, an `output` that is a file, no
+            matplotlib. Nothing has been written then.
     """
     if plots and find_spec("matplotlib") is None:
         raise ValueError("plots are drawn with matplotlib: pip install 'a3-hf[plot]', or ask for no plots")
@@ -116,38 +112,21 @@ def write_report(folder: Path, output: Path | None = None, *, plots: bool = True
 # Tables
 
 
-def _table(headings: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    def line(cells: Iterable[Any]) -> str:
-        return "| " + " | ".join(_shown(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    heading = "| " + " | ".join(heading.replace("|", "\\|") for heading in headings) + " |"
-    return "\n".join([heading, "|" + "---|" * len(headings), *map(line, lines)])
-
-
-def _shown(value: Any) -> str:
-    """A cell: numbers to four digits."""
-    if value is None or value == "":
-        return ABSENT
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value) if isinstance(value, float) else plain(value)
-
-
 def _head(results: Sequence[Mapping[str, Any]]) -> str:
-    told: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+    counts_of: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
     for result in results:
         for name, value in facts_of(result).items():
-            told[name][value] += 1
+            counts_of[name][value] += 1
     lines = []
-    for name, counts in told.items():
+    for name, counts in counts_of.items():
         every = list(counts.values()) == [len(results)]
         values = (value if every else f"{value} ({count} of {len(results)} files)" for value, count in counts.items())
         lines.append((name, "; ".join(values)))
-    return _table(("", "in the files"), lines)
+    return markdown_table(("", "in the files"), lines)
 
 
 def _names(tasks: Iterable[Task]) -> dict[Task, str]:
-    """Each task's name, with what tells it from others of the name."""
+    """Each task's name, with what distinguishes it from others of the name."""
     names = {}
     tasks = list(dict.fromkeys(tasks))
     for task in tasks:
@@ -164,7 +143,7 @@ def _names(tasks: Iterable[Task]) -> dict[Task, str]:
 
 
 def _headings(scores: Mapping[Run, Mapping[Column, Score]]) -> dict[Column, str]:
-    """Each column's name, with the items where all runs had the same."""
+    """Each column's name, with the number of items where all runs had the same."""
     columns = list(dict.fromkeys(column for line in scores.values() for column in line))
     names = _names(column.task for column in columns)
     headings = {}
@@ -182,12 +161,12 @@ def _counts(column: Column, scores: Mapping[Run, Mapping[Column, Score]]) -> set
 
 
 def _items(items: int | None, of: int | None) -> str:
-    return f"{_shown(items)} items" if of in (None, items) else f"{_shown(items)} of {of} items"
+    return f"{shown(items)} items" if of in (None, items) else f"{shown(items)} of {of} items"
 
 
 def _scaled(column: Column, value: float) -> str:
     scale = SCALES.get(column.metric)
-    return _shown(value) if scale is None else f"{scale * value:.1f}"
+    return shown(value) if scale is None else f"{scale * value:.1f}"
 
 
 def _score_section(
@@ -197,15 +176,6 @@ def _score_section(
 ) -> str:
     headings = _headings(scores)
     parameters = {run_of(result): result["config"].get("model_num_parameters") for result in results}
-
-    def cell(column: Column, score: Score | None) -> str:
-        if score is None:
-            return ABSENT
-        text = _scaled(column, score.value)
-        if score.error is not None and not math.isnan(score.error):
-            text += f" ± {_scaled(column, score.error)}"
-        return text if len(_counts(column, scores)) == 1 else f"{text} ({_items(score.items, score.of)})"
-
     lines = [
         (
             numbers[run],
@@ -213,7 +183,7 @@ def _score_section(
             run.pretrained,
             run.settings,
             _millions(parameters[run]),
-            *(cell(column, line.get(column)) for column in headings),
+            *(_score_cell(column, line.get(column), scores) for column in headings),
         )
         for run, line in scores.items()
     ]
@@ -227,34 +197,40 @@ def _score_section(
         for model, defaults in DEFAULTS.items()
     )
     text = [
-        _table(("run", "model", "pretrained", "settings", "parameters", *headings.values()), lines),
+        markdown_table(("run", "model", "pretrained", "settings", "parameters", *headings.values()), lines),
         f"± is the standard error. Settings are those other than the defaults ({settings}).",
     ]
-    lower = sorted(
-        {
-            f"{metric} of {task}"
-            for result in results
-            for task, metrics in result.get("higher_is_better", {}).items()
-            for metric, higher in metrics.items()
-            if higher is False and any((column.task.name, column.metric) == (task, metric) for column in headings)
-        }
-    )
+    lower = [f"{column.metric} of {column.task.name}" for column in headings if _is_lower_better(results, column)]
     if lower:
-        text.append(f"Lower is better: {', '.join(lower)}.")
-    cut = [
+        text.append(f"Lower is better: {', '.join(sorted(set(lower)))}.")
+    truncated = [
         f"{task}: {count} (run {numbers[run_of(result)]})"
         for result in results
         for task, count in result["config"].get("truncated", {}).items()
     ]
-    if cut:
-        text.append(f"Requests that were cut to the model's context: {', '.join(cut)}.")
+    if truncated:
+        text.append(f"Requests that were cut to the model's context: {', '.join(truncated)}.")
     if any(published.values()):
         text.append(
-            f"Lines marked (paper) are the paper's own figures ({SOURCE}), at other sizes and on the items that it took; they "
-            "were not run here. Suspect among them:\n\n"
-            + "\n".join(f"- {what}: {why}." for what, why in SUSPECT.items())
+            f"Lines marked (paper) are the paper's own figures ({SOURCE}), at other sizes and on its own items; they were not "
+            "run here. Suspect among them:\n\n" + "\n".join(f"- {what}: {why}." for what, why in SUSPECT.items())
         )
     return "\n\n".join(text)
+
+
+def _score_cell(column: Column, score: Score | None, scores: Mapping[Run, Mapping[Column, Score]]) -> str:
+    if score is None:
+        return ABSENT
+    text = _scaled(column, score.value)
+    if score.error is not None and not math.isnan(score.error):
+        text += f" ± {_scaled(column, score.error)}"
+    return text if len(_counts(column, scores)) == 1 else f"{text} ({_items(score.items, score.of)})"
+
+
+def _is_lower_better(results: Sequence[Mapping[str, Any]], column: Column) -> bool:
+    return any(
+        result.get("higher_is_better", {}).get(column.task.name, {}).get(column.metric) is False for result in results
+    )
 
 
 def _millions(parameters: int | None) -> str:
@@ -282,33 +258,39 @@ def _speed_section(timings: Sequence[Timing], numbers: Mapping[Run, int]) -> str
         headings += ["batch", "device"]
     else:
         note += " Batch {}, device {}.".format(*places.pop())
-    return f"{_table(headings, lines)}\n\n{note}"
+    return f"{markdown_table(headings, lines)}\n\n{note}"
 
 
 def _measured_section(kind: str, files: Sequence[Mapping[str, Any]]) -> str:
     differing = differing_settings(files)
     names = dict.fromkeys(name for result in files for row in result["rows"] for name in row)
-    same = _told({name: value for name, value in files[0].get("config", {}).items() if name not in differing})
+    same = _listed({name: value for name, value in files[0].get("config", {}).items() if name not in differing})
     text = [f"Settings: {same}."] if same else []
     several = len(files) > 1
     if several:
-        own = (_told({name: result.get("config", {}).get(name) for name in differing}) for result in files)
+        own = (_listed({name: result.get("config", {}).get(name) for name in differing}) for result in files)
         listed = enumerate(zip(files, own, strict=True), start=1)
-        text.append("\n".join(f"- file {number}, `{result['path']}`: {told}" for number, (result, told) in listed))
+        text.append(
+            "\n".join(
+                f"- file {number}, `{result['path']}`: {own_settings}" for number, (result, own_settings) in listed
+            )
+        )
     lines = [
         (*([number] if several else []), *(row.get(name) for name in names))
         for number, result in enumerate(files, start=1)
         for row in result["rows"]
     ]
-    text.append(_table((*(["file"] if several else []), *names), lines))
+    text.append(markdown_table((*(["file"] if several else []), *names), lines))
     if kind == "judge":
         lines = [(f"{model} (paper)", criterion, *values) for (model, criterion), values in JUDGED.items()]
         text.append(f"The paper's own ({SOURCE}), on The Pile under Llama-3.1-8B, at other sizes and lengths:")
-        text.append(_table(("model", "criterion", *(f"perplexity, {steps} steps" for steps in JUDGE_STEPS)), lines))
+        text.append(
+            markdown_table(("model", "criterion", *(f"perplexity, {steps} steps" for steps in JUDGE_STEPS)), lines)
+        )
     return "\n\n".join(text)
 
 
-def _told(settings: Mapping[str, Any]) -> str:
+def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name}={plain(value)}`" for name, value in settings.items() if value is not None)
 
 
@@ -322,10 +304,10 @@ def _files_section(results: Sequence[Mapping[str, Any]], numbers: Mapping[Run, i
         lines.append(
             (f"`{result['path']}`", run, what, *(facts.get(name) for name in ("date", "git commit", "device")))
         )
-    return _table(("file", "run", "what", "date", "git commit", "device"), lines)
+    return markdown_table(("file", "run", "what", "date", "git commit", "device"), lines)
 
 
-# Plots. matplotlib is an extra, imported only where something is drawn.
+# Plots
 
 
 def _plots_of_scores(
@@ -334,7 +316,7 @@ def _plots_of_scores(
     timings: Sequence[Timing],
     numbers: Mapping[Run, int],
 ) -> list[Plot]:
-    """Quality against speed, for each task in which texts are written: by the first metric that the task has."""
+    """Quality against speed, for each task in which texts are written, by the task's first metric."""
     plots = []
     names = _names(timing.task for timing in timings)
     for task in dict.fromkeys(timing.task for timing in timings if timing.kind == "generate_until"):
@@ -347,14 +329,14 @@ def _plots_of_scores(
         points = [(timing, score) for timing, score in points if math.isfinite(score.value)]
         if points:
             title = f"{names[task]}: quality against speed"
-            lower = any(r.get("higher_is_better", {}).get(task.name, {}).get(column.metric) is False for r in results)
+            lower = _is_lower_better(results, column)
             draw = partial(draw_quality, title, points, numbers, column, lower_is_better=lower)
             plots.append(Plot(_file_name(f"quality_{names[task]}"), title, draw))
     return plots
 
 
 def _plots_of_kind(kind: str, files: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """One for all files of perplexities, one for each file of the other kinds; none where no row has what is drawn."""
+    """One plot for all files of perplexities, one for each file of the other kinds; none where no row can be drawn."""
     if kind not in DRAWN:
         return []
     drawable = []
@@ -376,7 +358,7 @@ def _can_draw(kind: str, row: Mapping[str, Any]) -> bool:
 
 
 def _labels(files: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each file of a kind from the others, in a few words: the model, and settings that its rows don't tell."""
+    """A short label of each file of a kind: the model, and the settings that differ and are not in its rows."""
     differing = differing_settings(files)
     labels = []
     for result in files:

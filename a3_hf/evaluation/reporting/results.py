@@ -1,4 +1,4 @@
-"""One JSON per run: what was run, with what, where, and what came out."""
+"""Result files: one JSON per run, with its settings, environment and rows."""
 
 import json
 import platform
@@ -21,11 +21,11 @@ def environment(device: torch.device | str) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     is_gpu = torch.device(device).type == "cuda"
     return {
         "versions": versions,
-        "git_commit": asked.stdout.strip() if asked.returncode == 0 else None,
+        "git_commit": found.stdout.strip() if found.returncode == 0 else None,
         "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads",
         "date": date.today().isoformat(),
     }
@@ -37,9 +37,9 @@ def write_result(
     """Writes a measurement to the file `output`.
 
     Args:
-        kind: which measurement, e.g. "ppl"; `a3 report` has a table for each.
-        config: its settings, seed included, in plain values.
-        rows: what came out, one flat dict per line of the table.
+        kind: kind of measurement, e.g. "ppl"; `a3 report` has a table for each.
+        config: settings, seed included, in plain values.
+        rows: one flat dict per line of the table.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     content = {"kind": kind, "config": config, **environment(device), "rows": rows}
@@ -51,7 +51,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     order of their paths; each has its own path under "path". Other JSON files are left out.
 
     Raises:
-        ValueError: no such folder, no result in it, or a file that can't be read or lacks what such a file has.
+        ValueError: no such folder, no result in it, or an unreadable or incomplete file.
     """
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r}: there is no such folder")

@@ -1,4 +1,4 @@
-"""Runs a program that a model has written, in a process of its own with limits."""
+"""Runs a program written by a model, in a process of its own with limits."""
 
 import contextlib
 import os
@@ -21,8 +21,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 os.execv(sys.executable, [sys.executable, "-I", "-X", "utf8", "-c", *sys.argv[4:], program])
 """
-# Runs the program as a script, and behind its last line says the word that it was given, into a pipe: a program that ends
-# before that, with whatever exit code, does not know the word.
+# Runs the program as a script, and then writes the secret that it was given into a pipe: a program that ends earlier, with
+# whatever exit code, does not know the secret.
 RUNNER = """
 import os, sys, types
 def run(pipe, program):
@@ -42,7 +42,7 @@ run(int(sys.argv[1]), sys.argv[2])
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended.
+    """The end of a program.
 
     Attributes:
         passed: it ran past its last line, and its process ended with the exit code 0.
@@ -61,14 +61,14 @@ def run_program(
     """Runs Python source with `python -I`, in a temporary directory that holds nothing else and is removed afterwards,
     without this process's environment variables, without input, its output thrown away. On POSIX systems only.
 
-    Limited are the seconds, the memory, and files, to 1 MiB each; processes that it started are ended with it, unless they
-    left its group. The network, reading of files and the number of processes are NOT limited: Python has no means to. It
-    keeps accidents small; against programs that mean harm, run the whole evaluation in a container without network.
+    Seconds, memory and the size of files (1 MiB each) are limited; processes that it started are ended with it, unless they
+    left its group. The network, reading of files and the number of processes are NOT limited: this is no protection against
+    malicious programs. For that, run the whole evaluation in a container without network.
 
     Args:
-        cpu_seconds: of work of each of its processes.
-        wall_seconds: on the clock.
-        memory_megabytes: of address space, of each of its processes (MiB).
+        cpu_seconds: CPU time of each of its processes.
+        wall_seconds: time until it is ended.
+        memory_megabytes: address space of each of its processes, MiB.
 
     Raises:
         ValueError: a limit that is not above 0.

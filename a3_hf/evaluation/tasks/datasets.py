@@ -1,23 +1,21 @@
-"""Where the tasks' items come from: the hub, or local files.
-
-One function per data set, for `custom_dataset` in a task's YAML. lm-eval calls it with the task's metadata, to which
-`--metadata` and the model's arguments are added, and with its `dataset_kwargs`. What they have in common:
+"""Data sets of the tasks, from the hub or from local files: one function per data set, for `custom_dataset` in a task's YAML.
+lm-eval calls it with the task's metadata, to which `--metadata` and the model's arguments are added, and its `dataset_kwargs`.
 
 Args:
-    data_dir: folder of local files (their places are in README.md beside this file); without it, the data set of the hub that
-        lm-eval's own task reads.
-    first: how many items from the start; all of them by default.
+    data_dir: folder of local files (README.md beside this file lists them); None: the data set of lm-eval's own task, on the
+        hub.
+    first: number of items from the start; None: all.
 
 Returns:
-    {split: data set}, with those columns of the hub's data set that the tasks use, wherever it was read from.
+    {split: data set}, with the columns that the tasks use, named as on the hub.
 
 Raises:
-    ValueError: a file is absent or can't be read, the hub can't be reached, a column is missing, an item can't be asked.
+    ValueError: an absent or unreadable file, an unreachable hub, a missing column, an item that makes no question.
 """
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,35 +23,67 @@ import datasets
 from datasets import Dataset
 
 SET_DATA_DIR = "`--metadata data_dir=FOLDER` names a folder of local files to read instead"
+Row = dict[str, Any]
+Loader = Callable[..., dict[str, Dataset]]
 
 
 class Item(NamedTuple):
-    """One row of a data set; `where` it stands is for messages."""
+    """A row of a data set, and its place for messages."""
 
     where: str
-    row: dict[str, Any]
+    row: Row
 
 
-def hellaswag(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
-    """HellaSwag, validation. An item of a local file has `ctx_a` and `ctx_b` as on the hub, or `ctx` alone, which then
-    stands in `ctx_a`.
+def _source(
+    path: str,
+    name: str | None = None,
+    *,
+    split: str = "validation",
+    file: str,
+    columns: Sequence[str],
+    hub_columns: Sequence[str] | None = None,
+) -> Callable[[Callable[[str, Row], Row | None]], Loader]:
+    """Makes a loader from a function that checks a row and returns its final form (None: its columns as they are).
+
+    Args:
+        path, name: of the data set on the hub.
+        file: the local file, a JSON object per line.
+        columns: columns of a row.
+        hub_columns: its columns on the hub, where they are others.
     """
-    columns = ("activity_label", "endings", "label")
-    if data_dir is None:
-        items = _from_hub("Rowan/hellaswag", split="validation", columns=(*columns, "ctx_a", "ctx_b"), first=first)
-    else:
-        items = _from_lines(data_dir, "eval/hellaswag/val.jsonl", columns=columns, first=first)
-    rows = []
-    for where, row in items:
-        _check_choices(where, "endings", row["endings"])
-        _check_label(where, "label", row["label"], range(len(row["endings"])))
-        if "ctx_a" not in row:
-            _check_columns(where, ["ctx"], row)
-            row = {**row, "ctx_a": row["ctx"], "ctx_b": ""}
-        _check_columns(where, ["ctx_b"], row)
-        kept = {name: row[name] for name in ("activity_label", "ctx_a", "ctx_b", "endings")}
-        rows.append({**kept, "label": str(row["label"])})
-    return {"validation": Dataset.from_list(rows)}
+
+    def decorate(check: Callable[[str, Row], Row | None]) -> Loader:
+        def load(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
+            if data_dir is None:
+                items = _from_hub(path, name, split=split, columns=hub_columns or columns, first=first)
+            else:
+                items = _from_lines(data_dir, file, columns=columns, first=first)
+            rows = [check(where, row) or {name: row[name] for name in columns} for where, row in items]
+            return {split: Dataset.from_list(rows)}
+
+        load.__name__ = load.__qualname__ = check.__name__
+        load.__doc__ = check.__doc__
+        return load
+
+    return decorate
+
+
+@_source(
+    "Rowan/hellaswag",
+    file="eval/hellaswag/val.jsonl",
+    columns=("activity_label", "endings", "label"),
+    hub_columns=("activity_label", "endings", "label", "ctx_a", "ctx_b"),
+)
+def hellaswag(where: str, row: Row) -> Row:
+    """HellaSwag, validation. A local item has `ctx_a` and `ctx_b` as on the hub, or `ctx` alone, which becomes `ctx_a`."""
+    _check_choices(where, "endings", row["endings"])
+    _check_label(where, "label", row["label"], range(len(row["endings"])))
+    if "ctx_a" not in row:
+        _check_columns(where, ["ctx"], row)
+        row = {**row, "ctx_a": row["ctx"], "ctx_b": ""}
+    _check_columns(where, ["ctx_b"], row)
+    kept = {name: row[name] for name in ("activity_label", "ctx_a", "ctx_b", "endings")}
+    return {**kept, "label": str(row["label"])}
 
 
 def piqa(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
@@ -78,78 +108,63 @@ def piqa(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> 
     return {"validation": Dataset.from_list(rows)}
 
 
-def social_iqa(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
+@_source(
+    "lighteval/siqa",
+    file="eval/siqa/socialiqa_dev.jsonl",
+    columns=("context", "question", "answerA", "answerB", "answerC", "label"),
+)
+def social_iqa(where: str, row: Row) -> None:
     """Social IQa, validation; `label` is "1", "2" or "3"."""
-    answers = ("answerA", "answerB", "answerC")
-    columns = ("context", "question", *answers, "label")
-    rows = []
-    for where, row in _read(
-        ("lighteval/siqa", None, "validation"), "eval/siqa/socialiqa_dev.jsonl", columns, data_dir, first
-    ):
-        _check_texts(where, row, ["context", "question"])
-        _check_choices(where, "answerA, answerB and answerC", [row[name] for name in answers])
-        label = _check_label(where, "label", row["label"], range(1, 4))
-        rows.append({**row, "label": str(label)})
-    return {"validation": Dataset.from_list(rows)}
+    _check_texts(where, row, ["context", "question"])
+    _check_choices(where, "answerA, answerB and answerC", [row["answerA"], row["answerB"], row["answerC"]])
+    row["label"] = str(_check_label(where, "label", row["label"], range(1, 4)))
 
 
-def winogrande(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
-    """WinoGrande, validation; an option goes where `sentence` has its first `_`, and `answer` is "1" or "2"."""
-    columns = ("sentence", "option1", "option2", "answer")
-    rows = []
-    for where, row in _read(
-        ("allenai/winogrande", "winogrande_xl", "validation"), "eval/winogrande/dev.jsonl", columns, data_dir, first
-    ):
-        _check_texts(where, row, ["sentence"])
-        if "_" not in row["sentence"]:
-            raise ValueError(f"{where}: sentence {row['sentence']!r} has no `_`, where an option goes")
-        _check_choices(where, "option1 and option2", [row["option1"], row["option2"]])
-        answer = _check_label(where, "answer", row["answer"], range(1, 3))
-        rows.append({**row, "answer": str(answer)})
-    return {"validation": Dataset.from_list(rows)}
+@_source(
+    "allenai/winogrande",
+    "winogrande_xl",
+    file="eval/winogrande/dev.jsonl",
+    columns=("sentence", "option1", "option2", "answer"),
+)
+def winogrande(where: str, row: Row) -> None:
+    """WinoGrande, validation; the options replace the first `_` of `sentence`, and `answer` is "1" or "2"."""
+    _check_texts(where, row, ["sentence"])
+    if "_" not in row["sentence"]:
+        raise ValueError(f"{where}: sentence {row['sentence']!r} has no `_`, where an option goes")
+    _check_choices(where, "option1 and option2", [row["option1"], row["option2"]])
+    row["answer"] = str(_check_label(where, "answer", row["answer"], range(1, 3)))
 
 
-def triviaqa(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
+@_source(
+    "mandarjoshi/trivia_qa",
+    "rc.nocontext",
+    file="eval/triviaqa/triviaqa_sm_sub.jsonl",
+    columns=("context", "answer", "aliases"),
+    hub_columns=("question", "answer"),
+)
+def triviaqa(where: str, row: Row) -> Row:
     """TriviaQA without documents, validation; `answer` holds `value` and `aliases`."""
-    if data_dir is None:
-        columns = ("question", "answer")
-        items = _from_hub("mandarjoshi/trivia_qa", "rc.nocontext", split="validation", columns=columns, first=first)
-    else:
-        columns = ("context", "answer", "aliases")
-        items = [
-            Item(
-                where,
-                {
-                    "question": row["context"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-                    "answer": {"value": row["answer"], "aliases": row["aliases"]},
-                },
-            )
-            for where, row in _from_lines(data_dir, "eval/triviaqa/triviaqa_sm_sub.jsonl", columns=columns, first=first)
-        ]
-    rows = []
-    for where, row in items:
-        _check_texts(where, row, ["question"])
-        answer = {name: row["answer"][name] for name in ("value", "aliases")}
-        _check_answers(where, "aliases", answer["aliases"])
-        rows.append({"question": row["question"], "answer": answer})
-    return {"validation": Dataset.from_list(rows)}
+    if "context" in row:  # a local file
+        question = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        row = {"question": question, "answer": {"value": row["answer"], "aliases": row["aliases"]}}
+    _check_texts(where, row, ["question"])
+    answer = {name: row["answer"][name] for name in ("value", "aliases")}
+    _check_answers(where, "aliases", answer["aliases"])
+    return {"question": row["question"], "answer": answer}
 
 
-def squad(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
+@_source("rajpurkar/squad", file="eval/squad/dev.jsonl", columns=("context", "question", "answers"))
+def squad(where: str, row: Row) -> None:
     """SQuAD 1.1, validation; `answers` holds a list in `text`, and is that list in a local file."""
-    columns = ("context", "question", "answers")
-    rows = []
-    for where, row in _read(("rajpurkar/squad", None, "validation"), "eval/squad/dev.jsonl", columns, data_dir, first):
-        _check_texts(where, row, ["context", "question"])
-        texts = row["answers"]["text"] if data_dir is None else row["answers"]
-        _check_answers(where, "answers", texts)
-        rows.append({**row, "answers": {"text": texts}})
-    return {"validation": Dataset.from_list(rows)}
+    _check_texts(where, row, ["context", "question"])
+    texts = row["answers"].get("text") if isinstance(row["answers"], dict) else row["answers"]
+    _check_answers(where, "answers", texts)
+    row["answers"] = {"text": texts}
 
 
 def rocstories(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
-    """ROCStories: the validation file of the story cloze test (spring 2016), the right ending appended to each story.
-    `sentences` are five. No task of lm-eval reads it from the hub.
+    """ROCStories: the validation file of the story cloze test (spring 2016), with the right ending of each story. `sentences`
+    are five. It is not on the hub.
     """
     if data_dir is None:
         raise ValueError(f"data_dir is not set, and ROCStories is not on the hub; {SET_DATA_DIR}")
@@ -164,66 +179,50 @@ def rocstories(*, data_dir: str | None = None, first: int | None = None, **_: An
     rows = []
     for where, row in items:
         ending = _check_label(where, "AnswerRightEnding", row["AnswerRightEnding"], range(1, 3))
-        told = [*starts, endings[ending - 1]]
-        _check_texts(where, row, told)
-        rows.append({"story_id": row["InputStoryid"], "sentences": [row[name].strip() for name in told]})
+        names = [*starts, endings[ending - 1]]
+        _check_texts(where, row, names)
+        rows.append({"story_id": row["InputStoryid"], "sentences": [row[name].strip() for name in names]})
     return {"validation": Dataset.from_list(rows)}
 
 
-def lambada_openai(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
-    """LAMBADA as OpenAI prepared it, test; the last word of `text` is asked for."""
-    hub = ("EleutherAI/lambada_openai", "default", "test")
-    items = _read(hub, "eval/lambada/lambada_test.jsonl", ("text",), data_dir, first)
-    for where, row in items:
-        _check_texts(where, row, ["text"])
-        context, _space, word = row["text"].rpartition(" ")
-        if not context.strip() or not word.strip():
-            raise ValueError(f"{where}: text {row['text']!r} does not end in a word that comes after others")
-    return {"test": Dataset.from_list([row for _, row in items])}
+@_source(
+    "EleutherAI/lambada_openai", "default", split="test", file="eval/lambada/lambada_test.jsonl", columns=("text",)
+)
+def lambada_openai(where: str, row: Row) -> None:
+    """LAMBADA as OpenAI prepared it, test; the answer is the last word of `text`."""
+    _check_texts(where, row, ["text"])
+    context, _space, word = row["text"].rpartition(" ")
+    if not context.strip() or not word.strip():
+        raise ValueError(f"{where}: text {row['text']!r} does not end in a word that comes after others")
 
 
-def nq_open(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
+@_source("google-research-datasets/nq_open", file="eval/nq_open/validation.jsonl", columns=("question", "answer"))
+def nq_open(where: str, row: Row) -> None:
     """Natural Questions without documents, validation; `answer` is a list."""
-    hub = ("google-research-datasets/nq_open", None, "validation")
-    items = _read(hub, "eval/nq_open/validation.jsonl", ("question", "answer"), data_dir, first)
-    for where, row in items:
-        _check_texts(where, row, ["question"])
-        _check_answers(where, "answer", row["answer"])
-    return {"validation": Dataset.from_list([row for _, row in items])}
+    _check_texts(where, row, ["question"])
+    _check_answers(where, "answer", row["answer"])
 
 
-def webqs(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
+@_source("stanfordnlp/web_questions", split="test", file="eval/webqs/test.jsonl", columns=("question", "answers"))
+def webqs(where: str, row: Row) -> None:
     """WebQuestions, test; `answers` is a list."""
-    hub = ("stanfordnlp/web_questions", None, "test")
-    items = _read(hub, "eval/webqs/test.jsonl", ("question", "answers"), data_dir, first)
-    for where, row in items:
-        _check_texts(where, row, ["question"])
-        _check_answers(where, "answers", row["answers"])
-    return {"test": Dataset.from_list([row for _, row in items])}
+    _check_texts(where, row, ["question"])
+    _check_answers(where, "answers", row["answers"])
 
 
-def humaneval_infill(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> dict[str, Dataset]:
+@_source(
+    "loubnabnl/humaneval_infilling",
+    "HumanEval-SingleLineInfilling",
+    split="test",
+    file="eval/humaneval_infill/single_line.jsonl",
+    columns=("task_id", "prompt", "canonical_solution", "suffix", "test", "entry_point"),
+)
+def humaneval_infill(where: str, row: Row) -> None:
     """HumanEval with one line of a solution taken out, test; `canonical_solution` is that line."""
-    columns = ("task_id", "prompt", "canonical_solution", "suffix", "test", "entry_point")
-    hub = ("loubnabnl/humaneval_infilling", "HumanEval-SingleLineInfilling", "test")
-    items = _read(hub, "eval/humaneval_infill/single_line.jsonl", columns, data_dir, first)
-    for where, row in items:
-        _check_texts(where, row, ["prompt", "canonical_solution", "test", "entry_point"])
-    return {"test": Dataset.from_list([row for _, row in items])}
+    _check_texts(where, row, ["prompt", "canonical_solution", "test", "entry_point"])
 
 
 # Reading
-
-
-def _read(
-    hub: tuple[str, str | None, str], file: str, columns: Sequence[str], data_dir: str | None, first: int | None
-) -> list[Item]:
-    """Items with the same columns on the hub (path, name, split) and in a local file."""
-    if data_dir is None:
-        path, name, split = hub
-        return _from_hub(path, name, split=split, columns=columns, first=first)
-    items = _from_lines(data_dir, file, columns=columns, first=first)
-    return [Item(where, {name: row[name] for name in columns}) for where, row in items]
 
 
 def _from_hub(
@@ -273,7 +272,7 @@ def _numbered(source: Path | str, rows: Iterable[dict[str, Any]]) -> list[Item]:
     return items
 
 
-# Items that can't be asked
+# Checks of items
 
 
 def _check_columns(where: str, columns: Sequence[str], present: Iterable[str]) -> None:

@@ -1,7 +1,8 @@
-"""The tasks' own parts: requests with text on both sides, scores per token, and what is counted as right."""
+"""Functions of the tasks: requests with text on both sides, prompts, and metrics."""
 
 import re
 import string
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -18,17 +19,17 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 class InfillTask(ConfigurableTask):
-    """Identical to lm-eval's task except: its requests have text on both sides of what is asked. In a task's YAML,
-    `class: !function a3_hf.evaluation.tasks.functions.InfillTask`, and
-    beside lm-eval's own keys (a field is a column or a template):
+    """Identical to lm-eval's task except: its requests have text on both sides of the answer. In a task's YAML,
+    `class: !function a3_hf.evaluation.tasks.functions.InfillTask`, and besides lm-eval's own keys (a field is a column or a
+    template):
 
-        doc_to_suffix: field of the text behind; none by default.
-        doc_to_length_of: field of a text; what is written has as many tokens.
+        doc_to_suffix: field of the text after the answer; none by default.
+        doc_to_length_of: field of a text with as many tokens as the answer.
         lengths: [least, most] tokens, from which the model chooses; `--metadata lengths=[4,48]` replaces it.
-        sentences: with `lengths`: how many sentences are asked for, which tells a model that writes left to right its end.
+        sentences: with `lengths`: the number of sentences, where a model that writes left to right ends.
         doc_to_max_gen_toks: field of a number of tokens, for lm-eval's plain continuation.
 
-    `output_type: multiple_choice` takes the first of these, `generate_until` exactly one of the others too.
+    `output_type: multiple_choice` takes the first of these, `generate_until` also exactly one of the others.
 
     Raises:
         ValueError: keys that do not go together, lengths that are no range, a chat template around a suffix.
@@ -67,7 +68,7 @@ class InfillTask(ConfigurableTask):
         suffix = self.resolve_field(doc, self.own.get("doc_to_suffix")) or ""
         if has_template and suffix:
             raise ValueError(
-                f"{self.config.task} has text behind what is asked, which a chat template has no place for; leave "
+                f"{self.config.task} has text after the answer, which a chat template has no place for; leave "
                 "--apply_chat_template out"
             )
         if self.OUTPUT_TYPE == "multiple_choice":
@@ -98,49 +99,47 @@ def _range(task: str, lengths: Any) -> list[int]:
     return list(lengths)
 
 
-# Multiple choice. `query`, `choices` and `gold` are what lm-eval's own HellaSwag calls them.
+def _for_each(ask: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Dataset], Dataset]:
+    """Makes `process_docs` of a task from a function that returns the columns to add to an item."""
+
+    def process(docs: Dataset) -> Dataset:
+        return docs.map(ask)
+
+    process.__name__ = process.__qualname__ = ask.__name__
+    process.__doc__ = ask.__doc__
+    return process
 
 
-def piqa_choices(docs: Dataset) -> Dataset:
+# Multiple choice. `query`, `choices` and `gold` are the names of lm-eval's own HellaSwag.
+
+
+@_for_each
+def piqa_choices(doc: dict[str, Any]) -> dict[str, Any]:
     """PIQA's goal as a question (prompt: stock)."""
-    return docs.map(
-        lambda doc: {
-            "query": f"Question: {doc['goal']}\nAnswer:",
-            "choices": [doc["sol1"], doc["sol2"]],
-            "gold": doc["label"],
-        }
-    )
+    query = f"Question: {doc['goal']}\nAnswer:"
+    return {"query": query, "choices": [doc["sol1"], doc["sol2"]], "gold": doc["label"]}
 
 
-def siqa_choices(docs: Dataset) -> Dataset:
-    """Social IQa's question (prompt: not specified in the paper; that of the script of DiffuLLaMA, which it follows)."""
-    return docs.map(
-        lambda doc: {
-            "query": f"Question: {doc['context']} {doc['question']}\nAnswer:",
-            "choices": [doc["answerA"], doc["answerB"], doc["answerC"]],
-            "gold": int(doc["label"]) - 1,
-        }
-    )
+@_for_each
+def siqa_choices(doc: dict[str, Any]) -> dict[str, Any]:
+    """Social IQa's question (prompt: not specified in the paper; that of DiffuLLaMA's script, which it follows)."""
+    query = f"Question: {doc['context']} {doc['question']}\nAnswer:"
+    choices = [doc["answerA"], doc["answerB"], doc["answerC"]]
+    return {"query": query, "choices": choices, "gold": int(doc["label"]) - 1}
 
 
-def winogrande_endings(docs: Dataset) -> Dataset:
-    """The text before the blank; each option with the text behind it (paper §1)."""
-
-    def ask(doc: dict[str, Any]) -> dict[str, Any]:
-        before, options, suffix = _around_blank(doc)
-        return {"query": before, "choices": [option + suffix for option in options], "gold": int(doc["answer"]) - 1}
-
-    return docs.map(ask)
+@_for_each
+def winogrande_endings(doc: dict[str, Any]) -> dict[str, Any]:
+    """The text before the blank; each option with the text after it (paper §1)."""
+    before, options, suffix = _around_blank(doc)
+    return {"query": before, "choices": [option + suffix for option in options], "gold": int(doc["answer"]) - 1}
 
 
-def winogrande_options(docs: Dataset) -> Dataset:
-    """The text before the blank; each option; the text behind it."""
-
-    def ask(doc: dict[str, Any]) -> dict[str, Any]:
-        before, options, suffix = _around_blank(doc)
-        return {"query": before, "choices": options, "suffix": suffix, "gold": int(doc["answer"]) - 1}
-
-    return docs.map(ask)
+@_for_each
+def winogrande_options(doc: dict[str, Any]) -> dict[str, Any]:
+    """The text before the blank; each option; the text after it."""
+    before, options, suffix = _around_blank(doc)
+    return {"query": before, "choices": options, "suffix": suffix, "gold": int(doc["answer"]) - 1}
 
 
 def _around_blank(doc: dict[str, Any]) -> tuple[str, list[str], str]:
@@ -175,28 +174,22 @@ def mean_per_token(doc: dict[str, Any], results: list[LogLikelihood]) -> dict[st
 # Questions
 
 
-def triviaqa_questions(docs: Dataset) -> Dataset:
-    """`query` as in paper §1, with one question mark at its end; `aliases`; `longest` of them, in characters, since how
-    many tokens each has depends on the model.
+@_for_each
+def triviaqa_questions(doc: dict[str, Any]) -> dict[str, Any]:
+    """`query` as in paper §1, with one question mark at its end; `aliases`; and `longest` of them, in characters, since the
+    number of tokens depends on the model.
     """
-
-    def ask(doc: dict[str, Any]) -> dict[str, Any]:
-        aliases = doc["answer"]["aliases"]
-        query = f"Question: {doc['question'].rstrip(' ?')}?\nAnswer:"
-        return {"query": query, "aliases": aliases, "longest": " " + max(aliases, key=len)}
-
-    return docs.map(ask)
+    return _with_longest(f"Question: {doc['question'].rstrip(' ?')}?\nAnswer:", doc["answer"]["aliases"])
 
 
-def squad_as_published(docs: Dataset) -> Dataset:
-    """The same columns from SQuAD, with the prompt of the published script, its misspelling included."""
+@_for_each
+def squad_as_published(doc: dict[str, Any]) -> dict[str, Any]:
+    """The same columns from SQuAD, with the prompt of the published script, misspelling included."""
+    return _with_longest(f"{doc['context']}\nQuesion{doc['question']}?\nAnswer:", doc["answers"]["text"])
 
-    def ask(doc: dict[str, Any]) -> dict[str, Any]:
-        aliases = doc["answers"]["text"]
-        query = f"{doc['context']}\nQuesion{doc['question']}?\nAnswer:"
-        return {"query": query, "aliases": aliases, "longest": " " + max(aliases, key=len)}
 
-    return docs.map(ask)
+def _with_longest(query: str, aliases: list[str]) -> dict[str, Any]:
+    return {"query": query, "aliases": aliases, "longest": " " + max(aliases, key=len)}
 
 
 def normalize(text: str) -> str:
@@ -211,8 +204,8 @@ def normalize(text: str) -> str:
 
 
 def alias_match(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`alias_match`: whether a normalised alias is a substring of the normalised answer (paper §1). An alias of which
-    nothing is left is none, or it would be in every answer.
+    """`alias_match`: whether a normalised alias is a substring of the normalised answer (paper §1). Aliases that normalise to
+    nothing don't count, or they would be in every answer.
     """
     answer = normalize(results[0])
     aliases = filter(None, map(normalize, doc["aliases"]))
@@ -222,16 +215,18 @@ def alias_match(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 # Blanks in texts
 
 
-def third_sentence(docs: Dataset) -> Dataset:
-    """Stories without their third sentence (paper §1): `query` before it, `target` the sentence, `suffix` behind it, and how
-    many `characters` the sentence has.
+@_for_each
+def third_sentence(doc: dict[str, Any]) -> dict[str, Any]:
+    """Stories without their third sentence (paper §1): `query` before it, `target` the sentence, `suffix` after it, and
+    `characters`, the length of the sentence.
     """
-    return docs.map(lambda doc: _without_sentences(doc["sentences"], 2, 3))
+    return _without_sentences(doc["sentences"], 2, 3)
 
 
-def second_to_fourth_sentence(docs: Dataset) -> Dataset:
+@_for_each
+def second_to_fourth_sentence(doc: dict[str, Any]) -> dict[str, Any]:
     """Stories with their first and last sentence, the three between in one blank (paper §1, the harder variant)."""
-    return docs.map(lambda doc: _without_sentences(doc["sentences"], 1, 4))
+    return _without_sentences(doc["sentences"], 1, 4)
 
 
 def _without_sentences(sentences: list[str], start: int, end: int) -> dict[str, Any]:
@@ -250,27 +245,24 @@ def _rouge_scorer() -> RougeScorer:
 
 
 def rouge(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`rouge1`, `rouge2`, `rougeL`: F-measures × 100 of what was written against the `target`, words unstemmed."""
+    """`rouge1`, `rouge2`, `rougeL`: F-measures × 100 of the answer against the `target`, words unstemmed."""
     scores = _rouge_scorer().score(doc["target"], results[0])
     return {name: 100 * score.fmeasure for name, score in scores.items()}
 
 
-def missing_line(docs: Dataset) -> Dataset:
-    """HumanEval's prompt (`query`), the line of the solution that is asked for (`target`), and the code behind (`suffix`)."""
-
-    def ask(doc: dict[str, Any]) -> dict[str, Any]:
-        query, spaces = _without_last_spaces(doc["prompt"])
-        return {"query": query, "target": spaces + doc["canonical_solution"]}
-
-    return docs.map(ask)
+@_for_each
+def missing_line(doc: dict[str, Any]) -> dict[str, Any]:
+    """HumanEval's prompt (`query`), the missing line of the solution (`target`), and the code after it (`suffix`)."""
+    query, spaces = _without_last_spaces(doc["prompt"])
+    return {"query": query, "target": spaces + doc["canonical_solution"]}
 
 
 def exact_match(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`exact_match`: whether the `target` was written, but for spaces around it."""
+    """`exact_match`: whether the answer is the `target`, spaces around it aside."""
     return {"exact_match": float(results[0].strip() == doc["target"].strip())}
 
 
 def passes_tests(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`pass@1`: whether the program passes its tests with what was written; it is run, see `run_program`."""
+    """`pass@1`: whether the program passes its tests with the answer in it (`run_program`)."""
     program = f"{doc['query']}{results[0]}{doc['suffix']}\n{doc['test']}\ncheck({doc['entry_point']})\n"
     return {"pass@1": float(run_program(program).passed)}

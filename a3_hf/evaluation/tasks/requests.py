@@ -1,4 +1,4 @@
-"""What the tasks ask of a model beyond lm-eval's own requests: blanks with text on both sides, and counts of tokens."""
+"""Additions to lm-eval's requests and answers: blanks with text on both sides, and counts of tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +7,8 @@ KEY = "blank"
 
 
 class LogLikelihood(tuple):
-    """lm-eval's answer to `loglikelihood`, (log-likelihood in nats, whether greedy decoding would write it), which also
-    knows how many tokens it is the sum of. It stays a pair, so that every task and cache of lm-eval takes it.
+    """lm-eval's answer to `loglikelihood`, (log-likelihood in nats, whether greedy decoding would write it), with its number
+    of tokens. It stays a pair, so that every task and cache of lm-eval takes it.
     """
 
     num_tokens: int
@@ -24,9 +24,9 @@ class LogLikelihood(tuple):
 
 @dataclass(frozen=True)
 class Blank:
-    """What a `generate_until` request writes between its context and `suffix`: as many tokens as the text `length_of` has
-    there, or a number that the model chooses from `lengths` (least, most). `sentences` says how many sentences are wanted,
-    for a model that writes left to right and would not know where to end.
+    """A blank of a `generate_until` request between its context and `suffix`, with as many tokens as the text `length_of` has
+    there, or a number that the model chooses from `lengths` (least, most). `sentences` is the number of sentences, after
+    which a model that writes left to right ends.
     """
 
     suffix: str = ""
@@ -41,7 +41,7 @@ class Blank:
             )
 
     def in_kwargs(self) -> dict[str, Any]:
-        """The entry of `gen_kwargs` that asks for it: plain values, so that lm-eval's cache can hash them."""
+        """Its entry in `gen_kwargs`: plain values, so that lm-eval's cache can hash them."""
         size = {"length_of": self.length_of} if self.lengths is None else {"lengths": list(self.lengths)}
         if self.sentences is not None:
             size["sentences"] = self.sentences
@@ -49,11 +49,11 @@ class Blank:
 
 
 def take_blank(gen_kwargs: dict[str, Any]) -> tuple[dict[str, Any], Blank | None]:
-    """The rest of `gen_kwargs`, and the blank that they ask for, if any."""
+    """`gen_kwargs` without the blank, and the blank, if any."""
     rest = dict(gen_kwargs)
-    asked = rest.pop(KEY, None)
-    if asked is None:
+    entry = rest.pop(KEY, None)
+    if entry is None:
         return rest, None
-    if "lengths" in asked:
-        asked = {**asked, "lengths": tuple(asked["lengths"])}
-    return rest, Blank(**asked)
+    if "lengths" in entry:
+        entry = {**entry, "lengths": tuple(entry["lengths"])}
+    return rest, Blank(**entry)
