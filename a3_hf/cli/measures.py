@@ -187,9 +187,10 @@ def calibration(
     settings: dict,
 ) -> None:
     """Remove tokens from TEXT and write them again; compare the confidence of each token with its accuracy."""
-    from a3_hf.evaluation.measures.calibration import calibration_rows, check_blanks, plot_reliability
+    from a3_hf.evaluation.measures.calibration import calibration_rows, check_blanks
     from a3_hf.evaluation.measures.inputs import read_documents
     from a3_hf.evaluation.reporting.console import progress
+    from a3_hf.evaluation.reporting.plots import plot_reliability
 
     settings = {"strategy": "groupwise", **settings}
     check_blanks(share, shape, blank_length, bins, settings)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from a3_hf.evaluation.reporting.plots import plot_reliability  # noqa: F401  (its public place)
 from a3_hf.models.a3_llama.generation_config import A3GenerationConfig
 from a3_hf.models.a3_llama.orders import seed_of
 
