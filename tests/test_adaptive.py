@@ -28,7 +28,7 @@ from test_trainer import make_trainer, rows
 from a3_hf.training import run as train_module
 from a3_hf.training.curriculum import Curriculum
 from a3_hf.training.curriculum_callbacks import CurriculumCallback
-from a3_hf.training.run import losses_table
+from a3_hf.training.loss_report import losses_table
 from a3_hf.training.schedule import RECORD, AdaptiveSchedule, Schedule
 
 MAX_STEPS = 24

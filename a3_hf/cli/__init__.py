@@ -108,8 +108,8 @@ def adapt(
 
     The same command goes on from the last checkpoint after Ctrl-C or a crash.
     """
+    from a3_hf.training.dry_run import dry_run as plan
     from a3_hf.training.recipes import parse_recipe
-    from a3_hf.training.run import dry_run as plan
     from a3_hf.training.run import run
 
     def start() -> int:

@@ -9,10 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from a3_hf.adapters.checkpoints import base_of
+from a3_hf.adapters.checkpoint_info import CheckpointInfo, check_is_there
 from a3_hf.evaluation.reporting.results import write_result
-from a3_hf.models.auto import architecture_of, read_model_config
-from a3_hf.models.locations import check_is_there
 
 from .common import Commands, ModelPath, load, report_user_errors
 
@@ -458,7 +456,7 @@ def _load(path: str, scaling: dict[str, Any] | None):
 
     if scaling is None:
         return load(path)
-    config = read_model_config(base_of(path), architecture_of(base_of(path)))
+    config = CheckpointInfo.read(path).model_config()
     scale_rope(config, scaling)
     return load(path, config=config)
 
