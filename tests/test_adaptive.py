@@ -228,7 +228,7 @@ def test_the_trainer_decides_by_the_losses_of_its_steps(tmp_path):
 
 
 def test_a_callback_that_can_not_know_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="only the trainer's own callback can tell"):
+    with pytest.raises(ValueError, match="needs the trainer's own callback"):
         make_trainer(
             tmp_path,
             rows([6] * 4),
