@@ -25,6 +25,7 @@ from a3_hf.data.arguments import DataArguments
 from a3_hf.models.a3_llama.cpu_linear import fast_on_cpu
 from a3_hf.training import run as train_module
 from a3_hf.training import run_checks as settings_module
+from a3_hf.training import run_inputs
 from a3_hf.training.arguments import A3TrainingArguments, ModelArguments, Recipe
 from a3_hf.training.callbacks import InterruptCallback
 from a3_hf.training.curriculum import Curriculum
@@ -340,7 +341,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
     assert isinstance(load_model(path, base=base), PeftModel)
 
     config.write_text(json.dumps({**settings, "peft_type": "IA3"}))
-    with pytest.raises(ValueError, match="type 'IA3'; A3 takes LORA"):
+    with pytest.raises(ValueError, match="type 'IA3'; expected LORA"):
         load_model(path)
     config.write_text(json.dumps(settings)[:100])
     with pytest.raises(ValueError, match="cut off"):
@@ -354,7 +355,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
     with pytest.raises(ValueError, match="it lacks 14 weights"):
         load_model(path, base=str(tmp_path / "deep"))
     tiny_model(num_hidden_layers=2).save_pretrained(tmp_path / "shallow")
-    with pytest.raises(ValueError, match="the base has not, 14 weights"):
+    with pytest.raises(ValueError, match="the base lacks, 14 weights"):
         load_model(path, base=str(tmp_path / "shallow"))
 
 
@@ -611,7 +612,7 @@ def test_wrong_settings_are_refused(parsed, text, message):
     ],
 )
 def test_a_target_that_matches_nothing_is_said_before_data_is_read(source, tmp_path, monkeypatch, lora, message):
-    monkeypatch.setattr(train_module, "load_rows", None)
+    monkeypatch.setattr(run_inputs, "load_rows", None)
     monkeypatch.setattr(A3LlamaForCausalLM, "from_pretrained", None)
     with pytest.raises(ValueError, match=message):
         train_module.run(recipe(source, tmp_path, lora=lora))

@@ -28,7 +28,7 @@ from test_trainer import make_trainer, rows
 from a3_hf.training import run as train_module
 from a3_hf.training.curriculum import Curriculum
 from a3_hf.training.curriculum_callbacks import CurriculumCallback
-from a3_hf.training.run import losses_table
+from a3_hf.training.loss_report import losses_table
 from a3_hf.training.schedule import RECORD, AdaptiveSchedule, Schedule
 
 MAX_STEPS = 24
@@ -228,7 +228,7 @@ def test_the_trainer_decides_by_the_losses_of_its_steps(tmp_path):
 
 
 def test_a_callback_that_can_not_know_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="only the trainer's own callback can tell"):
+    with pytest.raises(ValueError, match="needs the trainer's own callback"):
         make_trainer(
             tmp_path,
             rows([6] * 4),

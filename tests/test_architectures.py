@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from a3_hf.adapters.checkpoints import load_model
+from a3_hf.adapters.checkpoint_info import CheckpointInfo
+from a3_hf.adapters.checkpoints import load_model, load_tokenizer
+from a3_hf.data.packing import load_rows
 from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
-from a3_hf.models.auto import ARCHITECTURES, architecture_of
+from a3_hf.models.auto import ARCHITECTURES
 from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import MaskedDiffusionLlamaForCausalLM
 from a3_hf.training import run as train_module
 from a3_hf.training.callbacks import InterruptCallback
@@ -88,8 +90,8 @@ def test_the_control_is_a_llama_and_its_loss_is_that_of_next_tokens(source, tmp_
     assert model.config.model_type == "llama"
     entries = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     measured = [entry["eval_loss"] for entry in entries if "eval_loss" in entry][-1]
-    tokenizer = train_module.load_tokenizer(str(source))
-    _, rows = train_module.load_rows(run.data, tokenizer, seed=11)
+    tokenizer = load_tokenizer(str(source))
+    _, rows = load_rows(run.data, tokenizer, seed=11)
     total = tokens = 0
     for row in rows:
         ids = torch.tensor([[t for t, real in zip(row["input_ids"], row["attention_mask"], strict=True) if real]])
@@ -100,7 +102,7 @@ def test_the_control_is_a_llama_and_its_loss_is_that_of_next_tokens(source, tmp_
 
 
 def test_a_llama_stays_one_only_where_it_is_said(source, tmp_path):
-    assert architecture_of(str(source)) == "a3"
+    assert CheckpointInfo.read(source).architecture == "a3"
     assert type(load_model(str(source))) is A3LlamaForCausalLM
     assert type(load_model(str(source), architecture="llama")) is LlamaForCausalLM
     load_model(str(source), architecture="masked_diffusion").save_pretrained(tmp_path / "diffusion")

@@ -9,8 +9,9 @@ from torch import nn
 
 pytest.importorskip("lm_eval")
 
-from a3_hf.evaluation.measures.calibration import calibration_rows, draw_blanks, plot_reliability, reliability
+from a3_hf.evaluation.measures.calibration import calibration_rows, draw_blanks, reliability
 from a3_hf.evaluation.measures.text_windows import Window, cut_windows
+from a3_hf.evaluation.reporting.plots import plot_reliability
 from tests.conftest import tiny_model
 
 TEXTS = ["Tom was happy, and so was his dog. One day, the cat sat on a mat!", "The dog ran home.", "One"]

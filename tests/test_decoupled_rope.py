@@ -28,6 +28,7 @@ from a3_hf.training.arguments import A3TrainingArguments, ModelArguments, Recipe
 from a3_hf.training.base_trainer import EVALUATION_SEED, row_generator
 from a3_hf.training.callbacks import InterruptCallback
 from a3_hf.training.curriculum import Curriculum
+from a3_hf.training.dry_run import dry_run
 from a3_hf.training.model_inputs import model_inputs
 from a3_hf.training.recipes import parse_recipe
 from a3_hf.training.trainer import EVALUATION_ORDERS
@@ -763,7 +764,7 @@ def test_what_a_recipe_can_not_have_is_said_before_the_model_is_loaded(source, t
 
 def test_a_dry_run_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match="architecture='decoupled_rope': the plan's formulas"):
-        train_module.dry_run(recipe(source, tmp_path), accelerate_configs=tmp_path, tflops=1.0)
+        dry_run(recipe(source, tmp_path), accelerate_configs=tmp_path, tflops=1.0)
 
 
 # Bad input

@@ -8,11 +8,12 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from a3_hf import A3LlamaForCausalLM
+from a3_hf.adapters import checkpoint_info
 from a3_hf.adapters.arguments import LoraArguments
-from a3_hf.adapters.checkpoints import base_of, load_model
+from a3_hf.adapters.checkpoint_info import CheckpointInfo, check_is_there
+from a3_hf.adapters.checkpoints import load_model
 from a3_hf.adapters.layers import attach
 from a3_hf.cli import app
-from a3_hf.models import locations as places
 from a3_hf.training.recipes import parse_recipe
 from a3_hf.training.run import run
 
@@ -27,7 +28,7 @@ def hub(monkeypatch):
         raise ConnectionError("the hub can't be reached\nmore")
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
-    places._ask_the_hub.cache_clear()
+    checkpoint_info._ask_the_hub.cache_clear()
     return asked
 
 
@@ -52,26 +53,26 @@ def test_what_is_no_hubs_name_is_no_such_folder(hub, tmp_path, monkeypatch, path
     (tmp_path / "here" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="there is no such folder"):
-        places.check_is_there(path)
+        check_is_there(path)
     assert hub == []
 
 
 def test_a_hubs_name_is_asked_for_once_and_the_cache_stands_for_it(hub, tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"'owner/name': there is no such folder .* hub gave none: the hub can't be reached$"
+            ValueError, match=r"'owner/name': there is no such folder .* hub has none: the hub can't be reached$"
         ):
-            places.check_is_there("owner/name")
-    monkeypatch.setattr(places.constants, "HF_HUB_CACHE", str(tmp_path))
+            check_is_there("owner/name")
+    monkeypatch.setattr(checkpoint_info.constants, "HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "models--owner--other" / "snapshots").mkdir(parents=True)
-    places.check_is_there("owner/other")
+    check_is_there("owner/other")
     assert set(hub) == {"owner/name"}
 
 
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "model.bin").touch()
     with pytest.raises(ValueError, match="is a file"):
-        places.check_is_there(str(tmp_path / "model.bin"))
+        check_is_there(str(tmp_path / "model.bin"))
 
 
 @pytest.mark.parametrize(
@@ -117,9 +118,13 @@ def project(source, tmp_path, monkeypatch):
 
 
 def test_a_base_is_found_from_another_folder(project, tmp_path, monkeypatch):
-    assert base_of("runs/adapter") == "models/base"
+    assert CheckpointInfo.read("runs/adapter").base == "models/base"
     monkeypatch.chdir(tmp_path)
-    assert base_of(str(project / "runs" / "adapter")) == base_of("project/runs/adapter") == str(project / "models/base")
+    assert (
+        CheckpointInfo.read(str(project / "runs" / "adapter")).base
+        == CheckpointInfo.read("project/runs/adapter").base
+        == str(project / "models/base")
+    )
     done = CliRunner().invoke(app, ["infill", "project/runs/adapter", "w1 <blank:2> w3", "--slot-start", "left_token"])
     assert done.exit_code == 0, done.output
 
@@ -129,7 +134,7 @@ def test_a_base_is_found_beside_the_adapter(project, tmp_path, monkeypatch):
     shutil.move(project / "models" / "base", tmp_path / "usb" / "base")
     shutil.move(project / "runs" / "adapter", tmp_path / "usb" / "adapter")
     monkeypatch.chdir("/")
-    assert base_of(str(tmp_path / "usb" / "adapter")) == str(tmp_path / "usb" / "base")
+    assert CheckpointInfo.read(str(tmp_path / "usb" / "adapter")).base == str(tmp_path / "usb" / "base")
     assert load_model(str(tmp_path / "usb" / "adapter"), slot_start="left_token").active_adapters == ["default"]
 
 

@@ -1,7 +1,7 @@
 import pytest
 from transformers.utils import is_matplotlib_available
 
-from a3_hf.training.loss_plot import plot_losses
+from a3_hf.training.loss_report import plot_losses
 from a3_hf.training.trainer import EVALUATION_ORDERS
 
 STAGES = {"stages": ["ar", "permute"], "ends": [10, 30], "tokens_per_step": 1000}

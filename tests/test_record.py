@@ -80,7 +80,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_embeds_is_refused(source, toke
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     recipe = small_recipe(source, tmp_path / "out")
     recipe.model.tokenizer_name_or_path = str(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match=r"ids up to \d+, and the model .* embeds those below 61"):
+    with pytest.raises(ValueError, match=r"ids up to \d+, and the model .* embeds ids below 61"):
         run(recipe)
     assert not (tmp_path / "out").exists()
 

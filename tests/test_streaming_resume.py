@@ -19,7 +19,6 @@ from conftest import tiny_config
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from a3_hf.data import mixture as streaming
 from a3_hf.data.arguments import DataArguments
 from a3_hf.data.sources import Source
 from a3_hf.training import run as train_module
@@ -151,7 +150,7 @@ def _child(
             yield text
 
     if rank == dying_rank:
-        Source.texts, streaming.RETRY_WAITS = dying, ()
+        Source.texts = dying
     code = train_module.run(recipe(source, output_dir, num_ranks=num_ranks))
     sys.stdout.flush()
     os._exit(code)

@@ -35,7 +35,7 @@ MAY_IMPORT = {
 # Where a library may be imported, by the start of a module's name.
 ONLY_IN = {
     "typer": "cli",
-    "matplotlib": ("training.loss_plot", "evaluation.reporting.plots"),
+    "matplotlib": ("training.loss_report", "evaluation.reporting.plots"),
     "lm_eval": "evaluation",
 }
 MODULES = {

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from a3_hf import A3LlamaForCausalLM, A3Trainer, Curriculum
-from a3_hf.adapters import checkpoints as adapters
+from a3_hf.adapters import layers
 from a3_hf.adapters.arguments import LoraArguments
 from a3_hf.adapters.layers import SlotLinear, SlotLoraConfig, attach
 from a3_hf.data.collator import RowCollator
@@ -65,7 +65,7 @@ def test_a_trainer_that_makes_another_number_of_steps_is_an_error(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=2)
     assert trainer.schedule.ends == (6,)  # six rows, two a step, twice
     trainer._planned_steps = 5
-    with pytest.raises(RuntimeError, match="makes 6 steps; the curriculum was laid out for 5"):
+    with pytest.raises(RuntimeError, match="makes 6 steps; the curriculum was planned for 5"):
         trainer.train()
 
 
@@ -86,7 +86,7 @@ def test_adapters_on_other_rows_than_the_slots_are_an_error(monkeypatch):
 def test_adapters_on_no_row_are_an_error(monkeypatch):
     plain = SimpleNamespace(modules=lambda: [torch.nn.Linear(2, 2)])
     with pytest.raises(RuntimeError, match="made no layer"):
-        adapters._check_slots_alone(plain)
+        layers._check_slots_alone(plain)
     assert issubclass(SlotLinear, LoraLinear)
 
 

@@ -153,33 +153,30 @@ def load(
     """
     import torch
 
+    from a3_hf.adapters.checkpoint_info import CheckpointInfo, check_is_there
     from a3_hf.adapters.checkpoints import load_model, load_tokenizer
-    from a3_hf.models.locations import check_is_there
 
     check_is_there(path, name="model")
     settings: dict[str, Any] = {}
+    checkpoint = CheckpointInfo.read(path, base=base)
     if slot_start is not None:
-        _check_slot_start(slot_start, path, base)
+        _check_slot_start(slot_start, checkpoint.base_config, path)
         settings["slot_start"] = slot_start
     if rope_scaling is not None:
         from a3_hf.evaluation.measures.inputs import stretched_config
 
-        settings["config"] = stretched_config(path, rope_scaling)
-    tokenizer = load_tokenizer(path, base=base)
+        settings["config"] = stretched_config(checkpoint, rope_scaling)
+    tokenizer = load_tokenizer(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(path, base=base, **settings).to(device).eval(), tokenizer
+    return load_model(checkpoint, **settings).to(device).eval(), tokenizer
 
 
-def _check_slot_start(slot_start: str, path: str, base: str | None) -> None:
-    from transformers import LlamaConfig
-
-    from a3_hf.adapters.checkpoints import base_of
+def _check_slot_start(slot_start: str, config: dict[str, Any], path: str) -> None:
     from a3_hf.models.a3_llama.configuration_a3_llama import SLOT_STARTS
 
     given = f"--slot-start {slot_start}"
     if slot_start not in SLOT_STARTS:
         raise ValueError(f"{given}: expected {' or '.join(SLOT_STARTS)}")
-    config = LlamaConfig.get_config_dict(base or base_of(path))[0]
     model_type = config.get("model_type")
     if model_type not in ("llama", "a3_llama"):
         raise ValueError(f"{given}: a model of type {model_type!r} has no slot start; leave it out")

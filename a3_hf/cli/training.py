@@ -25,6 +25,7 @@ def adapt(
 
     After Ctrl-C or a crash, the same command resumes from the last checkpoint.
     """
+    from a3_hf.training import dry_run as plan
     from a3_hf.training import run
     from a3_hf.training.recipes import parse_recipe
 
@@ -34,7 +35,7 @@ def adapt(
         raise ValueError(f"accelerate_configs={str(accelerate_configs)!r}: expected a folder that exists")
     if tflops <= 0:
         raise ValueError(f"tflops={tflops}: expected a number above 0")
-    run.dry_run(parse_recipe(recipe, context.args), accelerate_configs=accelerate_configs, tflops=tflops)
+    plan.dry_run(parse_recipe(recipe, context.args), accelerate_configs=accelerate_configs, tflops=tflops)
     return 0
 
 

@@ -27,7 +27,7 @@ from a3_hf.evaluation.measures.order_losses import measure_losses
 from a3_hf.evaluation.measures.trained_run import Trained
 from a3_hf.evaluation.reporting.results import environment
 from a3_hf.training import run as train
-from a3_hf.training.loss_plot import loss_names
+from a3_hf.training.loss_report import loss_names
 
 from .grid import Cell, Experiment, check_record
 from .initial_models import make_start

@@ -90,10 +90,6 @@ class A3TrainingArguments(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns=True: would silently drop what the trainer draws orders from; leave it false"
             )
-        if self.loss not in ("plain", "chunked"):
-            raise ValueError(f"loss={self.loss!r}: takes 'plain' or 'chunked'")
-        if self.peak_flops is not None and not self.peak_flops > 0:
-            raise ValueError(f"peak_flops={self.peak_flops}: takes a number above 0")
         check_fields(self)
         if isinstance(self.deepspeed, str) and not Path(self.deepspeed).is_file():
             raise ValueError(f"deepspeed={self.deepspeed!r}: there is no such file (relative to {Path.cwd()})")

@@ -1,8 +1,7 @@
-"""What the trainers have in common: draws by step and row, a stop before a bad step, an evaluation that leaves no trace."""
+"""Base of the trainers: draws by step and row, a stop before non-finite steps, evaluations without side effects."""
 
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,27 +13,50 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from .even_rows import EvenRowsTrainer
 from .throughput import Meter, peak_memory_mib
 
-# Apart from the run's seed, so that the losses of two runs are taken under the same orders.
+# Not the run's seed, so that the losses of two runs are measured under the same orders.
 EVALUATION_SEED = 20_250_411
 
 
 def row_generator(*seeds: int) -> torch.Generator:
-    """A CPU generator for one row, seeded by the numbers given (the run's seed, the step, the row's index in the global
-    batch), well mixed: neighbouring steps and rows get unrelated streams.
+    """A CPU generator of one row, seeded by the numbers given (the run's seed, the step, the row's index in the global
+    batch). Neighbouring steps and rows get unrelated streams.
     """
     mixed = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed) >> 1)
 
 
 def first_row_index(micro_batch: int, *, world_size: int, rank: int, rows_per_batch: int) -> int:
-    """The index in the global batch of the first row of a rank's n-th micro-batch: a row keeps its index, and so its
+    """The index in the global batch of the first row of a rank's n-th micro-batch. A row has the same index, and so the same
     order, on any number of ranks.
     """
     return (micro_batch * world_size + rank) * rows_per_batch
 
 
+def check_arguments(args: TrainingArguments) -> None:
+    """Raises ValueError for training arguments that `BaseTrainer` can't follow: label smoothing, Liger's kernels, several
+    devices in one process, and metrics of parts of the evaluation set.
+    """
+    if args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel=True: Liger's kernels know no model of this type and would silently do nothing; leave it out"
+        )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor}: expected 0; it would smooth shifted labels"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} devices in one process; start one process for each (torchrun or accelerate launch)"
+        )
+    if args.batch_eval_metrics or not args.eval_do_concat_batches:
+        raise ValueError(
+            f"batch_eval_metrics={args.batch_eval_metrics}, eval_do_concat_batches={args.eval_do_concat_batches}: expected "
+            "False and True; the metrics are those of the whole set"
+        )
+
+
 class NonFiniteLossError(ValueError):
-    """The loss of a step is NaN or infinite; the weights have not taken the step."""
+    """The loss of a step is NaN or infinite; the weights are those before the step."""
 
 
 class BeforeTheStepCallback(TrainerCallback):
@@ -50,57 +72,62 @@ class BeforeTheStepCallback(TrainerCallback):
 
 
 class BaseTrainer(EvenRowsTrainer):
-    """A `Trainer` for losses whose labels stand where they are predicted, under draws that are its own.
+    """A `Trainer` for losses on unshifted labels under reproducible random draws.
 
     Identical to `Trainer` except:
 
-    - The collator gives `input_ids`, `attention_mask` and `labels`, each (B, S), labels not shifted: a token whose label is
-      −100 is given, and not scored. `document_ids` (B, S), where it gives them (1 or more at tokens, 0 at padding), keep the
-      documents of a row apart.
-    - The model divides the loss by the number of scored tokens of the update step, so that ragged rows weigh by their tokens.
-    - Each row with a scored token has a given one (BOS), and so has each document of a row (its own BOS).
+    - The collator gives `input_ids`, `attention_mask` and `labels`, each (B, S), labels unshifted: −100 marks a given token,
+      which is not scored. Optional `document_ids` (B, S), from 1 at tokens and 0 at padding, keep documents of a row apart.
+    - The model divides the loss by the number of scored tokens of the update step, so every scored token has equal weight.
+    - Each row with a scored token has a given one (BOS), and so has each document of a row.
     - A subclass draws in `compute_loss`, which numbers its micro-batches by `count`, from (seed, step, the row's index in the
       global batch): a resumed run, or one on another number of ranks, draws the same.
-    - A loss that is not finite stops training on all ranks before the weights take the step (`NonFiniteLossError`; with
-      DeepSpeed, which steps by itself, right after it).
-    - `evaluate` makes the same draws at every evaluation of every run, and training goes on after it as if there had been
-      none.
-    - The logs hold `tokens_per_second` over all ranks, evaluation apart, and `peak_memory_mib`.
+    - A loss that is not finite stops training on all ranks before the weights are updated (`NonFiniteLossError`; with
+      DeepSpeed, which steps by itself, right after).
+    - `evaluate` makes the same draws at every evaluation of every run and changes nothing in the training after it.
+    - The logs hold `tokens_per_second` over all ranks, without evaluations, and `peak_memory_mib`.
+
+    Args:
+        compute_metrics: as `Trainer`'s; so are the arguments after it.
 
     Raises:
-        ValueError: an argument of `Trainer` that does not go with this: label smoothing, several devices in one process,
-            Liger's kernels, metrics that are not made of whole sets.
+        ValueError: training arguments that `check_arguments` refuses.
     """
 
-    instead_of_liger = ""  # what saves their memory here
-
-    def __init__(self, model: nn.Module | None, args: TrainingArguments | None, *, callbacks=(), **kwargs: Any):
-        name = type(self).__name__
-        if args is not None and args.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel=True: Liger's kernels know no model of this type and would be left out in silence"
-                f"{self.instead_of_liger}"
-            )
-        super().__init__(model=model, args=args, callbacks=list(callbacks), **kwargs)
-        if self.args.label_smoothing_factor != 0:
-            raise ValueError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor}; {name} takes 0: it would smooth shifted labels"
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} devices in one process; start one process for each (torchrun or accelerate launch)"
-            )
-        if self.args.batch_eval_metrics or not self.args.eval_do_concat_batches:
-            raise ValueError(f"{name} takes batch_eval_metrics=False and eval_do_concat_batches=True")
-        # The model divides by the scored tokens of the step, and `Trainer` shall not divide again: said in its words, and
-        # looked at in `training_step`.
+    def __init__(
+        self,
+        model: nn.Module | None,
+        args: TrainingArguments | None,
+        *,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple = (None, None),
+    ):
+        args = TrainingArguments() if args is None else args
+        check_arguments(args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=list(callbacks),
+            optimizers=optimizers,
+        )
+        # The model divides by the scored tokens of the step; `Trainer` must not divide again, which `training_step` checks.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._meter = Meter()
         self._micro_batch = 0
-        self._sampled_step: int | None = None  # whose batches `get_batch_samples` gave
+        self._sampled_step: int | None = None  # the step of the last `get_batch_samples`
         self._step_losses: list[torch.Tensor] = []  # of the micro-batches of the current update step
-        self._computed_loss: torch.Tensor | None = None  # what the last `compute_loss` gave to `Trainer`
+        self._computed_loss: torch.Tensor | None = None  # returned by the last `compute_loss`
         self._loss_was_checked = False
         self._evaluation_batch = 0
         self.add_callback(BeforeTheStepCallback(self.check_finite))
@@ -108,8 +135,8 @@ class BaseTrainer(EvenRowsTrainer):
     def get_batch_samples(
         self, epoch_iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        # Called once for each update step, before its micro-batches. Identical to Trainer's except: it counts scored tokens as
-        # `count_scored` says.
+        # Called once for each update step, before its micro-batches. Identical to Trainer's except: tokens are counted by
+        # `count_scored`.
         self._meter.start()
         self._micro_batch = 0
         self._step_losses = []
@@ -123,14 +150,14 @@ class BaseTrainer(EvenRowsTrainer):
         return batches, scored
 
     def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """() how many tokens of an update step's micro-batches, on this rank, the loss is divided by."""
+        """The number of tokens, (), that the loss of an update step's micro-batches on this rank is divided by."""
         return torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum()
 
     def count(self, inputs: dict[str, torch.Tensor]) -> int:
-        """The number of this micro-batch in its update step, from 0; counts it, and its tokens. Called once for each.
+        """Counts a micro-batch and its tokens, and returns its number in the update step, from 0. Call it once for each.
 
         Raises:
-            RuntimeError: the step began without `get_batch_samples`, so that draws would be those of other rows.
+            RuntimeError: the step began without `get_batch_samples`, so rows have no number.
         """
         if self.is_in_train and self._sampled_step != self.state.global_step:
             raise RuntimeError(
@@ -148,7 +175,7 @@ class BaseTrainer(EvenRowsTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
-        # What is left of Trainer's where the model itself divides by `num_items_in_batch`. `check_finite` needs the loss, too.
+        # Trainer's for a model that itself divides by `num_items_in_batch`; keeps the loss for `check_finite`.
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
@@ -158,15 +185,15 @@ class BaseTrainer(EvenRowsTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def ranks_averaged(self) -> int:
-        """What a loss divided by the tokens of all ranks is multiplied by, for the gradients of ranks are averaged: their
-        number, or 1 where each rank divides by its own tokens.
+        """The factor that undoes averaging the gradients of ranks: their number, or 1 where each rank divides its loss by its own
+        tokens.
         """
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        # Identical to Trainer's except: in the first step the loss must come through it as it was.
+        # Identical to Trainer's except: the first step checks that Trainer does not rescale the loss.
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._loss_was_checked:
             self._loss_was_checked = True
@@ -186,8 +213,13 @@ class BaseTrainer(EvenRowsTrainer):
             rows_per_batch=self._train_batch_size,
         )
 
+    def training_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
+        """A generator for each row of this step's n-th micro-batch on this rank."""
+        first_row = self.first_training_row(micro_batch)
+        return [row_generator(self.args.seed, self.state.global_step, first_row + row) for row in range(num_rows)]
+
     def next_evaluation_row(self) -> int:
-        """The index in the evaluation set of the first row of the batch that is due on this rank; counts the batches."""
+        """Counts an evaluation batch, and returns the index in the evaluation set of its first row on this rank."""
         self._evaluation_batch += 1
         return first_row_index(
             self._evaluation_batch - 1,
@@ -200,30 +232,28 @@ class BaseTrainer(EvenRowsTrainer):
         """Called before each update.
 
         Raises:
-            NonFiniteLossError: on all ranks alike; names the step and the rows of the global batch.
+            NonFiniteLossError: on all ranks; names the step and the rows of the global batch.
         """
         is_bad = ~torch.stack(self._step_losses).isfinite()
+        anywhere = is_bad.any().long()
         if self.args.world_size > 1:
-            anywhere = is_bad.any().long()
             torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
-        else:
-            anywhere = is_bad.any()
         if not anywhere.item():
             return
         firsts = [self.first_training_row(micro_batch) for micro_batch in is_bad.nonzero().flatten().tolist()]
         rows = gather_object([f"{first} to {first + self._train_batch_size - 1}" for first in firsts])
         raise NonFiniteLossError(
             f"step {self.state.global_step + 1}: the loss is not finite in rows {', '.join(rows)} of its batch (counted from "
-            f"0); the weights have not taken the step, and the checkpoints in {self.args.output_dir} are as they were. Lower "
+            f"0); the weights are those before the step, and the checkpoints in {self.args.output_dir} are unchanged. Lower "
             "learning_rate or max_grad_norm, or look at these rows"
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The losses of a set in nats per token, as the class says. Training goes on after it as if there had been none."""
+        """Measures the losses of a set in nats per token; see the class. Training after it is the same as without it."""
         was_training = self.model.training
         self._evaluation_batch = 0
         self._meter.pause()
-        # A loader draws a seed for its workers from the global generator, which dropout uses too.
+        # A loader seeds its workers from the global generator, which dropout uses too.
         with torch.random.fork_rng(devices=[]):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.model.train(was_training)
@@ -235,8 +265,8 @@ class BaseTrainer(EvenRowsTrainer):
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def costs(self) -> dict[str, float]:
-        """What training costs, for the logs: tokens per second on all ranks (taken as equal) since the last log, and the most
-        memory held by this process.
+        """Costs for the logs: tokens per second since the last log, over all ranks (taken as equal), and this process's peak
+        memory.
         """
         costs = {"peak_memory_mib": peak_memory_mib(self.args.device)}
         rate = self._meter.read()
@@ -245,17 +275,17 @@ class BaseTrainer(EvenRowsTrainer):
         return costs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Identical to Trainer's except: the logs of training say what it costs.
+        # Identical to Trainer's except: logs of training have the costs.
         if "loss" in logs:
             logs.update(self.costs())
         super().log(logs, start_time)
 
 
 def scored_tokens(prediction: EvalPrediction) -> int:
-    """How many tokens of the evaluation set are scored, from the number of each row's.
+    """The number of scored tokens of the evaluation set, from the number of each row's.
 
     Raises:
-        ValueError: none.
+        ValueError: no token is scored.
     """
     tokens = int(prediction.label_ids.sum())
     if tokens == 0:
@@ -264,11 +294,10 @@ def scored_tokens(prediction: EvalPrediction) -> int:
 
 
 def given_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(B, S), True at tokens that are known from the start: real ones whose label is −100.
+    """(B, S) bool, True at real tokens whose label is −100: they are known from the start.
 
     Raises:
-        ValueError: labels at padding; a row, or a document in it, that scores a token but gives none; documents that are
-            not numbered from 1.
+        ValueError: labels at padding; a row or a document with scored tokens and no given one; documents not numbered from 1.
     """
     missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in inputs]
     if missing:

@@ -1,12 +1,12 @@
-"""Training of masked diffusion: tokens masked at random, losses weighted so that they bound the nats per token."""
+"""Trainer of masked diffusion: tokens masked at random, losses weighted to bound the nats per token."""
 
 import math
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 
 from a3_hf.models.masked_diffusion_llama.corruption import (
     check_mask_token,
@@ -21,7 +21,7 @@ from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import 
 from .base_trainer import EVALUATION_SEED, BaseTrainer, given_tokens, row_generator, scored_tokens
 
 MASKINGS = {"rate": mask_by_rate, "count": mask_by_count}
-# What a step draws beside its rows, told apart by the last of its seeds: (seed, step, 0, one of these). Rows have three.
+# Last seed of a step's own draws, (seed, step, 0, one of these); draws of rows have three seeds.
 SPREAD, VISIBLE = 1, 2
 
 
@@ -30,21 +30,22 @@ class DiffusionTrainer(BaseTrainer):
 
     Identical to `BaseTrainer` except:
 
-    - Each row's share t to mask is drawn from U(0, 1], each of its tokens is masked with probability t, and the loss is
+    - A masking rate t is drawn from U(0, 1] for each row, each of its tokens is masked with probability t, and the loss is
       Σ 1/t · −log p(token) over masked tokens, divided by the number of scored tokens of the update step, masked or not: in
       expectation an upper bound on the nats per token.
     - The first token of a row (BOS) is given. A given token is never masked.
-    - `evaluate` measures `eval_loss`, the bound by Monte Carlo, in nats per token over all scored tokens of the set, from
-      `eval_samples` masks a row, by `mask_by_count` with numbers spread evenly over each row's.
+    - `evaluate` measures `eval_loss`, a Monte Carlo estimate of the bound in nats per token over all scored tokens of the set,
+      from `eval_samples` masks a row, by `mask_by_count` with counts spread evenly over the row.
 
     Args:
         masking: `"rate"`, as above, or `"count"` (not in the paper: LLaDA's estimator of likelihood): exactly l of a row's L
-            tokens, l uniform in 1..L, weighted L/l. The same in expectation, and it varies less.
-        low_discrepancy: spread the shares of a step's rows evenly over (0, 1], each by itself still uniform (not in the paper;
-            MDLM does so).
-        anneal_steps: from causal to bidirectional attention, as DiffuLLaMA does: at step n of so many each token sees those
-            before it, and each of those after it with probability n / anneal_steps, drawn anew at every step. 0: none.
+            tokens, l uniform in 1..L, weighted L/l: the same expectation with less variance.
+        low_discrepancy: spread the rates of a step's rows evenly over (0, 1], each still uniform (not in the paper; MDLM does
+            so).
+        anneal_steps: steps from causal to bidirectional attention, as in DiffuLLaMA: at step n each token sees earlier ones,
+            and each later one with probability n / anneal_steps, drawn anew at every step. 0: none.
         eval_samples: masks per row of the evaluation.
+        **trainer: other arguments of `BaseTrainer`.
 
     Raises:
         ValueError: no mask token, or one that is a real word of `processing_class`; an unknown masking; an attention
@@ -56,16 +57,11 @@ class DiffusionTrainer(BaseTrainer):
         model: nn.Module,
         args: TrainingArguments | None = None,
         *,
-        data_collator: Callable | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        callbacks: Sequence[TrainerCallback] = (),
-        optimizers: tuple = (None, None),
         masking: str = "rate",
         low_discrepancy: bool = False,
         anneal_steps: int = 0,
         eval_samples: int = 8,
+        **trainer: Any,
     ):
         if masking not in MASKINGS:
             raise ValueError(f"masking={masking!r}; it takes one of {', '.join(MASKINGS)}")
@@ -74,45 +70,34 @@ class DiffusionTrainer(BaseTrainer):
         if eval_samples < 1:
             raise ValueError(f"eval_samples={eval_samples}; it takes at least 1: the bound is a mean")
         self.mask_token_id = required_mask_token(model.config)
-        if processing_class is not None:
-            check_mask_token(processing_class, self.mask_token_id, vocab_size=model.config.vocab_size)
+        tokenizer = trainer.get("processing_class")
+        if tokenizer is not None:
+            check_mask_token(tokenizer, self.mask_token_id, vocab_size=model.config.vocab_size)
         if anneal_steps and model.config._attn_implementation not in PATTERNED:
             raise ValueError(
                 f"anneal_steps={anneal_steps} needs an attention implementation that takes any mask, "
                 f"{' or '.join(PATTERNED)}; got {model.config._attn_implementation!r}"
             )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            compute_metrics=_nats_per_token,
-        )
+        super().__init__(model, args, compute_metrics=_nats_per_token, **trainer)
         self.masking, self.low_discrepancy = masking, low_discrepancy
         self.anneal_steps, self.eval_samples = anneal_steps, eval_samples
 
     def draw(self, is_open: torch.Tensor, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is masked of the `is_open` (B, S) tokens of this step's n-th micro-batch on this rank, and the weights (B, 1):
-        the same however often they are drawn.
+        """Draws the tokens to mask (B, S) of the `is_open` (B, S) ones in this step's n-th micro-batch on this rank, and the
+        weights (B, 1); repeated calls draw the same.
         """
-        seed, step = self.args.seed, self.state.global_step
-        first_row = self.first_training_row(micro_batch)
-        level, noise = _draw_rows(is_open, [row_generator(seed, step, first_row + row) for row in range(len(is_open))])
+        level, noise = _draw_rows(is_open, self.training_generators(micro_batch, len(is_open)))
         if self.low_discrepancy:
             rows_per_step = self.get_total_train_batch_size(self.args)
-            place = (first_row + torch.arange(len(is_open))) / rows_per_step
-            shift = torch.rand((), generator=row_generator(seed, step, 0, SPREAD))
+            place = (self.first_training_row(micro_batch) + torch.arange(len(is_open))) / rows_per_step
+            shift = torch.rand((), generator=row_generator(self.args.seed, self.state.global_step, 0, SPREAD))
             level = ((shift + place) % 1.0)[:, None].to(is_open.device)
         if self.masking == "rate":
             return mask_by_rate(is_open, 1.0 - level, noise)  # `level` is in [0, 1)
         return mask_by_count(is_open, spread_counts(is_open.sum(dim=1), level[:, 0], 1), noise)
 
     def visible_mask(self, length: int) -> torch.Tensor | None:
-        """(S, S) bool, what each token sees at this step of the annealing; None: everything."""
+        """(S, S) bool, True where a token (row) sees another (column) at this step of the annealing; None: everywhere."""
         step = self.state.global_step
         if step >= self.anneal_steps:
             return None
@@ -167,7 +152,7 @@ class DiffusionTrainer(BaseTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Each row's bound in nats (B,), and the number of its scored tokens (B,); `predict` returns the same."""
+        """Each row's bound in nats (B,) and number of scored tokens (B,); `predict` returns the same."""
         inputs = self._prepare_inputs(inputs)
         is_open = self._open_tokens(inputs)
         first_row = self.next_evaluation_row()
@@ -188,7 +173,7 @@ class DiffusionTrainer(BaseTrainer):
 
 
 def _draw_rows(is_open: torch.Tensor, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uniform numbers in [0, 1) from each row's own generator: (B, 1), and (B, S)."""
+    """Draws uniform numbers in [0, 1), (B, 1) and (B, S), each row from its own generator."""
     draws = [
         (torch.rand(1, generator=generator), torch.rand(is_open.shape[1], generator=generator))
         for generator in generators

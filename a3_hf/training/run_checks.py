@@ -1,34 +1,44 @@
-"""Whether the settings of a recipe go together, and whether they can be followed here, before anything is trained."""
+"""Checks that the settings of a recipe go together and can be followed on this machine, before anything is trained."""
 
 import copy
-from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from transformers import LlamaConfig, Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_bitsandbytes_available
 
 from a3_hf.data.mixture import check_readers
-from a3_hf.models.a3_llama.attention_masks import group_attention_mask, groups_of
 from a3_hf.models.auto import ARCHITECTURES
 
 from .arguments import A3TrainingArguments, Recipe
-from .stage_checks import check_one_stream, check_two_streams
+from .base_trainer import check_arguments
+from .stage_checks import check_stages
 from .trainer_fields import REFUSED_WITH_SOURCES
+
+# Settings of the losses, by the architectures that have them.
+LOSS_SETTINGS = {
+    "loss": ("a3", "decoupled_rope"),
+    "peak_flops": ("a3", "decoupled_rope"),
+    "content_loss_weight": ("a3", "decoupled_rope"),
+    "distillation_weight": ("a3", "decoupled_rope"),
+    "masking": ("masked_diffusion",),
+    "low_discrepancy": ("masked_diffusion",),
+    "anneal_steps": ("masked_diffusion",),
+}
 
 
 def check_settings(recipe: Recipe) -> None:
-    """Whether the settings of a recipe go together, as far as that can be told without its model.
+    """Checks the settings of a recipe against each other, without its model.
 
     Raises:
-        ValueError: they don't, or a file or a package that they need is missing.
+        ValueError: settings that don't go together or have no effect, or a package that is missing.
     """
     training = recipe.training
     try:
         Trainer.get_optimizer_cls_and_kwargs(training)
     except (ImportError, ValueError, RuntimeError) as error:
-        if "model" not in str(error):  # some ask for the model, which there is later
+        if "model" not in str(error):  # some optimizers need the model, which is loaded later
             raise ValueError(f"optim={training.optim!s}: {error}") from error
     if training.save_only_model:
         raise ValueError("save_only_model=True: such checkpoints can't be resumed from; leave it out")
@@ -36,61 +46,37 @@ def check_settings(recipe: Recipe) -> None:
         raise ValueError("load_in_4bit=True: weights in 4 bits can't be trained; set lora, whose adapters can")
     if recipe.model.load_in_4bit and not is_bitsandbytes_available():
         raise ValueError("load_in_4bit=True needs bitsandbytes: pip install bitsandbytes")
-    if recipe.model.architecture != "llama":
-        for name in ("label_smoothing_factor", "use_liger_kernel"):
-            if getattr(training, name):
-                raise ValueError(f"{name}={getattr(training, name)}: is for architecture 'llama' alone; leave it out")
-    if recipe.data.sources is not None:
-        if training.max_steps <= 0:
-            raise ValueError(f"max_steps={training.max_steps}: sources have no end; set how many steps the run has")
-        check_readers(
-            recipe.data.num_shards, world_size=training.world_size, num_workers=training.dataloader_num_workers
-        )
-        for name in REFUSED_WITH_SOURCES:
-            value, default = getattr(training, name), A3TrainingArguments.__dataclass_fields__[name].default
-            if value != default:
-                raise ValueError(
-                    f"{name}={value!r} has no effect with sources, which are read in their order; leave it out"
-                )
     if training.content_loss_weight and recipe.lora is not None and recipe.lora.rows == "slots":
         raise ValueError(
             f"content_loss_weight={training.content_loss_weight}: with lora.rows 'slots' the content stream is not "
             "trained; leave it out"
         )
     _check_architecture(recipe)
-    for name, path in (("train_file", recipe.data.train_file), ("validation_file", recipe.data.validation_file)):
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{name}={path!r}: there is no such file (relative paths start at {Path.cwd()})")
-    if training.max_steps > 0 and recipe.curriculum is not None:
-        recipe.curriculum.resolve(
-            max_steps=training.max_steps, tokens_per_step=training.rows_per_step * recipe.data.block_size
-        )
+    if recipe.data.sources is not None:
+        _check_sources(recipe)
+    if recipe.curriculum is not None:
+        _check_curriculum(recipe)
+
+
+def check_attention(recipe: Recipe, config: LlamaConfig) -> None:
+    """Raises ValueError unless the model can be made with the recipe's `attn_implementation` on this machine."""
+    implementation = recipe.model.attn_implementation
+    model_class = ARCHITECTURES[recipe.model.architecture].model
+    try:
+        with init_empty_weights():
+            model_class._from_config(copy.deepcopy(config), attn_implementation=implementation)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"attn_implementation={implementation!r}: {' '.join(str(error).split())}") from error
 
 
 def _check_architecture(recipe: Recipe) -> None:
-    """Refuses settings that would have no effect on a model of the recipe's architecture, or that it can't follow."""
+    """Refuses settings without effect on the recipe's architecture."""
     training, architecture = recipe.training, recipe.model.architecture
-    weights = {
-        "content_loss_weight": training.content_loss_weight,
-        "distillation_weight": training.distillation_weight,
-    }
-    if architecture == "decoupled_rope":
-        check_one_stream(recipe.curriculum.stages, **weights)
-    if architecture == "a3":
-        check_two_streams(recipe.curriculum.stages, chunked_loss=training.loss == "chunked", **weights)
-    own = {
-        "a3": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},
-        "decoupled_rope": {**weights, "loss": training.loss, "peak_flops": training.peak_flops},
-        "masked_diffusion": {
-            "masking": training.masking,
-            "low_discrepancy": training.low_discrepancy,
-            "anneal_steps": training.anneal_steps,
-        },
-        "llama": {},
-    }
-    for name in dict.fromkeys(name for settings in own.values() for name in settings):
+    if architecture != "llama":
+        check_arguments(training)
+    for name, architectures in LOSS_SETTINGS.items():
         value = getattr(training, name)
-        if name not in own[architecture] and value != A3TrainingArguments.__dataclass_fields__[name].default:
+        if architecture not in architectures and value != _default(name):
             raise ValueError(f"{name}={value!r} has no effect with architecture {architecture!r}; leave it out")
     if architecture != "a3" and recipe.model.slot_start is not None:
         raise ValueError(
@@ -107,18 +93,34 @@ def _check_architecture(recipe: Recipe) -> None:
         )
 
 
-def check_attention(recipe: Recipe, config: LlamaConfig) -> None:
-    """Raises ValueError unless the model can be made with the recipe's `attn_implementation` where this runs, and trained
-    with it.
-    """
-    implementation, architecture = recipe.model.attn_implementation, recipe.model.architecture
-    try:
-        with init_empty_weights():
-            ARCHITECTURES[architecture].model._from_config(copy.deepcopy(config), attn_implementation=implementation)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"attn_implementation={implementation!r}: {' '.join(str(error).split())}") from error
-    stages = recipe.curriculum.stages if recipe.curriculum is not None else ()
-    needs_groups = any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages)
-    if architecture == "a3" and (needs_groups or recipe.training.eval_strategy != IntervalStrategy.NO):
-        group = torch.zeros(1, 1, dtype=torch.long)
-        group_attention_mask(implementation, *groups_of(group, group))
+def _check_sources(recipe: Recipe) -> None:
+    training = recipe.training
+    if training.max_steps <= 0:
+        raise ValueError(f"max_steps={training.max_steps}: sources have no end; set the number of steps")
+    check_readers(recipe.data.num_shards, world_size=training.world_size, num_workers=training.dataloader_num_workers)
+    for name in REFUSED_WITH_SOURCES:
+        value = getattr(training, name)
+        if value != _default(name):
+            raise ValueError(
+                f"{name}={value!r} has no effect with sources, which are read in their order; leave it out"
+            )
+
+
+def _check_curriculum(recipe: Recipe) -> None:
+    training = recipe.training
+    check_stages(
+        recipe.curriculum.stages,
+        one_stream=recipe.model.architecture == "decoupled_rope",
+        implementation=recipe.model.attn_implementation,
+        is_evaluated=training.eval_strategy != IntervalStrategy.NO,
+        chunked_loss=training.loss == "chunked",
+        content_loss_weight=training.content_loss_weight,
+        distillation_weight=training.distillation_weight,
+    )
+    if training.max_steps > 0:
+        tokens_per_step = training.rows_per_step * recipe.data.block_size
+        recipe.curriculum.resolve(max_steps=training.max_steps, tokens_per_step=tokens_per_step)
+
+
+def _default(name: str) -> Any:
+    return A3TrainingArguments.__dataclass_fields__[name].default

@@ -3,42 +3,49 @@
 import math
 from collections.abc import Sequence
 
-from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import (
-    SINGLETONS_ONLY,
-)
+import torch
+
+from a3_hf.models.a3_llama.attention_masks import group_attention_mask, groups_of
+from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import SINGLETONS_ONLY
 
 from .stages import Stage
 
 
-def check_one_stream(
-    stages: Sequence[Stage], *, content_loss_weight: float = 0.0, distillation_weight: float = 0.0
+def check_stages(
+    stages: Sequence[Stage],
+    *,
+    one_stream: bool,
+    implementation: str,
+    is_evaluated: bool,
+    chunked_loss: bool = False,
+    content_loss_weight: float = 0.0,
+    distillation_weight: float = 0.0,
 ) -> None:
-    """Whether a model of one stream, Decoupled RoPE, can be trained so.
+    """Checks a curriculum before training, not hours later when a stage begins.
+
+    Args:
+        one_stream: the model is Decoupled RoPE's.
+        implementation: the model's attention implementation.
+        is_evaluated: evaluations come with training; their orders have groups.
 
     Raises:
-        ValueError: a stage with groups of several tokens, or a loss between two streams.
-    """
-    for number, stage in enumerate(stages, start=1):
-        if stage.group_sizes[-1] > 1:
-            raise ValueError(
-                f"stage {number} ({stage.name!r}) has group_size={stage.group_size!r}; it takes 1. {SINGLETONS_ONLY}"
-            )
-    weights = {"content_loss_weight": content_loss_weight, "distillation_weight": distillation_weight}
-    for name, weight in weights.items():
-        if weight:
-            raise ValueError(f"{name}={weight}: it is a loss of two streams, and Decoupled RoPE has one; it takes 0")
-
-
-def check_two_streams(
-    stages: Sequence[Stage], *, chunked_loss: bool, content_loss_weight: float, distillation_weight: float
-) -> None:
-    """Whether the losses between the two streams have rows to be measured on.
-
-    Raises:
-        ValueError: a weight below 0 or without an end; no stage has rows that are left to right, one token at a time;
-            distillation where no logits are held.
+        ValueError: one stream and groups of several tokens or a loss between two streams; a weight below 0 or infinite; a
+            weight without a stage of left-to-right single tokens; distillation with the chunked loss; an attention
+            implementation that can't mask groups.
     """
     weights = {"content_loss_weight": content_loss_weight, "distillation_weight": distillation_weight}
+    if one_stream:
+        for number, stage in enumerate(stages, start=1):
+            if stage.group_sizes[-1] > 1:
+                raise ValueError(
+                    f"stage {number} ({stage.name!r}) has group_size={stage.group_size!r}; it takes 1. {SINGLETONS_ONLY}"
+                )
+        for name, weight in weights.items():
+            if weight:
+                raise ValueError(
+                    f"{name}={weight}: it is a loss of two streams, and Decoupled RoPE has one; it takes 0"
+                )
+        return
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name}={weight!r}; it takes a number of at least 0")
@@ -51,3 +58,6 @@ def check_two_streams(
         raise ValueError(
             f"distillation_weight={distillation_weight} with loss='chunked', which holds no logits to teach; use loss='plain'"
         )
+    if is_evaluated or any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages):
+        group = torch.zeros(1, 1, dtype=torch.long)
+        group_attention_mask(implementation, *groups_of(group, group))

@@ -1,19 +1,18 @@
-"""Training: orders drawn on the main process as the curriculum says, evaluation under fixed orders."""
+"""Trainer of A3 and Decoupled RoPE: orders drawn by the curriculum, evaluation under fixed orders."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 
-from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask, groups_of
+from a3_hf.models.a3_llama.attention_masks import MaskCache
 from a3_hf.models.a3_llama.orders import GroupOrder
-from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import (
-    DecoupledRopeLlamaConfig,
-)
+from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
 
 from .auxiliary_losses import Pairs, content_loss, distillation_loss, next_token_pairs
 from .base_trainer import EVALUATION_SEED, BaseTrainer, given_tokens, row_generator, scored_tokens
@@ -21,7 +20,7 @@ from .curriculum import Curriculum, draw_order
 from .curriculum_callbacks import AdaptiveCallback, CurriculumCallback
 from .model_inputs import model_inputs
 from .schedule import AdaptiveSchedule, Schedule, StageAtStep
-from .stage_checks import check_one_stream, check_two_streams
+from .stage_checks import check_stages
 from .throughput import peak_flops, training_flops
 
 # The orders of the evaluation, each as the stage that draws it.
@@ -31,8 +30,6 @@ EVALUATION_ORDERS = {
     "scattered_1": StageAtStep("permute", group_size=1, index=0),
     "scattered_4": StageAtStep("permute", group_size=4, index=0),
 }
-
-
 LOSSES = ("plain", "chunked")
 
 
@@ -41,32 +38,26 @@ class A3Trainer(BaseTrainer):
 
     Identical to `BaseTrainer` except:
 
-    - What is drawn is the order of each row, on the main process, in the stage of the step.
+    - Each row's order is drawn on the main process, as the stage of the step says.
     - `evaluate` measures nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
-      `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. With
-      Decoupled RoPE the two orders of single tokens alone.
-    - The logs hold the stage's `stage_index` and `group_size`, and `mfu` where it is known.
-    - A `DecoupledRopeLlamaForCausalLM` is trained and evaluated under orders of single tokens.
+      `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. Decoupled RoPE is
+      trained and evaluated under the orders of single tokens only.
+    - The logs hold the stage's `stage_index` and `group_size`, and `mfu` (model FLOPs utilization) on a known device.
 
     Args:
-        curriculum: the stages; resolved in whole steps when the trainer is made (`.schedule`; None without a training
-            set).
-        tokens_per_row: tokens of a row, for a curriculum counted in tokens; by default the length of the first row of
-            the training set.
-        loss: `"plain"`, or `"chunked"`, which never holds the logits of a batch: see `chunked_cross_entropy`.
-        peak_flops: what one device can do in a second, for the share that is put to use (`mfu` in the logs); None: as
-            known for the device, and no `mfu` where it isn't.
-        content_loss_weight: weight of the content stream's own next-token loss, in rows drawn left to right one token at
-            a time (`a3_hf.training.auxiliary_losses`); it is summed over their tokens and divided as the main loss is.
-        distillation_weight: weight of KL(content ‖ query) in the same rows: the query stream learns what the content
-            stream, which computes what the LLaMA does, forecasts. The content stream gets no gradient from it.
+        curriculum: the stages; `.schedule` has them in whole steps (None without a training set).
+        tokens_per_row: tokens of a row, for a curriculum counted in tokens; by default the length of the first training row.
+        loss: `"plain"`, or `"chunked"`, which never holds the logits of a batch (see `chunked_cross_entropy`).
+        peak_flops: peak FLOP/s of a device, for `mfu`; None: that of a known device.
+        content_loss_weight: weight of the content stream's next-token loss in left-to-right rows of single tokens
+            (`a3_hf.training.auxiliary_losses`), summed over their tokens and divided as the main loss is.
+        distillation_weight: weight of KL(content ‖ query) in the same rows. The content stream, which is the LLaMA's, teaches
+            the query stream and gets no gradient from it.
+        **trainer: other arguments of `BaseTrainer`.
 
     Raises:
-        ValueError: a curriculum that doesn't fit the run or the model, an attention implementation that can't express its
-            groups, or what `BaseTrainer` refuses.
+        ValueError: a curriculum that doesn't fit the run or the model (see `check_stages`), or what `BaseTrainer` refuses.
     """
-
-    instead_of_liger = "; loss='chunked' is the loss that holds no logits"
 
     def __init__(
         self,
@@ -74,31 +65,16 @@ class A3Trainer(BaseTrainer):
         args: TrainingArguments | None = None,
         *,
         curriculum: Curriculum,
-        data_collator: Callable | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        callbacks: Sequence[TrainerCallback] = (),
-        optimizers: tuple = (None, None),
         tokens_per_row: int | None = None,
         loss: str = "plain",
         peak_flops: float | None = None,
         content_loss_weight: float = 0.0,
         distillation_weight: float = 0.0,
+        **trainer: Any,
     ):
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r}; it takes one of {', '.join(LOSSES)}")
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            compute_metrics=self._losses_by_order,
-        )
+        super().__init__(model, args, compute_metrics=self._losses_by_order, **trainer)
         self.curriculum = curriculum
         self.chunked_loss = loss == "chunked"
         self.peak_flops = peak_flops
@@ -111,16 +87,27 @@ class A3Trainer(BaseTrainer):
         self.evaluation_orders = {
             name: stage for name, stage in EVALUATION_ORDERS.items() if stage.group_size == 1 or not self.one_stream
         }
-        # Since the last log, summed over tokens: content loss, distillation loss; and the number of tokens.
+        # Sums over tokens since the last log: content loss, distillation loss; and the number of tokens.
         self._auxiliary_sums = torch.zeros(3, device=self.args.device)
-        self.schedule = self._resolve(tokens_per_row) if train_dataset is not None else None
-        self._check_implementation()
-        has_callback = any(isinstance(each, CurriculumCallback) for each in callbacks)
+        self.schedule = self._resolve(tokens_per_row) if self.train_dataset is not None else None
+        check_stages(
+            self.schedule.stages if self.schedule is not None else (),
+            one_stream=self.one_stream,
+            implementation=self.model.config._attn_implementation,
+            is_evaluated=self.eval_dataset is not None,
+            chunked_loss=self.chunked_loss,
+            content_loss_weight=content_loss_weight,
+            distillation_weight=distillation_weight,
+        )
+        self._add_curriculum_callback()
+
+    def _add_curriculum_callback(self) -> None:
+        has_callback = any(isinstance(each, CurriculumCallback) for each in self.callback_handler.callbacks)
         if isinstance(self.schedule, AdaptiveSchedule):
             if has_callback:
                 raise ValueError(
-                    "callbacks holds a CurriculumCallback; this curriculum has stages that end at a plateau, which only "
-                    "the trainer's own callback can tell: leave it out"
+                    "callbacks holds a CurriculumCallback; this curriculum has stages that end at a plateau, which needs the "
+                    "trainer's own callback: leave it out"
                 )
             self.add_callback(AdaptiveCallback(self.schedule, self.step_loss))
         elif self.schedule is not None and not has_callback:
@@ -128,7 +115,7 @@ class A3Trainer(BaseTrainer):
 
     def _resolve(self, tokens_per_row: int | None) -> Schedule | AdaptiveSchedule:
         max_steps = self.args.max_steps
-        if max_steps <= 0:  # as `Trainer` will count them: `count_scored` looks whether it did
+        if max_steps <= 0:  # counted as `Trainer` will; `count_scored` checks it
             steps_per_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
             max_steps = math.ceil(max(steps_per_epoch, 1) * self.args.num_train_epochs)
         self._planned_steps = max_steps
@@ -139,29 +126,16 @@ class A3Trainer(BaseTrainer):
         tokens_per_step = self.get_total_train_batch_size(self.args) * tokens_per_row
         return self.curriculum.resolve(max_steps=max_steps, tokens_per_step=tokens_per_step)
 
-    def _check_implementation(self) -> None:
-        # Now, and not when the stage with groups begins, hours later.
-        stages = self.schedule.stages if self.schedule is not None else ()
-        weights = {"content_loss_weight": self.content_loss_weight, "distillation_weight": self.distillation_weight}
-        if self.one_stream:
-            check_one_stream(stages, **weights)
-            return
-        check_two_streams(stages, chunked_loss=self.chunked_loss, **weights)
-        needs_groups = any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages)
-        if self.eval_dataset is not None or needs_groups:
-            group = torch.zeros(1, 1, dtype=torch.long)
-            group_attention_mask(self.model.config._attn_implementation, *groups_of(group, group))
-
     def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """As `BaseTrainer.count_scored`; where orders leave tokens out of the loss, only the others count.
+        """As `BaseTrainer.count_scored`, without tokens that orders leave out of the loss.
 
         Raises:
-            RuntimeError: `Trainer` makes another number of steps than the curriculum was laid out for.
+            RuntimeError: `Trainer` makes another number of steps than the curriculum was planned for.
         """
         if self.state.max_steps != self._planned_steps:
             raise RuntimeError(
                 f"the Trainer of transformers {transformers.__version__} makes {self.state.max_steps} steps; the curriculum "
-                f"was laid out for {self._planned_steps}. Give max_steps in place of num_train_epochs"
+                f"was planned for {self._planned_steps}. Give max_steps in place of num_train_epochs"
             )
         if self.schedule.at(self.state.global_step).scores_everything:
             return super().count_scored(batches)
@@ -170,22 +144,17 @@ class A3Trainer(BaseTrainer):
         ).sum()
 
     def _draw(self, inputs: dict[str, torch.Tensor], micro_batch: int) -> GroupOrder:
-        """The orders of this step's n-th micro-batch on this rank, the same however often they are drawn."""
-        first_row = self.first_training_row(micro_batch)
-        generators = [
-            row_generator(self.args.seed, self.state.global_step, first_row + row)
-            for row in range(len(inputs["input_ids"]))
-        ]
+        """Draws the orders of this step's n-th micro-batch on this rank; repeated calls draw the same."""
         return draw_order(
             self.schedule.at(self.state.global_step),
             inputs["attention_mask"].bool(),
             given_mask=given_tokens(inputs),
-            generator=generators,
+            generator=self.training_generators(micro_batch, len(inputs["input_ids"])),
         )
 
     def step_loss(self) -> float:
-        """The loss of the step that has just been made, over all ranks and to the last bit the same on each: nats per
-        scored token, without auxiliary losses.
+        """The loss of the last step in nats per scored token over all ranks, without auxiliary losses; bit for bit the same on
+        each rank.
         """
         of_ranks = self.accelerator.gather(torch.stack(self._step_losses).sum()[None]).tolist()
         return math.fsum(of_ranks) / len(of_ranks)
@@ -200,8 +169,7 @@ class A3Trainer(BaseTrainer):
         """The loss of a micro-batch (B, S) under the orders of this step; logits come in generation order.
 
         Raises:
-            ValueError: labels at padding, or a row that scores a token but gives none, so that its first would see
-                nothing.
+            ValueError: batches that `given_tokens` refuses.
         """
         order = self._draw(inputs, self.count(inputs))
         self._row_length = inputs["input_ids"].shape[1]
@@ -250,8 +218,8 @@ class A3Trainer(BaseTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Each row's loss, summed over its scored tokens, under each of the `evaluation_orders` (B, orders), and
-        their number (B,); `predict` returns the same.
+        """Each row's loss, summed over its scored tokens, under each of the `evaluation_orders` (B, orders), and the number of
+        these tokens (B,); `predict` returns the same.
         """
         inputs = self._prepare_inputs(inputs)
         given = given_tokens(inputs)
@@ -287,7 +255,7 @@ class A3Trainer(BaseTrainer):
         return losses_by_order(prediction, self.evaluation_orders)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The logs of training carry the group size; the stage's name is a word, which not every logger takes.
+        # The stage by its index: not every logger takes its name, a text.
         if "loss" in logs:
             stage = self.schedule.at(self.state.global_step - 1)
             logs["stage_index"] = stage.index
@@ -298,7 +266,7 @@ class A3Trainer(BaseTrainer):
         super().log(logs, start_time)
 
     def costs(self) -> dict[str, float]:
-        """As in `BaseTrainer`, and where the device's peak is known the share of it that is put to use, `mfu`."""
+        """As in `BaseTrainer`, and `mfu` where the device's peak is known."""
         costs = super().costs()
         dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((self.args.bf16, self.args.fp16))
         peak = self.peak_flops or peak_flops(self.args.device, dtype or self.model.dtype)
@@ -308,7 +276,7 @@ class A3Trainer(BaseTrainer):
         return costs
 
     def _auxiliary_logs(self) -> dict[str, float]:
-        """Nats per token of the rows that the auxiliary losses apply to, over all ranks, since the last log."""
+        """Auxiliary losses since the last log, in nats per token of the rows that have them, over all ranks."""
         sums = self.accelerator.gather(self._auxiliary_sums[None]).sum(dim=0).tolist()
         self._auxiliary_sums.zero_()
         weights = {"content_loss": self.content_loss_weight, "distillation_loss": self.distillation_weight}
@@ -320,8 +288,8 @@ class A3Trainer(BaseTrainer):
 
 
 def losses_by_order(prediction: EvalPrediction, orders: Collection[str]) -> dict[str, float]:
-    """Nats per token under each of the `orders` from the losses of rows (N, orders) and their scored tokens (N,), and
-    `loss`, the mean over the orders.
+    """Nats per token under each of the `orders`, and `loss`, their mean, from the losses of rows (N, orders) and their numbers
+    of scored tokens (N,).
 
     Raises:
         ValueError: no token is scored.

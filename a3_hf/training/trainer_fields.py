@@ -113,6 +113,7 @@ RANGES = {
     "seed": (lambda value: 0 <= value < 2**32, "0 or more, and less than 2**32"),
     "data_seed": (lambda value: 0 <= value < 2**32, "0 or more, and less than 2**32"),
     "ddp_timeout": (_is_above_0, ABOVE_0),
+    "peak_flops": (_is_above_0, ABOVE_0),
     "content_loss_weight": (_is_from_0, NUMBER),
     "distillation_weight": (_is_from_0, NUMBER),
 }

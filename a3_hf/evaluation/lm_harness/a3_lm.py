@@ -8,13 +8,14 @@ import torch
 from lm_eval.api.registry import register_model
 from transformers import PreTrainedModel
 
-from a3_hf.adapters.checkpoints import attach_adapter, base_of, load_tokenizer, read_config, start_of
+from a3_hf.adapters.checkpoint_info import CheckpointInfo
+from a3_hf.adapters.checkpoints import attach_adapter, load_tokenizer
 from a3_hf.evaluation.measures.batching import order_inputs, pad_rows, span_mask
 from a3_hf.evaluation.tasks.requests import Blank
 from a3_hf.models.a3_llama.generation_config import OWN_OPTIONS, A3GenerationConfig
 from a3_hf.models.a3_llama.infilling_templates import Template, decode_after
 from a3_hf.models.a3_llama.orders import ORDERS, RANDOM_ORDERS, GroupOrder, seed_of
-from a3_hf.models.auto import ARCHITECTURES, architecture_of
+from a3_hf.models.auto import ARCHITECTURES
 
 from .batched_lm import BatchedLM, Scored, Written
 
@@ -70,7 +71,8 @@ class A3LM(BatchedLM):
         base: str | None = None,
         **kwargs: Any,
     ):
-        architecture = _architecture(base or pretrained)
+        checkpoint = CheckpointInfo.read(pretrained, base=base) if isinstance(pretrained, str) else None
+        architecture = _architecture(pretrained) if checkpoint is None else checkpoint.architecture
         is_diffusion = architecture == "masked_diffusion"
         if decoding is None:
             decoding = "dynamic" if is_diffusion else "groupwise"
@@ -102,19 +104,21 @@ class A3LM(BatchedLM):
         if decoding == "groupwise":
             self._decoding.update(group_size=group_size)
         A3GenerationConfig(**self._decoding)
-        if isinstance(pretrained, str) and read_config(pretrained) is not None:  # an adapter
-            kwargs = {"tokenizer": load_tokenizer(pretrained, base=base), **kwargs, "peft": pretrained}
-            pretrained = base or base_of(pretrained)
+        if checkpoint is not None and checkpoint.adapter_config is not None:
+            kwargs = {"tokenizer": load_tokenizer(checkpoint), **kwargs, "peft": pretrained}
+            pretrained = checkpoint.base
         elif base is not None:
             raise ValueError(f"base={base!r}: pretrained is a whole model and needs none; leave it out")
         super().__init__(pretrained, **kwargs)
 
     def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs) -> None:
-        if peft is not None:
-            kwargs.update(start_of(peft, base=pretrained, wanted=kwargs.pop("slot_start", None)))
+        if peft is None:
+            super()._create_model(pretrained, **kwargs)
+            return
+        adapter = CheckpointInfo.read(peft, base=pretrained)
+        kwargs.update(adapter.slot_start_settings(kwargs.pop("slot_start", None)))
         super()._create_model(pretrained, **kwargs)
-        if peft is not None:
-            self._model = attach_adapter(self._model, peft)
+        self._model = attach_adapter(self._model, adapter)
 
     def settings(self) -> dict[str, Any]:
         """See `BatchedLM`."""
@@ -217,9 +221,7 @@ class A3LM(BatchedLM):
         return [Written(text, length, done.num_forward_passes) for text, length in zip(texts, lengths, strict=True)]
 
 
-def _architecture(pretrained: str | PreTrainedModel) -> str:
-    if isinstance(pretrained, str):
-        return architecture_of(base_of(pretrained))
+def _architecture(pretrained: PreTrainedModel) -> str:
     types = {architecture.config.model_type: name for name, architecture in ARCHITECTURES.items() if name != "llama"}
     model_type = pretrained.config.model_type
     if model_type not in types:

@@ -7,7 +7,7 @@ import torch
 from lm_eval.api.registry import register_model
 from transformers import LlamaForCausalLM
 
-from a3_hf.adapters.checkpoints import read_config
+from a3_hf.adapters.checkpoint_info import read_adapter_config
 from a3_hf.evaluation.measures.batching import next_token_scores, pad_rows, span_mask
 from a3_hf.evaluation.tasks.requests import Blank
 from a3_hf.evaluation.tasks.sentences import sentence_ends
@@ -54,7 +54,7 @@ class CausalLM(BatchedLM):
             raise ValueError(f"infilling={infilling!r} is not known; it takes one of {', '.join(INFILLING)}")
         if num_samples < 1 or temperature <= 0:
             raise ValueError(f"num_samples={num_samples}, temperature={temperature}; they take at least 1 and above 0")
-        if isinstance(pretrained, str) and read_config(pretrained) is not None:
+        if isinstance(pretrained, str) and read_adapter_config(pretrained) is not None:
             raise ValueError(f"pretrained={pretrained!r} is an adapter; make one checkpoint of it first: a3 merge")
         self._infilling, self._num_samples, self._temperature, self._seed = infilling, num_samples, temperature, seed
         super().__init__(pretrained, **kwargs)

@@ -6,10 +6,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from a3_hf.adapters.checkpoints import base_of
+from a3_hf.adapters.checkpoint_info import CheckpointInfo, check_is_there
 from a3_hf.data.documents import split_text
-from a3_hf.models.auto import architecture_of, read_model_config
-from a3_hf.models.locations import check_is_there
 
 from .text_windows import scale_rope
 
@@ -48,14 +46,13 @@ def read_documents(path: Path, *, separator: str | None = None, documents: int |
     return found
 
 
-def stretched_config(path: str, rope_scaling: Mapping[str, Any]) -> LlamaConfig:
-    """The configuration of the model at `path`, or of an adapter's base, with its context stretched (see `scale_rope`).
+def stretched_config(checkpoint: CheckpointInfo, rope_scaling: Mapping[str, Any]) -> LlamaConfig:
+    """The configuration of a model, or of an adapter's base, with its context stretched (see `scale_rope`).
 
     Raises:
         ValueError: no model there, or a `rope_scaling` that `scale_rope` does not take.
     """
-    base = base_of(path)
-    config = read_model_config(base, architecture_of(base))
+    config = checkpoint.model_config()
     scale_rope(config, rope_scaling)
     return config
 
@@ -68,7 +65,7 @@ def load_base(path: str, rope_scaling: Mapping[str, Any] | None = None) -> Llama
     """
     check_is_there(path, name="base")
     try:
-        config = read_model_config(path, "llama")
+        config = CheckpointInfo.read(path).model_config("llama")
     except (OSError, ValueError) as error:
         raise ValueError(f"base={path!r}: {error}") from error
     if rope_scaling is not None:

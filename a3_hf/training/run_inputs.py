@@ -1,0 +1,88 @@
+"""What a run needs besides weights: the checkpoint it starts from, the tokenizer, the configuration, the rows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
+
+from a3_hf.adapters.checkpoint_info import CheckpointInfo
+from a3_hf.adapters.checkpoints import check_start, load_tokenizer
+from a3_hf.data.mixture import TextMixture, open_mixture
+from a3_hf.data.packing import load_rows
+
+from .arguments import Recipe
+from .run_checks import check_attention
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The checkpoint that a run starts from, its configuration as the recipe's architecture, and the tokenizer."""
+
+    start: CheckpointInfo
+    config: LlamaConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> "RunInputs":
+        """Reads them and checks that they go together, without weights.
+
+        Raises:
+            ValueError: no checkpoint or no tokenizer; a tokenizer of another model; an attention implementation, lora or
+                slot_start that the checkpoint can't be trained with.
+        """
+        settings = recipe.model
+        with _naming("model_name_or_path", settings.model_name_or_path):
+            start = CheckpointInfo.read(settings.model_name_or_path)
+            config = start.model_config(settings.architecture)
+        if settings.tokenizer_name_or_path is None:
+            with _naming("model_name_or_path", settings.model_name_or_path):
+                tokenizer = load_tokenizer(start)
+        else:
+            with _naming("tokenizer_name_or_path", settings.tokenizer_name_or_path):
+                tokenizer = load_tokenizer(settings.tokenizer_name_or_path)
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, and the model {start.path} embeds ids "
+                f"below {config.vocab_size}: they don't belong together; set tokenizer_name_or_path to the model's own"
+            )
+        check_attention(recipe, config)
+        check_start(start, recipe.lora, config)
+        if recipe.lora is not None:
+            start.slot_start_settings(settings.slot_start)  # its check
+        return cls(start, config, tokenizer)
+
+    def load_rows(self, recipe: Recipe) -> tuple[Dataset | TextMixture, Dataset | None]:
+        """The rows to train on and to evaluate on (None: no evaluation data).
+
+        Raises:
+            ValueError: evaluations without data, or what `load_rows` or `open_mixture` refuses.
+        """
+        training = recipe.training
+        load = load_rows if recipe.data.sources is None else open_mixture
+        with training.main_process_first(local=False, desc="packing rows"):
+            train_rows, eval_rows = load(
+                recipe.data, self.tokenizer, seed=training.seed, context_length=self.config.max_position_embeddings
+            )
+        if eval_rows is None and training.eval_strategy != IntervalStrategy.NO:
+            raise ValueError(
+                f"eval_strategy={training.eval_strategy.value!r} needs something to evaluate on: set validation_file or "
+                "validation_documents, or eval_strategy: no"
+            )
+        return train_rows, eval_rows
+
+
+@contextmanager
+def _naming(argument: str, path: str) -> Iterator[None]:
+    """Names the recipe's argument in errors of the libraries, whose messages span lines and may not name the model."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{argument}={path!r}: can't be loaded: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        if argument in str(error):
+            raise
+        raise ValueError(f"{argument}={path!r}: {error}") from error
