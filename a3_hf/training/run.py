@@ -36,6 +36,7 @@ from .dry_run import print_plan
 from .even_rows import EvenRowsTrainer
 from .loss_plot import loss_names, plot_losses
 from .masked_diffusion_trainer import DiffusionTrainer
+from .model_card import write_run_card
 from .run_checks import check_attention, check_settings
 from .run_lock import sole_use
 from .run_record import check_inputs, check_resume, describe_inputs, write_record
@@ -220,7 +221,9 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
 
     check_weights(trainer.model, training, step=trainer.state.global_step)
 
-    # 4. The model, and last the state, which says that the run is finished.
+    # 4. The model card, the model, and last the state, which says that the run is finished.
+    if is_main:
+        write_run_card(recipe, trainer.state, losses_table(trainer.state, schedule))
     trainer.save_model(str(output_dir))
     trainer.save_state()
     if is_main:
