@@ -45,7 +45,9 @@ def operations(monkeypatch) -> list[CommitOperationAdd]:
 
 
 def test_metadata_survives_the_round_trip():
-    card = build_card("mine", base_model="someone/llama", license="apache-2.0", tags=["a3_llama"], datasets=["some/texts"])
+    card = build_card(
+        "mine", base_model="someone/llama", license="apache-2.0", tags=["a3_llama"], datasets=["some/texts"]
+    )
     again = ModelCard(str(card), ignore_metadata_errors=False)
     assert again.data.to_dict() == card.data.to_dict()
     assert again.data.to_dict() == {

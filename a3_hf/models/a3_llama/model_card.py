@@ -15,7 +15,9 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 print(model.infill(tokenizer, "The dog <blank:4> home.", strategy="dynamic"))
 ```"""
-WITHOUT_PACKAGE = "\n\nWithout a3_hf, pass `trust_remote_code=True` to `from_pretrained`: the checkpoint carries its code."
+WITHOUT_PACKAGE = (
+    "\n\nWithout a3_hf, pass `trust_remote_code=True` to `from_pretrained`: the checkpoint carries its code."
+)
 
 
 def build_card(name: str, *, use: str = USE, report: str = "", **metadata) -> ModelCard:
