@@ -24,7 +24,7 @@ SUITE = $(PYTEST) -n $(JOBS) -m 'not gpu and not slow'
 
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup demo smollm2 bench-start test test-other-kernels test-slow test-gpu test-oldest test-newest newest lock quality style clean
+.PHONY: setup demo smollm2 docs bench-start test test-other-kernels test-slow test-gpu test-oldest test-newest newest lock quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
@@ -46,7 +46,7 @@ newest:
 	rm -rf .venv-newest
 	$(call CREATE,.venv-newest)
 	sh scripts/install_torch.sh $(call INSTALL,.venv-newest)
-	$(call INSTALL,.venv-newest) -e '.[dev,eval]'
+	$(call INSTALL,.venv-newest) -e '.[dev,docs,eval]'
 	$(call INSTALL,.venv-newest) --upgrade accelerate datasets 'lm_eval[hf]' peft transformers
 
 demo: setup
@@ -57,6 +57,11 @@ demo: setup
 smollm2: setup
 	$(call INSTALL,$(VENV)) gguf
 	$(BIN)/python scripts/get_smollm2.py $(SMOLLM2)
+
+# The documentation as a site, site/index.html. A broken link fails.
+docs: setup
+	$(call INSTALL,$(VENV)) -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Seconds until `a3 --help` has answered; five times, for the first may read from a cold disk.
 bench-start: setup
@@ -108,4 +113,4 @@ style: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build site *.egg-info .pytest_cache .ruff_cache

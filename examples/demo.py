@@ -114,7 +114,7 @@ def main() -> int:
 
     console.rule("7. Next")
     console.print(f"Both models are in {arguments.output_dir}; the demo took {time.perf_counter() - start:.0f} s.")
-    console.print("what else these models do:   README.md, from 'Use it' on", soft_wrap=True)
+    console.print("what else these models do:   README.md, docs/decoding.md", soft_wrap=True)
     console.print("a really pretrained LLaMA:   make smollm2", soft_wrap=True)
     console.print("a LLaMA of yours, on a GPU:  a3 adapt recipes/llama-3.2-1b/config_full.yaml", soft_wrap=True)
     if not arguments.smoke and score < REQUIRED:

@@ -16,7 +16,7 @@ from a3_hf.training.base_trainer import row_generator
 from a3_hf.training.curriculum import Curriculum, draw_order
 from a3_hf.training.order_sampling import RowSpec, draw_rows
 
-README = Path(__file__).parents[1] / "README.md"
+TRAINING = Path(__file__).parents[1] / "docs" / "training.md"
 LENGTH = 13  # BOS and 12 open tokens
 
 
@@ -302,8 +302,8 @@ def test_the_first_stage_has_nothing_to_rehearse():
         Curriculum.from_config([{"name": "permute", "rehearsal": 0.5}])
 
 
-def test_the_curriculum_of_the_readme_is_one():
-    block = re.search(r"```yaml\n(curriculum:.*?)```", README.read_text(encoding="utf-8"), re.DOTALL).group(1)
+def test_the_curriculum_of_the_documentation_is_one():
+    block = re.search(r"```yaml\n(curriculum:.*?)```", TRAINING.read_text(encoding="utf-8"), re.DOTALL).group(1)
     config = yaml.safe_load(block)["curriculum"]
     schedule = Curriculum.from_config(config["stages"], unit=config["unit"]).resolve(max_steps=1000)
     assert schedule.at(999).largest_group == 8 and schedule.ends[-1] == 1000

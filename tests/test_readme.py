@@ -1,4 +1,4 @@
-"""README's commands and Python, block after block as they stand, offline, in a folder with nothing beside it.
+"""The commands and Python of README.md and docs/, block after block as they stand, offline, with no other files.
 
 What stands in for what a test can't have: `make` is not called (`make demo` is the demo's script at a few steps); in place of
 SmolLM2, and of the models and texts of recipes that come from the hub, there are a tiny LLaMA and a few lines; the tasks'
@@ -26,12 +26,22 @@ from tests.conftest import tiny_config
 from tests.test_sources import write_all
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES = {"README.md": ["runs/mine/config.json", "runs/mine/README.md"]} | {
+    f"docs/{path.name}": [] for path in sorted((ROOT / "docs").glob("*.md"))
+}
+PAGES["docs/training.md"] = ["runs/mine/config.json", "runs/adapter/adapter_config.json", "runs/merged/config.json"]
+PAGES["docs/decoding.md"] = ["runs/replay.html", "runs/surprise.html", "runs/alone/config.json"]
+PAGES["docs/evaluation.md"] = ["results/report.md", "results/ppl.json"]
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The kind and text of each block of a page that is to run."""
+    return re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, tokenizer):
-    """The repository as README sees it, with the models that `make demo` and `make smollm2` make, smaller."""
+    """The repository as a reader sees it, with the models that `make demo` and `make smollm2` make, smaller."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("recipes", "accelerate_configs", "eval"):
         (folder / name).symlink_to(ROOT / name)
@@ -70,7 +80,7 @@ def stand_in(words: list[str], clone: Path) -> list[str]:
 
 def run(command: str, clone: Path) -> None:
     words = shlex.split(command, comments=True)
-    if words[0] in ("make", "source"):
+    if not words or words[0] in ("make", "source", "pip", "hf"):
         return
     if words[0] == "accelerate":
         words = ["a3", *words[words.index("a3_hf") + 1 :]]
@@ -80,22 +90,28 @@ def run(command: str, clone: Path) -> None:
     assert done.exit_code == 0, f"{command}\n{done.output}\n{done.exception!r}"
 
 
-def test_every_block_runs_in_its_turn(clone, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_every_block_runs_in_its_turn(page, clone, monkeypatch):
     monkeypatch.chdir(clone)
     # lm-eval indexes its thousands of tasks for ten seconds
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
     monkeypatch.setattr(sys, "argv", ["a3"])
     scope: dict = {}
-    for kind, block in BLOCKS:
+    for kind, block in blocks(page):
         if kind == "python":
-            exec(compile(block, "README.md", "exec"), scope)
+            exec(compile(block, page, "exec"), scope)
         else:
             for line in block.replace("\\\n", " ").splitlines():
                 run(line, clone)
-    for made in ("runs/mine/config.json", "runs/adapter/adapter_config.json", "runs/replay.html", "results/report.md"):
-        assert (clone / made).is_file()
+    for made in PAGES[page]:
+        assert (clone / made).is_file(), f"{page} did not make {made}"
 
 
-def test_there_is_nothing_that_the_blocks_need_beside_the_clone():
-    text = "".join(block for _, block in BLOCKS)
-    assert len(BLOCKS) >= 8 and "../" not in text and "shared" not in text
+def test_the_blocks_need_nothing_beside_the_clone():
+    texts = [text for page in PAGES for _, text in blocks(page)]
+    assert len(texts) >= 12 and len(blocks("README.md")) >= 3
+    assert not any("../" in text or "shared" in text for text in texts)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

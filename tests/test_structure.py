@@ -5,9 +5,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import a3_hf
@@ -77,7 +79,8 @@ def test_imports_run_one_way(name):
     for library, places in ONLY_IN.items():
         assert library not in outside or name.startswith(places), f"{name} imports {library}"
     if own == "models.a3_llama":  # a checkpoint carries these files along
-        assert outside <= {"torch", "transformers", "safetensors", *sys.stdlib_module_names}
+        # huggingface_hub and safetensors come with every transformers
+        assert outside <= {"torch", "transformers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
 
 
 def test_every_folder_of_the_package_is_one():
@@ -108,7 +111,10 @@ def test_the_readmes_tree_names_what_exists():
 
 
 def commands() -> list[str]:
-    texts = [ROOT / "README.md", *sorted(ROOT.glob("recipes/*/README.md"))]
+    texts = [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+        *(path for pattern in ("docs/*.md", "recipes/*/README.md") for path in sorted(ROOT.glob(pattern))),
+    ]
     blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text.read_text(), re.DOTALL)]
     return sorted(
         {line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()}
@@ -126,7 +132,7 @@ def test_readme_commands_exist(command):
     words = shlex.split(command, comments=True)
     if not words:
         return
-    known = {"git", "cd", "make", "a3", "python", "pip", "accelerate", "lm_eval", "source"}
+    known = {"git", "cd", "make", "a3", "python", "pip", "accelerate", "lm_eval", "source", "hf"}
     assert words[0].split("/")[-1] in known, f"who runs {command!r}?"
     for word in words:
         if word.split("/")[0] in ("recipes", "accelerate_configs", "eval", "examples", "scripts"):
@@ -157,11 +163,45 @@ def test_importing_is_all_it_takes_to_register():
 def test_no_machine_paths_or_hosts():
     # Its own folders: beside them may lie a .venv or the runs of recipes, which are full of the machine's paths.
     folders = ("a3_hf", "accelerate_configs", "eval", "examples", "recipes", "scripts", "tests", "docs")
-    paths = [*ROOT.glob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
-    texts = [path for path in paths if path.suffix in {".py", ".md", ".yaml", ".toml", ".sh"} and path.is_file()]
+    paths = [
+        *ROOT.glob("*.*"),
+        *ROOT.glob(".github/**/*.*"),
+        *ROOT.glob(".*.yaml"),
+        *(path for folder in folders for path in (ROOT / folder).rglob("*.*")),
+    ]
+    texts = [
+        path
+        for path in paths
+        if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".cff", ".ipynb"} and path.is_file()
+    ]
     assert len(texts) > 150
     for path in texts:
         if path != Path(__file__):
             assert not re.search(
                 r"/work/|/root/|/home/|/tmp/|https?://(?!arxiv\.org|huggingface\.co)", path.read_text()
             ), path
+
+
+def test_ruff_has_one_version():
+    (locked,) = re.findall(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert len(hooks) == 2 and all(hook["additional_dependencies"] == [f"ruff=={locked}"] for hook in hooks)
+
+
+def test_workflows_run_what_ci_runs():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    assert {"run": "bash .ci/run"} in jobs["test"]["steps"]
+    built = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["build"]["steps"]
+    assert any("python -m build" in step.get("run", "") for step in built)
+
+
+def test_the_citation_names_the_software_and_both_papers():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    urls = {reference["url"] for reference in citation["references"]}
+    assert (
+        urls
+        == {"https://arxiv.org/abs/2601.13228", "https://arxiv.org/abs/2602.16092"}
+        == set(project["urls"].values())
+    )

@@ -27,7 +27,7 @@ class Curriculum:
         ValueError: stages that are unknown, out of order or overlapping, or values that they don't take; the message
             says which stage and what it takes.
 
-    Example:
+    Examples:
         >>> stages = [{"name": "ar", "until": 0.5}, {"name": "permute", "group_size": [1, 2]}]
         >>> schedule = Curriculum.from_config(stages, unit="fraction").resolve(max_steps=4)
         >>> [schedule.at(step).group_size for step in range(4)]

@@ -25,6 +25,7 @@ from .checkpoints import is_disk_full, last_whole_checkpoint, set_aside
 from .even_rows import EvenRowsTrainer
 from .loss_report import losses_table, plot_losses
 from .masked_diffusion_trainer import DiffusionTrainer
+from .model_card import write_run_card
 from .run_checks import check_settings
 from .run_inputs import RunInputs
 from .run_lock import sole_use
@@ -135,7 +136,9 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         return 128 + interrupt.stopped_by
     check_weights(trainer.model, training, step=trainer.state.global_step)
 
-    # 5. Save the model, then the state, which marks the run as finished.
+    # 5. Save the model card, the model, then the state, which marks the run as finished.
+    if training.process_index == 0:
+        write_run_card(recipe, trainer.state, losses_table(trainer.state, schedule))
     trainer.save_model(str(output_dir))
     trainer.save_state()
     if training.process_index == 0:

@@ -114,6 +114,14 @@ class A3GenerationConfig(GenerationConfig):
 
     Raises:
         ValueError: an unknown or unsupported field, a value out of range, or an option of another strategy.
+
+    Examples:
+        >>> config = A3GenerationConfig(strategy="dynamic", tokens_per_step=4)
+        >>> config.strategy, config.tokens_per_step
+        ('dynamic', 4)
+        >>> A3GenerationConfig(strategy="groupwise", threshold=0.9)
+        Traceback (most recent call last):
+        ValueError: ...
     """
 
     def __init__(self, **kwargs):

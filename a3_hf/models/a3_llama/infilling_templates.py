@@ -22,7 +22,7 @@ class Template:
     r"""A text with blanks. `pieces` are the given texts around the blanks (one more than `lengths`), `lengths` the tokens
     of each blank: a number, a range (least, most), or None for a range that is set later.
 
-    Example:
+    Examples:
         >>> Template.parse("The dog <blank:6> home, and <blank:2..4> it.")
         Template(pieces=('The dog ', ' home, and ', ' it.'), lengths=(6, (2, 4)))
         >>> Template.parse(r"The marker \<blank:3> makes <blank:2>.")

@@ -98,9 +98,27 @@ class GroupOrder:
     token of each row (BOS), and where chance is needed a `generator`: one for the batch, or one per row, so that a row's
     order does not depend on its neighbours or on padding.
 
-    Example:
-        >>> GroupOrder.contiguous(torch.ones(1, 6, dtype=torch.bool), group_size=2).group_ids
-        tensor([[0, 1, 1, 2, 2, 3]])
+    Examples:
+        Two rows of 6 tokens, the second with two padding tokens on the left. BOS is given:
+
+        >>> mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
+        >>> GroupOrder.contiguous(mask, group_size=2).group_ids
+        tensor([[ 0,  1,  1,  2,  2,  3],
+                [-1, -1,  0,  1,  1,  2]])
+        >>> order = GroupOrder.right_to_left(mask, group_size=2)
+        >>> order.group_ids
+        tensor([[ 0,  3,  2,  2,  1,  1],
+                [-1, -1,  0,  2,  1,  1]])
+
+        The same rows in generation order, as the model gets them:
+
+        >>> layout = order.lay_out(torch.arange(10, 22).view(2, 6))
+        >>> layout.input_ids
+        tensor([[10, 14, 15, 12, 13, 11],
+                [18, 20, 21, 19, 16, 17]])
+        >>> layout.position_ids
+        tensor([[0, 4, 5, 2, 3, 1],
+                [0, 2, 3, 1, 0, 0]])
     """
 
     group_ids: torch.Tensor

@@ -4,12 +4,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from os import PathLike
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .model_card import USE, WITHOUT_PACKAGE, build_card, write_card
 
 
 class WholeCheckpointMixin:
@@ -47,6 +51,14 @@ class WholeCheckpointMixin:
                     f"takes a complete checkpoint of a LLaMA or of the type {cls.config_class.model_type}"
                 )
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True, **kwargs) -> None:
+        """Identical to `PreTrainedModel.save_pretrained` except: a folder without a README.md gets a model card."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            use = USE + (WITHOUT_PACKAGE if self._auto_class else "")
+            card = build_card(Path(save_directory).resolve().name, use=use, tags=[self.config.model_type])
+            write_card(card, save_directory, replace=False)
 
     @classmethod
     def _is_own(cls, key: str) -> bool:
