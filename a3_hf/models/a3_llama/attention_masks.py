@@ -84,8 +84,6 @@ def group_attention_mask(
 
         def mask_mod(batch, head, row, key):
             batch = batch if batch_size > 1 else 0  # one mask for all rows of the batch
-            # A compiled kernel looks past the last key where its block ends (on CPUs with AVX2), and drops what it finds.
-            key = key.clamp_max(width - 1)
             rule = sees(row_group[batch, row], row_is_slot[row], key_group[batch, key])
             if row_document is not None:
                 rule = rule & (row_document[batch, row] == document_ids[batch, key])
@@ -166,7 +164,7 @@ def all_visible_mask(implementation: str, num_rows: int, key_mask: torch.Tensor 
     if implementation == "flex_attention":
         batch_size, width = present.shape
         mask = create_block_mask(
-            lambda batch, head, row, key: present[batch if batch_size > 1 else 0, key.clamp_max(width - 1)],
+            lambda batch, head, row, key: present[batch if batch_size > 1 else 0, key],
             batch_size,
             None,
             num_rows,
