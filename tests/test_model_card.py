@@ -1,5 +1,7 @@
 """Model cards: what they say, what they never overwrite, and what a push to the hub would send."""
 
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -8,6 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from typer.testing import CliRunner
 
 from a3_hf import A3LlamaForCausalLM
@@ -15,6 +18,8 @@ from a3_hf.cli import app
 from a3_hf.models.a3_llama.model_card import MARK, build_card, write_card
 from tests.conftest import tiny_model
 from tests.test_odd_runs import settings
+
+ROOT = Path(__file__).parents[1]
 
 
 def adapt(source: Path, folder: Path, **changes) -> ModelCard:
@@ -135,14 +140,17 @@ def test_push_to_hub_sends_weights_configuration_code_and_a_card(tmp_path, monke
     assert {"README.md", "config.json", "model.safetensors", "modeling_a3_llama.py", "orders.py"} <= names
 
 
-def test_the_folder_of_a_run_is_what_an_upload_sends(tmp_path, source, monkeypatch):
+def test_the_documented_upload_sends_the_model_and_its_card_alone(tmp_path, source):
+    """By huggingface_hub's own filter, which `hf upload` applies to the folder."""
     adapt(source, tmp_path)
-    sent = operations(monkeypatch)
-    HfApi().upload_folder(repo_id="me/mine", folder_path=tmp_path / "out", ignore_patterns="checkpoint-*")
-    names = {operation.path_in_repo for operation in sent}
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert not any(name.startswith("checkpoint-") for name in names)
-    (readme,) = [operation for operation in sent if operation.path_in_repo == "README.md"]
-    with readme.as_file() as file:
-        assert "## Losses" in file.read().decode()
-    assert A3LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    (command,) = re.findall(r"^hf upload .*$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
+    words = shlex.split(command)
+    left_out = [words[at + 1] for at, word in enumerate(words) if word == "--exclude"]
+    paths = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    names = [path.relative_to(tmp_path / "out").as_posix() for path in paths]
+    sent = set(filter_repo_objects(names, ignore_patterns=left_out))
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "modeling_a3_llama.py"} <= sent
+    assert {"run.json", "training_args.bin", "checkpoint-2/model.safetensors"} <= set(names) - sent
+    assert not any(str(source) in (tmp_path / "out" / name).read_text() for name in sent if name.endswith("json"))
+    assert "## Losses" in (tmp_path / "out" / "README.md").read_text()
+    A3LlamaForCausalLM.from_pretrained(tmp_path / "out")
