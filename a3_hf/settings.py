@@ -1,4 +1,4 @@
-"""Whether a setting has its field's type, and what a message says where it has not."""
+"""Type checks of settings, and their messages."""
 
 import difflib
 import types
@@ -9,32 +9,28 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """What a message adds where a name is unknown: the nearest known one, if there is one."""
+    """Returns a message's suggestion of the nearest known name; empty if none is near."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_keys(where: str | PathLike, config: Collection[str], known: Collection[str]) -> None:
-    """Whether a mapping has known keys alone.
-
-    Raises:
-        ValueError: an unknown one; says `where`, and the nearest known one.
-    """
+    """Raises ValueError for an unknown key; the message names `where` and the nearest known key."""
     for key in config:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
 
 
 def shown_value(value: Any) -> str:
-    """A value as messages show it, with its type."""
+    """Returns a value with its type for messages."""
     return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
 
 
 def checked_value(key: str, value: Any, hint: Any, path: str | PathLike) -> Any:
-    """`value` as a field of type `hint` holds it: an integer where a number is asked for becomes a float.
+    """Returns `value` as a field of type `hint`; an integer for a float field becomes a float.
 
     Raises:
-        ValueError: another type; names the key and what has it (`path`).
+        ValueError: another type; the message names the key and its place (`path`).
     """
     members = types_of(hint)
     if not any(_is_a(value, member) for member in members):
@@ -46,7 +42,7 @@ def checked_value(key: str, value: Any, hint: Any, path: str | PathLike) -> Any:
 
 
 def types_of(hint: Any) -> tuple:
-    """The types that a hint stands for. An enumeration beside text (`SchedulerType | str`) means the texts it lists."""
+    """Returns the member types of a hint. An enum beside str (`SchedulerType | str`) stands for the enum's values."""
     if get_origin(hint) not in (Union, types.UnionType):
         return (hint,)
     members = get_args(hint)

@@ -607,7 +607,7 @@ def test_wrong_settings_are_refused(parsed, text, message):
         (LoraArguments(target=["layers.7.mlp.up_proj"]), "'layers.7.mlp.up_proj' matches no linear layer"),
         (
             LoraArguments(target=["q_proj", "v_proj"], rows="slots"),
-            "'v_proj' makes keys or values, which content alone has; with rows: slots it takes q_proj, o_proj, gate_proj",
+            "'v_proj' makes keys or values, which only content has; with rows: slots it takes q_proj, o_proj, gate_proj",
         ),
     ],
 )

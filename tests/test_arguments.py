@@ -253,7 +253,7 @@ def test_bad_overrides_of_sources_are_named(recipe, overrides, message):
         ("{a: {path: b, dataset_config_name: c}}", "", "sources: a: dataset_config_name='c' has no effect"),
         ("{a: {path: b, weight: -1}}", "", "sources: a: weight=-1.0"),
         ("{a: {path: b}}", "train_file: c", "train_file='c' and sources: set one"),
-        ("{a: {path: b}}", "max_train_rows: 3", "max_train_rows=3: of sources, as much is read as max_steps needs"),
+        ("{a: {path: b}}", "max_train_rows: 3", "max_train_rows=3: sources are read as far as max_steps needs"),
         ("{a: {path: b}}", "shuffle_documents: true", "shuffle_documents=True: sources are read in the order"),
         ("{a: {path: b}}", "num_shards: 0", "num_shards=0: takes 1 or more"),
         ("null", "train_file: c\nnum_shards: 4", "num_shards=4 has no effect without sources"),

@@ -192,7 +192,7 @@ def test_the_callback_announces_and_evaluates_at_the_ends(tmp_path, capsys, eval
     assert capsys.readouterr().out.splitlines() == [
         "step 0: stage ar begins, group size 1",
         "step 2: stage expand begins, group size 1",
-        "step 4: stage expand goes on, group size 2",
+        "step 4: stage expand continues, group size 2",
         "step 6: stage permute begins, group size 2",
     ]
 

@@ -183,7 +183,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
         asked.append((*names, split, cache_dir))
         return Dataset.from_dict({"id": range(len(STORIES)), "body": STORIES})
 
-    monkeypatch.setattr(a3_hf.data.packing, "load_dataset", load_dataset)
+    monkeypatch.setattr(a3_hf.data.loading, "load_dataset", load_dataset)
     source = {"dataset_name": "some/stories", "dataset_config_name": "small", "dataset_split": "train[:6]"}
     source["cache_dir"] = str(tmp_path)
     tokenizer = build_tokenizer()
@@ -233,7 +233,7 @@ def test_a_change_of_the_code_is_no_hit_in_the_cache(write, arguments, monkeypat
     settings = arguments(write("a.txt", "the dog"))
     files = []
     for code in ("before", "before", "after"):
-        monkeypatch.setattr(a3_hf.data.packing, "__file__", write("code.py", code))
+        monkeypatch.setattr(a3_hf.data.packing, "CODE", code)
         files.append(load_rows(settings, build_tokenizer(), seed=0)[0].cache_files)
     assert files[0] == files[1] != files[2]
 

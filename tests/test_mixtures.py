@@ -258,8 +258,8 @@ def test_what_a_recipe_does_not_mention_changes_no_order():
 
 
 BAD = {
-    "draw of one": ({"group_size": {"draw": [2]}}, r"group_size=\{'draw': \[2\]\}; what is drawn"),
-    "draw with more": ({"group_size": {"draw": [2, 3], "per": "step"}}, "what is drawn is written"),
+    "draw of one": ({"group_size": {"draw": [2]}}, r"group_size=\{'draw': \[2\]\}; a drawn number"),
+    "draw with more": ({"group_size": {"draw": [2, 3], "per": "step"}}, "a drawn number is written"),
     "draw a word": ({"group_size": {"draw": "ab"}}, r"draw: \['a', 'b'\]\}; it takes two whole numbers"),
     "draw backwards": ({"group_size": {"draw": [3, 2]}}, "the smaller first"),
     "draw 0": ({"group_size": {"draw": [0, 2]}}, "at least 1"),
@@ -276,13 +276,13 @@ BAD = {
     "length 0": ({"shapes": {"spans": 1}, "span_length": 0}, "span_length=0; it takes a whole"),
     "length drawn backwards": ({"shapes": {"spans": 1}, "span_length": {"draw": [4, 2]}}, "span_length={draw"),
     "a length that grows": ({"shapes": {"spans": 1}, "span_length": [2, 4]}, "span_length="),
-    "predict nothing": ({"predict_last": 0}, "predict_last=0; it takes a share above 0"),
+    "predict nothing": ({"predict_last": 0}, "predict_last=0; it takes a fraction above 0"),
     "predict more than all": ({"predict_last": "7/6"}, "predict_last='7/6'"),
     "predict a word": ({"predict_last": "half"}, "predict_last='half'"),
     "predict by zero": ({"predict_last": "1/0"}, "predict_last='1/0'"),
     "predict a bool": ({"predict_last": True}, "predict_last=True"),
     "predict null": ({"predict_last": None}, "predict_last=None"),
-    "rehearse everything": ({"rehearsal": 1}, "rehearsal=1; it takes a share"),
+    "rehearse everything": ({"rehearsal": 1}, "rehearsal=1; it takes a fraction"),
     "rehearse less than nothing": ({"rehearsal": -0.1}, "rehearsal=-0.1"),
     "rehearse a bool": ({"rehearsal": True}, "rehearsal=True"),
     "rehearse a word": ({"rehearsal": "0.1"}, "rehearsal='0.1'"),

@@ -121,7 +121,7 @@ def test_hub_recipes_stream_the_papers_two_sources(path, monkeypatch):
 
     recipe = parse_recipe(path, ["--validation_documents", "10"])
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.model_name_or_path)
-    monkeypatch.setattr(a3_hf.data.mixture, "load_dataset_builder", Builder)
+    monkeypatch.setattr(a3_hf.data.sources, "load_dataset_builder", Builder)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")),
         bos_token="<s>",

@@ -267,7 +267,7 @@ def test_training_never_sees_what_is_evaluated_on(mixture_of, words):
     }
     assert trained == {f"a{n}" for n in range(42, 200)} | {f"b{n}" for n in range(18, 90)}
     assert len(mixture_of(validation_documents=60, max_eval_rows=5)[1]) == 5
-    with pytest.raises(ValueError, match="validation_documents=400: 280 of them are of the source 'a'.*none is left"):
+    with pytest.raises(ValueError, match="validation_documents=400: 280 of them are from source 'a'.*none is left"):
         mixture_of(validation_documents=400)
 
 

@@ -6,20 +6,19 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LoraArguments:
-    """Low-rank adapters in place of the whole model's weights: the recipe's `lora: {r: 16, …}`. The
-    paper trains all weights; none of this is in it.
+    """A recipe's `lora: {r: 16, …}`: low-rank adapters are trained instead of all weights (not in the paper).
 
     Args:
-        r: the rank.
-        alpha: the adapters' product is added times alpha / r.
-        dropout: on what goes into an adapter, in training.
+        r: rank.
+        alpha: the adapters' output is scaled by alpha / r.
+        dropout: dropout of an adapter's input in training.
         target: linear layers of the decoder, by the ends of their names (`q_proj`, `layers.3.mlp.up_proj`), or
-            `"all-linear"`, all that `rows` allows.
-        rows: `"all"` adapts both streams; `"slots"` adapts the query slots alone, so that the content stream stays the
-            LLaMA it was, bit for bit.
+            `"all-linear"`: all that `rows` allows.
+        rows: `"all"` adapts both streams; `"slots"` adapts the query slots only, so that the content stream remains the LLaMA
+            bit for bit.
 
     Raises:
-        ValueError: a number out of range, no target, or one that comes twice.
+        ValueError: a number out of range, no target, or a duplicate.
     """
 
     r: int = 16

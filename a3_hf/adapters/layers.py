@@ -17,26 +17,22 @@ from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
 
 from .arguments import LoraArguments
 
-ADAPTER = "default"  # peft's name of the one adapter
-
-
-# In adapter_config.json, where peft writes LORA: peft alone would adapt all rows, and so it must not load such a file.
+ADAPTER = "default"  # peft's name of the only adapter
+# Stored in adapter_config.json in place of LORA, so that peft refuses the file: it would adapt all rows.
 SLOT_ADAPTER_TYPE = "A3_SLOT_LORA"
-
-
-CONTENT_ONLY = ("k_proj", "v_proj")  # no slot passes these
+CONTENT_ONLY = ("k_proj", "v_proj")  # slots have no keys and values
+NOT_MERGED = "an adapter with rows: slots can't be merged: content tokens pass the same weights; use it beside its base"
 
 
 class SlotLinear(LoraLinear):
-    # Identical to peft's LoRA around a linear layer except: the adapter acts on the last `num_slots` rows alone. The others
-    # are what the base makes of them, and without slots nothing else is computed.
+    # Identical to peft's LoRA linear layer except: the adapter acts on the last `num_slots` rows only.
     num_slots = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result = self.base_layer(x)
         if self.num_slots == 0 or self.disable_adapters:
             return result
-        # From the end: in the last layer the content rows may be gone by now.
+        # Counted from the end: the last layer may have no content rows.
         slots = x[:, -self.num_slots :]
         content, adapted = result[:, : -self.num_slots], result[:, -self.num_slots :]
         for name in self.active_adapters:
@@ -49,22 +45,16 @@ class SlotLinear(LoraLinear):
         raise ValueError(NOT_MERGED)
 
 
-NOT_MERGED = (
-    "an adapter with rows: slots can't be merged: content tokens pass the same weights without it; use it as it is, beside "
-    "its base"
-)
-
-
 @dataclass
 class A3LoraConfig(LoraConfig):
-    # Identical to LoraConfig except: it says what slots start as in the model that the adapter was trained in. None: it was
-    # saved when that was left to its base.
+    # Identical to LoraConfig except: it stores the `slot_start` of the model that the adapter was trained in. None: an adapter
+    # saved before this was stored.
     slot_start: str | None = None
 
 
 @dataclass
 class SlotLoraConfig(A3LoraConfig):
-    # Identical to A3LoraConfig except: linear layers become `SlotLinear`, and the file says so.
+    # Identical to A3LoraConfig except: linear layers become `SlotLinear`, and the type in the file is `SLOT_ADAPTER_TYPE`.
     def __post_init__(self):
         super().__post_init__()
         self._register_custom_module({nn.Linear: SlotLinear})
@@ -74,12 +64,12 @@ class SlotLoraConfig(A3LoraConfig):
 
 
 class _LoadedByA3Alone:
-    """Stands where peft and transformers look up what to make of a slots adapter: they would put it on all rows."""
+    """Registered with peft for `SLOT_ADAPTER_TYPE`: raises, where peft and transformers would adapt all rows."""
 
     def __init__(self, **settings):
         raise ValueError(
-            f"an adapter of type {SLOT_ADAPTER_TYPE} acts on the query slots of an A3 model alone, which peft and the Auto "
-            "classes don't know: load it by a3_hf.adapters.checkpoints.load_model(path), whose model has all of peft's methods"
+            f"an adapter of type {SLOT_ADAPTER_TYPE} acts on the query slots of an A3 model only, which peft and the Auto "
+            "classes can't do: load it by a3_hf.adapters.checkpoints.load_model(path)"
         )
 
     @classmethod
@@ -91,11 +81,11 @@ PEFT_TYPE_TO_CONFIG_MAPPING[SLOT_ADAPTER_TYPE] = _LoadedByA3Alone
 
 
 def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
-    """Puts fresh adapters (which change nothing yet) into a model, from the global generator, and freezes all else but
-    `query_embed`, which is trained and saved with them. What is trained is in fp32, whatever the base is.
+    """Puts fresh adapters, drawn from the global generator and without effect yet, into a model. All else is frozen except
+    `query_embed`, which is trained and saved with them. Trained weights are in fp32, whatever the base's type.
 
     Raises:
-        ValueError: a target that matches nothing, or that no slot passes where `rows` is `"slots"`.
+        ValueError: a target that `target_names` refuses.
     """
     kind = SlotLoraConfig if lora.rows == "slots" else A3LoraConfig
     return wrap_model(
@@ -127,11 +117,7 @@ def wrap_model(model: A3LlamaForCausalLM, config: A3LoraConfig) -> PeftModel:
 
 
 def _check_slots_alone(adapted: PeftModel) -> None:
-    """Whether peft made every adapted layer the kind that leaves content rows alone.
-
-    Raises:
-        RuntimeError: it made others, or none.
-    """
+    """Raises RuntimeError unless peft made every adapted layer a `SlotLinear`, and made at least one."""
     others = {
         type(module).__name__
         for module in adapted.modules()
@@ -151,10 +137,10 @@ def _count_slots(linears: Sequence[SlotLinear], attention: nn.Module, args: tupl
 
 
 def target_names(model: nn.Module, lora: LoraArguments) -> list[str]:
-    """The target of `lora` in a model as peft takes it: ends of names of linear layers.
+    """Returns the target of `lora` in a model for peft: ends of names of linear layers.
 
     Raises:
-        ValueError: a target that matches no linear layer of the decoder, or that no slot passes where `rows` is `"slots"`.
+        ValueError: a target that matches no linear layer of the decoder, or makes keys or values with `rows: slots`.
     """
     linears = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in f".{name}"
@@ -173,7 +159,7 @@ def target_names(model: nn.Module, lora: LoraArguments) -> list[str]:
             )
         if lora.rows == "slots" and matched[0].endswith(CONTENT_ONLY):
             raise ValueError(
-                f"lora.target: {target!r} makes keys or values, which content alone has; with rows: slots it takes "
+                f"lora.target: {target!r} makes keys or values, which only content has; with rows: slots it takes "
                 f"{', '.join(kinds)}"
             )
     return lora.target

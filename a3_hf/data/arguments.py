@@ -1,4 +1,4 @@
-"""Settings of the data in a recipe."""
+"""Data settings of a recipe."""
 
 import re
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from a3_hf.settings import check_keys, checked_value, shown_value
 
 @dataclass(frozen=True)
 class SourceArguments:
-    """One source of a mixture that is read while training goes on, as an entry of the recipe's `sources` says it:
+    """One source of a mixture that is read during training, an entry of the recipe's `sources`:
     `fineweb: {dataset_name: HuggingFaceFW/fineweb, dataset_config_name: sample-10BT, weight: 0.5}`, or
     `stories: {path: stories/*.jsonl.zst}`; see `a3_hf.data.mixture`.
 
     Args:
-        path: a file, or a pattern of files that are of one kind: .jsonl, .json or .txt, plain or as .gz or .zst; .parquet.
-        dataset_name: a dataset of the hub, in place of `path`; with its configuration and split.
+        path: a file, or a pattern of files of one kind: .jsonl, .json or .txt, plain or as .gz or .zst; .parquet.
+        dataset_name: a hub dataset, instead of `path`, with its configuration and split.
         text_column: column of the text; .txt files have 'text' only.
-        weight: the share of its documents among those drawn; weights need not sum to 1.
+        weight: relative frequency of the source's documents.
 
     Raises:
         ValueError: neither `path` nor `dataset_name`, or both; a weight that is not above 0.
@@ -65,55 +65,52 @@ def _sources(config: Any) -> dict[str, SourceArguments]:
 
 @dataclass
 class DataArguments:
-    """Where text comes from and how it becomes rows; see `data.packing.load_rows`, and `data.mixture` for `sources`.
-    Relative paths start at the current directory.
+    """Data sources and how their text becomes rows; see `data.packing.load_rows`, and `data.mixture` for `sources`. Relative
+    paths start at the current directory.
 
     Raises:
-        ValueError: no source, or two; two sources of validation; a number out of range; a setting that would have no
-            effect beside the others.
+        ValueError: no source, or two; two sources of validation; a number out of range; a setting without effect.
     """
 
     train_file: str | None = field(
-        default=None, metadata={"help": "A .txt, .jsonl, .json or .parquet file; the first three also as .gz or .zst."}
+        default=None, metadata={"help": "Training text: .txt, .jsonl or .json, also as .gz or .zst; .parquet."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the hub, in place of train_file."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, instead of train_file."})
     sources: dict | None = field(
         default=None,
-        metadata={"help": "In place of both, a mixture that is read during training: {name: {path: …, weight: …}}."},
+        metadata={"help": "Mixture read during training, instead of both: {name: {path: …, weight: …}}."},
     )
     num_shards: int = field(
-        default=16, metadata={"help": "With sources: parts that the text is cut into, for the readers to share out."}
+        default=16, metadata={"help": "With sources: shards of the text, divided among the readers."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of dataset_name."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of dataset_name, slices included."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of dataset_name; may be a slice."})
     text_column: str = field(default="text", metadata={"help": "Column of the text; .txt files have 'text' only."})
     document_separator: str | None = field(
-        default=None, metadata={"help": "What separates documents in a .txt file. None: a file is one document."}
+        default=None, metadata={"help": "Separator of documents in .txt files. None: a file is one document."}
     )
     document_boundary: Literal["bos", "eos"] = field(
-        default="eos", metadata={"help": "The token after each document, as the model was pretrained."}
+        default="eos", metadata={"help": "Token after each document, as in pretraining."}
     )
     documents: Literal["joined", "isolated"] = field(
         default="joined",
-        metadata={"help": "Whether documents of a row see each other; isolated: each starts with a BOS of its own."},
+        metadata={"help": "joined: documents of a row see each other; isolated: they don't, and each starts with BOS."},
     )
-    block_size: int = field(default=2048, metadata={"help": "Tokens per row, the first of which is BOS."})
-    validation_file: str | None = field(default=None, metadata={"help": "A file to evaluate on, read as train_file."})
+    block_size: int = field(default=2048, metadata={"help": "Tokens per row, including the BOS at its start."})
+    validation_file: str | None = field(default=None, metadata={"help": "Evaluation file, read as train_file."})
     validation_documents: int = field(
         default=0,
-        metadata={"help": "Hold out that many documents to evaluate on: the last of the source, the first of sources."},
+        metadata={"help": "Number of documents held out for evaluation: the source's last, or the first of sources."},
     )
     shuffle_documents: bool = field(
-        default=False, metadata={"help": "Shuffle the documents of training, by the seed, before they are packed."}
+        default=False, metadata={"help": "Shuffle the training documents by the seed before packing."}
     )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Pack no more than that many rows to train on."})
-    max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Pack no more than that many rows to evaluate on."}
-    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Maximum number of training rows."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Maximum number of evaluation rows."})
     accept_changed_inputs: bool = field(
-        default=False, metadata={"help": "Go on although files were changed since the run was started."}
+        default=False, metadata={"help": "Resume although input files changed since the run was started."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps its files, if not as usual."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder of datasets."})
 
     def __post_init__(self):
         if self.sources is not None:
@@ -155,7 +152,9 @@ class DataArguments:
             if value is not None:
                 raise ValueError(f"{name}={value!r} and sources: set one of the two, and one only")
         if self.max_train_rows is not None:
-            raise ValueError(f"max_train_rows={self.max_train_rows}: of sources, as much is read as max_steps needs")
+            raise ValueError(
+                f"max_train_rows={self.max_train_rows}: sources are read as far as max_steps needs; leave it out"
+            )
         if self.shuffle_documents:
             raise ValueError("shuffle_documents=True: sources are read in the order of their files; leave it out")
         if self.num_shards < 1:

@@ -1,4 +1,4 @@
-"""Batches of rows: stacked, checked, labels and masks added."""
+"""Rows stacked to padded, checked batches."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,11 @@ class RowCollator:
     the rows have them; shorter rows are padded at the right.
 
     Args:
-        pad_token_id: what stands under the mask; no model reads it.
+        pad_token_id: token id at padding; no model reads it.
 
     Raises:
-        ValueError: no rows; columns of one row that differ in length; a label at padding; a scored token with no given
-            token before it: its slot may come first in an order, and would then see nothing.
+        ValueError: no rows; columns of different lengths; a label at padding; a scored token without a given token before it,
+            which would see nothing if its slot came first in an order.
 
     Example:
         >>> RowCollator()([

@@ -1,4 +1,4 @@
-"""The documents of a local file: text, JSON lines, JSON or parquet, and compressed ones to their very end."""
+"""Documents of a file: text, JSON lines, JSON (all also compressed) or parquet, with damage detected."""
 
 import codecs
 import gzip
@@ -20,18 +20,18 @@ import zstandard
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")
-TAKES = f"{', '.join(KINDS)} (all but .parquet also with {' or '.join(COMPRESSED)} behind)"
-LOOKED_AT = 1000  # records in which the column must turn up
+TAKES = f"{', '.join(KINDS)} (all but .parquet also with {' or '.join(COMPRESSED)} after it)"
+LOOKED_AT = 1000  # first records, one of which must have the column
 BLOCK = 1 << 16
-CODE = Path(__file__).read_text(encoding="utf-8")  # what caches of documents go by
+CODE = Path(__file__).read_text(encoding="utf-8")  # part of the key of cached documents
 
 
 class FileError(ValueError):
-    """A file that can't be read, now or later: it is damaged, cut off, or not what its name says. Names the file."""
+    """A file that is damaged, cut off, or not what its name says. The message names it."""
 
 
 def kind_of(file: str | os.PathLike) -> str | None:
-    """Which of `KINDS` a file is, by its name; None: none of them."""
+    """Returns a file's kind, one of `KINDS`, by its name; None for others."""
     path = Path(file)
     if path.suffix in COMPRESSED:
         path = path.with_suffix("")
@@ -42,13 +42,11 @@ def kind_of(file: str | os.PathLike) -> str | None:
 def read_documents(
     file: str | os.PathLike, *, column: str = "text", separator: str | None = None, start: int = 0
 ) -> Iterator[str]:
-    """The documents of a file, of `KINDS`, from number `start` on. A document is a value of `column`, and an empty text
-    where a record has none; other columns are not looked at. A .txt file, which has the column 'text' only, is one
-    document, or what `separator` separates, without the white space around it and without blank ones.
+    """Yields the documents of a file from number `start` on: the values of `column`, an empty text where a record has none. A
+    .txt file, whose only column is 'text', is one document, or is split at `separator`, stripped, without blank pieces.
 
     Raises:
-        FileError: damaged or cut off, by its compression, its format or its UTF-8; records without that column, or in which
-            it is not text.
+        FileError: damaged or cut off (compression, format or UTF-8); no such column, or one that is not text.
         OSError: the file can't be opened or read at the moment.
     """
     kind = kind_of(file)
@@ -58,7 +56,7 @@ def read_documents(
 
 
 def fingerprint(file: str | os.PathLike) -> list[int | str]:
-    """A file's size in bytes, and a hash of its first and its last 64 KiB."""
+    """Returns a file's size in bytes and a hash of its first and last 64 KiB."""
     size = os.path.getsize(file)
     with open(file, "rb") as stream:
         ends = stream.read(BLOCK)
@@ -68,7 +66,7 @@ def fingerprint(file: str | os.PathLike) -> list[int | str]:
 
 
 def split_text(text: str, separator: str | None) -> list[str]:
-    """The documents of a .txt file, without the white space around them and without those that hold none."""
+    """Splits the text of a .txt file into documents, stripped, without blank ones."""
     pieces = text.split(separator) if separator is not None else [text]
     return [piece.strip() for piece in pieces if piece.strip()]
 
@@ -91,8 +89,8 @@ def _naming(file: str | os.PathLike, kind: str | None) -> Iterator[None]:
 
 
 class _Frames(io.RawIOBase):
-    """What a .zst file holds, of one frame or several. Identical to zstandard's own reader except: a last frame that is cut
-    off is an EOFError.
+    """The content of a .zst file of one or more frames. Identical to zstandard's reader except: a truncated last frame raises
+    EOFError.
     """
 
     def __init__(self, file: BinaryIO):
@@ -124,7 +122,7 @@ class _Frames(io.RawIOBase):
 
 
 def is_remote(file: str | os.PathLike) -> bool:
-    """Whether it is the URL of a file, of the hub (hf://…) or any other that fsspec opens."""
+    """Returns whether a file is a URL (hf://… or another that fsspec opens)."""
     return "://" in str(file)
 
 
@@ -165,7 +163,7 @@ def _json_documents(file, column: str, separator: None, start: int) -> Iterator[
 
 
 def _records(file, start: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a file of JSON lines, or of one list in a .json file, and where each stands."""
+    """Yields the place and content of each record of JSON lines, or of the list in a .json file."""
     with _open(file) as stream:
         if kind_of(file) == ".json" and stream.peek(BLOCK)[:BLOCK].removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             content = _parsed(_decoded(stream.read()), "it")

@@ -1,4 +1,4 @@
-"""Documents of a recipe's train_file, validation_file or dataset_name."""
+"""Documents of a recipe's train_file, validation_file or dataset_name, as cached datasets."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,11 +11,10 @@ from .documents import CODE, TAKES, FileError, fingerprint, kind_of, read_docume
 
 
 def load_documents(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
-    """The documents to train on and to evaluate on (None: no validation asked for), in one column of text each, as
-    `load_rows` packs them but for their order.
+    """Returns the documents to train on and to evaluate on (None: no evaluation data), each with one column of text.
 
     Raises:
-        ValueError: as `load_rows`, where it is about files and text.
+        ValueError: errors of `load_rows` about files and text.
     """
     files = {"train_file": arguments.train_file, "validation_file": arguments.validation_file}
     files = {name: Path(file) for name, file in files.items() if file is not None}
@@ -24,7 +23,7 @@ def load_documents(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
     if arguments.document_separator is not None and not any(kind_of(file) == ".txt" for file in files.values()):
         raise ValueError(
             f"document_separator={arguments.document_separator!r} has no effect: it is for .txt files, and elsewhere a "
-            "document is a row of the source"
+            "document is a record of the source"
         )
 
     if arguments.dataset_name is not None:
@@ -77,7 +76,7 @@ def _check_file(name: str, file: Path):
 
 
 def _read_documents(name: str, file: Path, arguments: DataArguments) -> Dataset:
-    """The documents of `file`, a dataset of one column; `name` is the argument's."""
+    """Returns the documents of `file` as a dataset of one column; `name` is the argument in messages."""
     separator = arguments.document_separator if kind_of(file) == ".txt" else None
     try:
         return Dataset.from_generator(
@@ -88,7 +87,7 @@ def _read_documents(name: str, file: Path, arguments: DataArguments) -> Dataset:
                 "file": str(file.resolve()),
                 "column": arguments.text_column,
                 "separator": separator,
-                "version": f"{fingerprint(file)} {file.stat().st_mtime_ns} {CODE}",  # a list would be taken for shards
+                "version": f"{fingerprint(file)} {file.stat().st_mtime_ns} {CODE}",  # text: datasets takes lists for shards
             },
         )
     except (FileError, DatasetGenerationError) as error:
@@ -99,12 +98,12 @@ def _read_documents(name: str, file: Path, arguments: DataArguments) -> Dataset:
 
 
 def _documents(file: str, column: str, separator: str | None, version: str) -> Iterator[dict[str, str]]:
-    """Yields the documents of a file. `version` is read by nobody: the documents are cached under a hash of these."""
+    """Yields the documents of a file. `version` only changes the hash of the arguments, by which they are cached."""
     is_empty = True
     for text in read_documents(file, column=column, separator=separator):
         is_empty = False
         yield {column: text}
-    if is_empty:  # of which datasets would say: Instruction "train" corresponds to no data
+    if is_empty:  # datasets' own message would name no file
         raise FileError(f"{file}: holds no text")
 
 

@@ -1,4 +1,4 @@
-"""Texts mixed from several sources while training goes on, shared out among readers, and read on where a run stopped."""
+"""Rows mixed from several sources during training, divided among readers, and resumed where a run stopped."""
 
 import itertools
 import json
@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from .arguments import DataArguments
 from .collator import RowCollator
@@ -22,33 +21,28 @@ from .packing import ISOLATED_ROW_FEATURES, ROW_FEATURES, check_tokens, load_row
 from .sources import DocumentReader, Source, SourceError, check_shards, open_source
 from .tokenization import pad_id, tokenize
 
-logger = logging.get_logger(__name__)
-
-
 POSITION_FILE = "stream_position.json"
-
-
-# Columns of a batch that the trainer takes out before anything else sees it.
+# Columns of a batch that the trainer removes first.
 POSITION, FAILURE = "stream_position", "stream_failure"
 
 
 def open_mixture(
     arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int, context_length: int | None = None
 ) -> tuple["TextMixture", Dataset | None]:
-    """The mixture of the recipe's `sources`, and the rows to evaluate on (None: no validation asked for). Of each source
-    so much is read here as shows that it holds text.
+    """Returns the mixture of a recipe's `sources`, and the rows to evaluate on (None: no evaluation data). Reads the first
+    documents of each source to check that it contains text.
 
-    To be evaluated on: `validation_file`; or `validation_documents` documents, of each source as many as its weight
-    says, the first in the order of its files, which training never sees; or nothing.
+    Evaluation data is `validation_file`; or `validation_documents` documents, divided among the sources by weight and taken
+    from their beginning, which are not trained on; or none.
 
     Args:
-        seed: draws the source of each document.
-        context_length: the most tokens that the model takes; None: not checked.
+        seed: seeds the choice of each document's source.
+        context_length: the model's maximum number of tokens; None: not checked.
 
     Raises:
-        ValueError: a path that fits no file or files of several kinds; a source with no document left to train on; a
-            separator where no file is .txt; and what `check_tokens` refuses.
-        SourceError: a source that can't be read or holds no text, or too little for a document in each shard.
+        ValueError: a path that matches no file or files of several kinds; a source with no document left to train on; a
+            separator without a .txt file; or what `check_tokens` refuses.
+        SourceError: a source that can't be read, or has too few documents for its shards.
     """
     boundary_id = check_tokens(arguments, tokenizer, context_length=context_length)
     sources = [
@@ -58,7 +52,7 @@ def open_mixture(
     if arguments.document_separator is not None and not any(kind_of(file) == ".txt" for file in files):
         raise ValueError(
             f"document_separator={arguments.document_separator!r} has no effect: it is for .txt files, and elsewhere a "
-            "document is a row of the source"
+            "document is a record of the source"
         )
     texts, ends = _hold_out(sources, arguments.validation_documents)
     mixture = TextMixture(
@@ -91,20 +85,20 @@ def open_mixture(
 
 
 def source_choices(weights: Sequence[float], *, seed: Sequence[int], start: int = 0) -> Iterator[int]:
-    """Which source each next document is of, drawn by the weights, from draw `start` on: without end, and the draws of
-    `datasets.interleave_datasets` with these probabilities and this seed.
+    """Yields the index of each next document's source without end, drawn by weight, from draw `start` on: the same draws as
+    `datasets.interleave_datasets` makes with these probabilities and this seed.
     """
     generator = np.random.default_rng(seed)
-    shares = np.array(weights) / np.sum(weights)
+    probabilities = np.array(weights) / np.sum(weights)
     while True:
-        choices = generator.choice(len(shares), size=1000, p=shares)
+        choices = generator.choice(len(probabilities), size=1000, p=probabilities)
         yield from choices[start:].tolist()
         start = max(start - 1000, 0)
 
 
 def _hold_out(sources: Sequence[Source], count: int) -> tuple[list[str], list[tuple[int, int]]]:
-    """The first `count` documents of the mixture, each source in turn as its weight says, and where each source goes on
-    (file, document) behind those that were taken of it.
+    """Returns the first `count` documents, divided among the sources by weight, and for each source the (file, document) after
+    those taken from it.
     """
     readers = [DocumentReader(source) for source in sources]
     taken = [0] * len(sources)
@@ -118,19 +112,19 @@ def _hold_out(sources: Sequence[Source], count: int) -> tuple[list[str], list[tu
         reader.next_document()
         if reader.place[0] > 0:
             raise ValueError(
-                f"validation_documents={count}: {number} of them are of the source {source.name!r}, which has no more, so "
-                "that none is left to train on"
+                f"validation_documents={count}: {number} of them are from source {source.name!r}, which has no more: "
+                "none is left to train on"
             )
     return texts, [(file, document) for _, file, document in ends]
 
 
 class TextMixture:
-    """Rows without end, packed from documents that are drawn from several sources by weight.
+    """Endless rows packed from documents of several sources, drawn by weight.
 
-    The text is cut into `num_shards` shards, each with documents of its own of every source, in the order of the files;
-    a shard draws its sources, packs its rows and goes on at its first document behind its last, whatever the others do.
-    Batch number n of the run (over all steps, micro-batches and ranks) is the next rows of shard n mod num_shards. So the
-    rows depend neither on the number of ranks nor on the loader's workers, and where a shard stands is a few numbers.
+    The text is divided into `num_shards` shards, each with its own documents of every source in the order of the files. A
+    shard draws its sources, packs its rows and repeats its documents independently of the others. Batch n of the run (over all
+    steps, micro-batches and ranks) is the next rows of shard n mod num_shards. So the rows depend neither on the number of
+    ranks nor on the loader's workers, and a shard's position is a few numbers.
     """
 
     def __init__(
@@ -153,12 +147,12 @@ class TextMixture:
         self.seed = seed
 
     def tokenize(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """The ids of each text, its boundary at the end."""
+        """Yields the ids of each text, followed by the boundary token."""
         for text in texts:
             yield tokenize([text], self.tokenizer, boundary_id=self.boundary_id)[0]
 
     def pack(self, documents: Iterator[list[int]]) -> Iterator[tuple[dict[str, list[int]], int]]:
-        """Rows of tokenised documents; see `pack_rows`."""
+        """Packs tokenized documents; see `pack_rows`."""
         return pack_rows(
             documents,
             bos_id=self.tokenizer.bos_token_id,
@@ -170,9 +164,8 @@ class TextMixture:
     def rows(
         self, shard: int, position: Mapping[str, Any] | None = None
     ) -> Iterator[tuple[dict[str, list[int]], dict]]:
-        """The rows of a shard without end, and behind each where the shard then stands: the `position` from which the
-        next row is read on. It is that before the document read last (documents drawn so far, and each source's place)
-        and the tokens of that document which rows have.
+        """Yields the rows of a shard without end, each with the `position` from which the next row is read: the state before
+        the last read document (documents drawn so far, each source's place) and the number of its tokens used so far.
         """
         position = position or {"drawn": 0, "used": 0, "places": {}}
         readers = [
@@ -201,13 +194,13 @@ class TextMixture:
             yield row, {**before, "used": skipped + used}
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        """The rows of a run whose batches are single rows."""
+        """Yields the rows of a run with batches of one row."""
         shards = [self.rows(shard) for shard in range(self.num_shards)]
         for rows in itertools.cycle(shards):
             yield next(rows)[0]
 
     def described(self) -> dict[str, Any]:
-        """What must be the same where a position is to be read on from."""
+        """Returns the settings that a stored position depends on."""
         return {
             "num_shards": self.num_shards,
             "seed": self.seed,
@@ -218,7 +211,7 @@ class TextMixture:
 
 
 def check_readers(num_shards: int, *, world_size: int, num_workers: int) -> None:
-    """Raises ValueError unless the shards can be shared out evenly among all readers."""
+    """Raises ValueError unless the shards can be divided evenly among all readers."""
     readers = world_size * max(num_workers, 1)
     if num_shards % readers:
         raise ValueError(
@@ -229,21 +222,21 @@ def check_readers(num_shards: int, *, world_size: int, num_workers: int) -> None
 
 @dataclass
 class StreamPosition:
-    """How far a run has read: batches consumed by all ranks together, and each shard's position behind them."""
+    """How far a run has read: batches consumed by all ranks together, and each shard's position after them."""
 
     num_batches: int = 0
     shards: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, checkpoint: str | os.PathLike, mixture: TextMixture) -> "StreamPosition":
-        """Reads what `save` wrote.
+        """Reads a saved position.
 
         Raises:
             ValueError: no position in the checkpoint, or one of another mixture.
         """
         path = Path(checkpoint) / POSITION_FILE
         if not path.is_file():
-            raise ValueError(f"{path}: is missing, so that the run's sources can't be read on where it stopped")
+            raise ValueError(f"{path}: is missing, so the run's sources can't be resumed where it stopped")
         saved = json.loads(path.read_text(encoding="utf-8"))
         for name, value in mixture.described().items():
             if saved["mixture"][name] != value:
@@ -261,8 +254,8 @@ class StreamPosition:
 
 
 class MixtureBatches(torch.utils.data.IterableDataset):
-    """The batches of one rank, each with its shard's position behind it; of a source that can't be read on, its failure
-    in place of a batch: in a worker an exception would reach its own rank alone, and the others would wait.
+    """The batches of one rank, each with its shard's position after it. A source that can't be read gives its failure in place
+    of a batch: an exception in a worker would reach its own rank only, and the others would wait.
     """
 
     def __init__(

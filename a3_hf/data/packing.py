@@ -1,4 +1,4 @@
-"""From files to rows: text becomes rows of `block_size` tokens that start with BOS, and rows become batches."""
+"""Documents packed into rows of `block_size` tokens that start with BOS."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +12,12 @@ from .collator import IGNORED_LABEL
 from .loading import load_documents, texts_of
 from .tokenization import pad_id, tokenize
 
-# 9 bytes per token on disk, where the widths that lists of Python integers get would make 24.
-# What decides the rows: caches of them are found by it.
+# The code that makes the rows: part of their cache's key.
 CODE = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("packing.py", "tokenization.py"))
+# 9 bytes per token on disk; datasets' default types would take 24.
 ROW_FEATURES = Features(
     {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": List(Value("int32"))}
 )
-
-
 ISOLATED_ROW_FEATURES = Features({**ROW_FEATURES, "document_ids": List(Value("int32"))})
 
 
@@ -28,33 +26,30 @@ def load_rows(
 ) -> tuple[Dataset, Dataset | None]:
     """Packs text into rows of `block_size` tokens.
 
-    Documents are tokenised without special tokens; after each comes the boundary token (`document_boundary`); of the
-    stream so made, each row takes the next block_size − 1 tokens, behind a BOS of its own. Nothing is dropped: the last
-    row is padded. Documents that hold no text are skipped; white space around a document of a .txt file belongs to the
-    separator and goes with it. Rows of documents that are isolated from each other: see `pack_rows`.
+    Documents are tokenized without special tokens and followed by the boundary token (`document_boundary`); each row is BOS
+    and the next block_size − 1 tokens of this stream. Nothing is dropped: the last row is padded. Blank documents are skipped,
+    and .txt documents are stripped of surrounding white space. For isolated documents see `pack_rows`.
 
-    To be evaluated on: `validation_file`, or the last `validation_documents` documents of the source, which training
-    never sees (a text that comes twice in the source is two documents), or nothing.
+    Evaluation data is `validation_file`, or the last `validation_documents` documents of the source, which are not trained on
+    (a text that occurs twice is two documents), or none.
 
     Args:
-        arguments: where the text is and how it is packed. A .txt file is read as a whole, 2 GB at most.
-        tokenizer: has a BOS token, and an EOS token where that is the boundary; needs no padding token.
-        seed: orders the documents under `shuffle_documents`; without effect otherwise.
-        context_length: the most tokens that the model takes; None: not checked.
+        arguments: the data settings of a recipe. A .txt file is read as a whole, 2 GB at most.
+        tokenizer: has a BOS token, and an EOS token if that is the boundary; needs no padding token.
+        seed: the seed of `shuffle_documents`.
+        context_length: the model's maximum number of tokens; None: not checked.
 
     Returns:
-        The rows to train on and to evaluate on (None: no validation asked for), with `input_ids`, `attention_mask` (0
-        at padding) and `labels`: −100 at padding and at the first token, which is given and never scored, and the ids
-        unshifted elsewhere. With block_size 4, the documents "a b" and "c d", and EOS as boundary:
+        The rows to train on and to evaluate on (None: no evaluation data), with `input_ids`, `attention_mask` (0 at padding)
+        and `labels`: the ids unshifted, −100 at padding and at the first token, which is given and never scored. With
+        block_size 4, the documents "a b" and "c d", and EOS as boundary:
             {"input_ids": [bos, a, b, eos], "attention_mask": [1, 1, 1, 1], "labels": [-100, a, b, eos]}
             {"input_ids": [bos, c, d, eos], "attention_mask": [1, 1, 1, 1], "labels": [-100, c, d, eos]}
         Isolated documents add `document_ids`.
 
     Raises:
-        ValueError: a file that is missing, of an unknown kind, empty, not UTF-8 or not what its name says; no column
-            `text_column`, or one that is not text; no text, or none left to train on; a separator where no file is
-            .txt; block_size above `context_length`; a tokenizer without the token that rows start with or documents
-            end with.
+        ValueError: a file that is missing, of an unknown kind, empty or damaged; no text in `text_column`, or none left to
+            train on; a separator without a .txt file; or what `check_tokens` refuses.
     """
     boundary_id = check_tokens(arguments, tokenizer, context_length=context_length)
     train, evaluation = load_documents(arguments)
@@ -87,11 +82,10 @@ def load_rows(
 def check_tokens(
     arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, context_length: int | None = None
 ) -> int:
-    """The id of the token after each document.
+    """Returns the id of the token after each document.
 
     Raises:
-        ValueError: block_size above `context_length`; a tokenizer without the token that rows start with or documents
-            end with.
+        ValueError: block_size above `context_length`; a tokenizer without BOS or without the boundary token.
     """
     if context_length is not None and arguments.block_size > context_length:
         raise ValueError(f"block_size={arguments.block_size}: more than the model's context of {context_length} tokens")
@@ -112,17 +106,16 @@ def check_tokens(
 def pack_rows(
     documents: Iterable[Sequence[int]], *, bos_id: int, pad_id: int, block_size: int, isolated: bool = False
 ) -> Iterator[tuple[dict[str, list[int]], int]]:
-    """Packs documents, token ids each with its boundary at the end, into rows of `block_size` tokens.
+    """Packs documents, token ids that end with the boundary, into rows of `block_size` tokens.
 
-    Joined, a row is BOS and the next block_size − 1 tokens of the stream of all documents. Isolated, every document of a
-    row starts with a BOS of its own, which is given and never scored, and `document_ids` counts the documents of the row
-    from 1, 0 at padding. A document that does not fit goes on in the next row, behind that row's BOS, where it no longer
-    sees what the row before holds; where a row has room for a BOS alone, it is padded. Not specified in the paper.
+    Joined: a row is BOS and the next block_size − 1 tokens of the stream of all documents. Isolated (not specified in the
+    paper): each document of a row starts with its own BOS, which is given and never scored, and `document_ids` numbers them
+    from 1, 0 at padding. A document that does not fit continues in the next row after that row's BOS, without seeing the row
+    before; a row with room for BOS only is padded.
 
     Yields:
-        A row, and how many tokens of the document read last are in this row and those before it. A row is yielded as soon
-        as it is full, before another document is read; the last one is padded. With block_size 6, isolated, of the
-        documents [a, b, eos] and [c, d, eos]:
+        A row, and the number of tokens of the last read document in this row and those before. A row is yielded when full,
+        before another document is read; the last one is padded. With block_size 6, isolated, of [a, b, eos], [c, d, eos]:
             {"input_ids": [bos, a, b, eos, bos, c], "attention_mask": [1, 1, 1, 1, 1, 1],
              "labels": [-100, a, b, eos, -100, c], "document_ids": [1, 1, 1, 1, 2, 2]}, 1
             {"input_ids": [bos, d, eos, pad, pad, pad], "attention_mask": [1, 1, 1, 0, 0, 0],
@@ -160,7 +153,7 @@ def pack_rows(
             labels += piece
             document_ids += [document_ids[-1]] * len(piece)
             used += len(piece)
-            # Where isolated, a BOS that nothing follows would be of no use.
+            # Isolated: no BOS without a token after it.
             if len(ids) > block_size - (2 if isolated else 1):
                 yield row(), used
     if ids:
@@ -176,10 +169,8 @@ def _packed_rows(
     max_rows: int | None,
     code: str,
 ) -> Iterator[dict[str, list[int]]]:
-    """Yields the rows of `documents`, as many as `max_rows` allows, and tokenises no further than they need.
-
-    `code` is read by nobody: the rows are cached under a hash of these arguments and of this function, of which
-    datasets takes no more than the name, so that a change in this file would go unnoticed.
+    """Yields at most `max_rows` rows of `documents`, and tokenizes no more than they need. `code` only changes the hash of the
+    arguments, by which datasets caches the rows: it does not notice a change in this file.
     """
     rows = pack_rows(
         _tokenized(documents, tokenizer, boundary_id),

@@ -1,18 +1,18 @@
-"""Text to token ids: special tokens spelled in a document are text."""
+"""Tokenization of documents, in which special tokens are plain text."""
 
 from transformers import PreTrainedTokenizerBase
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, boundary_id: int) -> list[list[int]]:
-    """The ids of each text, without special tokens, and its boundary."""
+    """Returns the ids of each text, without special tokens, followed by the boundary token."""
     return [[*ids, boundary_id] for ids in encode_documents(texts, tokenizer)]
 
 
 def encode_documents(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each text, without special tokens: where it spells one ("</s>" in HTML), those are letters like others.
+    """Returns the ids of each text without special tokens: "</s>" in HTML is encoded as plain characters.
 
     Raises:
-        ValueError: a special token in a text, with a tokenizer that has no other way to write its letters.
+        ValueError: a special token in a text that the tokenizer can't encode as characters.
     """
     # `verbose` would warn that a document is longer than the context, which is what packing is for.
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -21,7 +21,7 @@ def encode_documents(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _spelled(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`ids` with special tokens, which the tokenizer's own merges may make of their letters, letter by letter."""
+    """Replaces special tokens in `ids`, which the tokenizer's merges may produce from characters, by their characters."""
     pieces = [tokenizer.convert_ids_to_tokens(token) if token in special else None for token in ids]
     letters = tokenizer.backend_tokenizer.model.tokenize if tokenizer.is_fast else None
     spelled = [
@@ -32,13 +32,12 @@ def _spelled(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBa
     if not special.isdisjoint(flat):
         found = next(piece for piece in pieces if piece is not None)
         raise ValueError(
-            f"a document holds {found!r}, which the tokenizer of {tokenizer.name_or_path!r} takes for a special token "
-            "whatever it is told: take it out of the text, or take another tokenizer"
+            f"a document holds {found!r}, which the tokenizer of {tokenizer.name_or_path!r} always encodes as a special "
+            "token: remove it from the text, or use another tokenizer"
         )
     return flat
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands at padding."""
-    # Any id will do, since nothing reads it; LLaMA's tokenizers have no padding token.
+    """Returns the padding token's id, or 0: LLaMA's tokenizers have none, and no model reads it."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id

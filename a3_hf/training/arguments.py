@@ -1,4 +1,4 @@
-"""One recipe = one complete run: its settings and their types."""
+"""Settings of a recipe, one complete run, and their types."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,80 +15,79 @@ from .trainer_fields import check_fields
 
 @dataclass
 class ModelArguments:
-    """Which model is adapted, and to what. `model_name_or_path` is a LLaMA or a checkpoint of the architecture, a folder or
-    a hub id.
-    """
+    """The model to start from and the architecture to train."""
 
     model_name_or_path: str = field(metadata={"help": "LLaMA or A3 checkpoint: a folder or a hub id."})
     architecture: Literal["a3", "decoupled_rope", "masked_diffusion", "llama"] = field(
         default="a3",
         metadata={
-            "help": "a3: two streams; decoupled_rope: one stream, one token at a time; masked_diffusion: no order at all; "
-            "llama: next tokens, the control. lora is for a3, and the last two have no curriculum."
+            "help": "a3: two streams; decoupled_rope: one stream, single tokens; masked_diffusion: no order; llama: next "
+            "tokens, the control. lora is for a3 only; the last two have no curriculum."
         },
     )
     slot_start: Literal["query_embed", "left_token"] | None = field(
         default=None,
         metadata={
-            "help": "a3: what a slot starts as; left_token: as the token on its left where it sees it; query_embed: the "
-            "paper's one vector. None: as stored, and left_token from a LLaMA."
+            "help": "a3: start of a slot. left_token: the embedding of the token on its left, where visible; query_embed: the "
+            "paper's single vector. None: as stored, and left_token for a LLaMA."
         },
     )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Where the tokenizer is, if not with the model."}
+        default=None, metadata={"help": "Folder or hub id of the tokenizer, if not the model's."}
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Type of the weights in memory (mixed precision is --bf16)."}
+        default="float32", metadata={"help": "Data type of the weights in memory (mixed precision: --bf16)."}
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flex_attention or eager."})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention implementation: sdpa, flex_attention or eager."}
+    )
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "Hold the frozen base in 4 bits, beside a recipe's lora; needs bitsandbytes."}
+        default=False, metadata={"help": "Hold the frozen base of lora in 4 bits; needs bitsandbytes."}
     )
 
 
 @dataclass
 class A3TrainingArguments(TrainingArguments):
-    # Identical to TrainingArguments except: the defaults below, and what `a3_hf.training.trainer_fields` refuses.
+    # Identical to TrainingArguments except: the fields below, and those refused by `a3_hf.training.trainer_fields`.
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Stays false: the trainer draws the orders from the rows' own columns."}
+        default=False, metadata={"help": "Must be false: orders are drawn from the rows' columns."}
     )
     report_to: None | str | list[str] = field(
-        default="none", metadata={"help": "Where to report to; nowhere unless asked."}
+        default="none", metadata={"help": "Loggers to report to (wandb, tensorboard, …)."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave losses that are not finite out of the logs."}
-    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave non-finite losses out of the logs."})
     loss: Literal["plain", "chunked"] = field(
-        default="plain", metadata={"help": "chunked never holds all logits of a batch: less memory, the same values."}
+        default="plain",
+        metadata={"help": "plain, or chunked: never holds all logits of a batch; less memory, the same values."},
     )
     peak_flops: float | None = field(
         default=None,
-        metadata={
-            "help": "Operations a second that a device can do, for the MFU in the logs, if it is not a known one."
-        },
+        metadata={"help": "Peak FLOP/s of a device, for the MFU in the logs; None: that of a known device."},
     )
     content_loss_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the content stream's next-token loss in left-to-right rows; 0: none."}
+        default=0.0, metadata={"help": "Weight of the content stream's next-token loss in left-to-right rows."}
     )
     distillation_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of teaching slots the content stream's forecasts in left-to-right rows; 0: none."},
+        metadata={"help": "Weight of distillation from the content stream to the slots in left-to-right rows."},
     )
     masking: Literal["rate", "count"] = field(
-        default="rate", metadata={"help": "masked_diffusion: mask each token with a drawn chance, or a drawn number."}
+        default="rate",
+        metadata={"help": "masked_diffusion: draw a masking rate, or a number of masked tokens, per row."},
     )
     low_discrepancy: bool = field(
-        default=False, metadata={"help": "masked_diffusion: spread the shares of a step's rows evenly over (0, 1]."}
+        default=False,
+        metadata={"help": "masked_diffusion: spread the masking rates of a step's rows evenly over (0, 1]."},
     )
     anneal_steps: int = field(
-        default=0, metadata={"help": "masked_diffusion: from causal to bidirectional attention in so many steps."}
+        default=0, metadata={"help": "masked_diffusion: number of steps from causal to bidirectional attention."}
     )
 
     def __post_init__(self):
         if self.remove_unused_columns:
             raise ValueError(
-                "remove_unused_columns=True: would silently drop what the trainer draws orders from; leave it false"
+                "remove_unused_columns=True: it would silently drop columns that orders are drawn from; leave it false"
             )
         check_fields(self)
         if isinstance(self.deepspeed, str) and not Path(self.deepspeed).is_file():
@@ -100,7 +99,7 @@ class A3TrainingArguments(TrainingArguments):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an update step, over all processes."""
+        """Rows of an update step over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 

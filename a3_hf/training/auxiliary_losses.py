@@ -1,4 +1,4 @@
-"""Auxiliary losses of training: next tokens on the content stream, and its forecasts taught to the query stream."""
+"""Auxiliary losses: next tokens on the content stream, and distillation from it to the query stream."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ from a3_hf.models.a3_llama.orders import GroupOrder
 
 
 class Pairs(NamedTuple):
-    """The places where both streams forecast the same token, one after another: each (N,), N ≥ 0.
+    """Places where both streams predict the same token, each (N,), N ≥ 0.
 
-    `rows` of the batch; `content`, where in its row the content token stands that has seen exactly the tokens before (its
-    own state forecasts the next token, as LLaMA's does); `slots`, where the slot of that next token stands.
+    `rows`: rows of the batch; `content`: columns of content tokens that have seen exactly the tokens up to themselves, so that
+    their states predict the next token as LLaMA's do; `slots`: columns of that next token's slots.
     """
 
     rows: torch.Tensor
@@ -21,10 +21,10 @@ class Pairs(NamedTuple):
 
 
 def next_token_pairs(order: GroupOrder, labels: torch.Tensor, document_ids: torch.Tensor | None = None) -> Pairs:
-    """The scored tokens of rows in left-to-right order, one token at a time, and the content tokens before them.
+    """Returns the scored tokens of rows in left-to-right order, one token at a time, with the content tokens before them.
 
-    Elsewhere a content token has seen its own group, or later text, or not all of the text before: what its state
-    forecasts is not the next token given the text before, and the rows have no part in the auxiliary losses.
+    In other orders a content token has seen its own group or other text than that before it: its state is no next-token
+    prediction, and the row is left out.
 
     Args:
         order: of a batch (B, S), as text.
@@ -38,7 +38,7 @@ def next_token_pairs(order: GroupOrder, labels: torch.Tensor, document_ids: torc
         neighbours = neighbours & (document_ids[:, 1:] == document_ids[:, :-1])
     ascends = ((group[:, 1:] > group[:, :-1]) | ~neighbours).all(dim=1)
     length = group.shape[1]
-    # A token stands where its group does: all are singletons.
+    # With singleton groups, a token's column is its group's number.
     tokens_of_groups = torch.zeros_like(group).scatter_add(1, group.clamp_min(0), real.to(group.dtype))
     is_left_to_right = ascends & (tokens_of_groups <= 1).all(dim=1)
     scored = order.scored_mask[:, 1:] & neighbours & is_left_to_right[:, None]
@@ -59,9 +59,7 @@ def content_loss(content_logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
 
 def distillation_loss(query_logits: torch.Tensor, content_logits: torch.Tensor) -> torch.Tensor:
-    """Σ KL(content ‖ query) over N tokens, from logits (N, V). The content stream is the teacher and gets no gradient
-    from it.
-    """
+    """Returns Σ KL(content ‖ query) over N tokens, from logits (N, V); the content stream, the teacher, gets no gradient."""
     teacher = content_logits.detach().float().log_softmax(dim=-1)
     student = query_logits.float().log_softmax(dim=-1)
     return nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)

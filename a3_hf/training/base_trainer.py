@@ -185,8 +185,8 @@ class BaseTrainer(EvenRowsTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def ranks_averaged(self) -> int:
-        """The factor that undoes averaging the gradients of ranks: their number, or 1 where each rank divides its loss by
-        its own tokens.
+        """The factor that undoes averaging gradients over ranks: their number, or 1 where each rank divides its loss by its
+        own tokens.
         """
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 

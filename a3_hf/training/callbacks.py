@@ -1,4 +1,4 @@
-"""Callbacks of a run: its log in a file, signals that stop it between two steps, weights that are none."""
+"""Callbacks of a run: a log file, a clean stop on signals, a check of the weights before they are saved."""
 
 import json
 import multiprocessing
@@ -20,8 +20,8 @@ LARGEST_WEIGHT = torch.finfo(torch.float16).max  # those of LLaMAs are below 100
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Writes what is logged to a file, one JSON object a line, with the step and, where there is a schedule, the stage's
-    name; lines of steps that a resumed run is about to repeat are dropped first.
+    """Appends logs to a file, one JSON object per line, with the step and, under a schedule, the stage's name. A resumed run
+    first drops the lines of steps that it will repeat.
     """
 
     def __init__(self, path: str | os.PathLike, schedule: Schedule | AdaptiveSchedule | None):
@@ -60,18 +60,17 @@ def _step_of(line: str) -> float:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         step = None
-    # Cut off while it was written, or nothing that was written here.
+    # Other lines were cut off while they were written.
     return step if isinstance(step, int) and not isinstance(step, bool) else float("inf")
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C (SIGINT) or SIGTERM, with which SLURM and Kubernetes end a job, saves a checkpoint at the end of the step and
-    stops, all ranks alike. A second Ctrl-C stops at once. A signal that was ignored at the start, as Ctrl-C is under
-    `nohup`, stays ignored.
+    """Saves a checkpoint at the end of the step and stops all ranks on Ctrl-C (SIGINT) or SIGTERM (sent by SLURM and
+    Kubernetes). A second Ctrl-C stops at once. A signal ignored at the start, as SIGINT is under `nohup`, stays ignored.
 
     Attributes:
-        stopped_at: the step, and None where training ran to its end.
-        stopped_by: the signal that stopped it.
+        stopped_at: the step after which training stopped; None if it ran to its end.
+        stopped_by: the signal.
     """
 
     def __init__(self):
@@ -87,21 +86,21 @@ class InterruptCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.stopped_at = self.stopped_by = self._pressed_at = None
         self._got, self._is_training = 0, True
-        # Python lets the main thread alone set handlers.
+        # Only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
             for signum in STOPPING:
                 if signal.getsignal(signum) != signal.SIG_IGN:
                     self._previous_handlers[signum] = signal.signal(signum, self._handle)
 
     def _leave_to_the_parent(self) -> None:
-        # A data loader's worker: signals to the whole group reach it too, and the main process needs it to the step's end.
+        # Signals to the process group reach data loader workers too, which the main process needs until the step's end.
         if self._is_training:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
     def end_workers(self) -> None:
-        """Ends the loader's workers where training ended by an exception: SIGTERM, by which others would, they don't take."""
+        """Kills the data loader's workers after an exception; they ignore SIGTERM."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise that a worker was killed
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()
@@ -115,14 +114,14 @@ class InterruptCallback(TrainerCallback):
             self._got = signum
             return
         if self._pressed_at is not None:
-            # torchrun hands a Ctrl-C on to processes that the terminal has already interrupted: not a second one.
+            # torchrun forwards a Ctrl-C that the terminal has sent already: not a second one.
             is_echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._pressed_at < 1.0
             if is_echo:
                 return
             raise KeyboardInterrupt
         self._pressed_at = time.monotonic()
         self._got = max(self._got, signum)
-        # Not print: the signal may come in the middle of another one.
+        # Not print, which the signal may have interrupted.
         os.write(2, b"\ninterrupted: saving at the end of this step (Ctrl-C again stops at once)\n")
 
     def on_step_end(
@@ -130,7 +129,7 @@ class InterruptCallback(TrainerCallback):
     ) -> TrainerControl:
         got = self._got
         if args.world_size > 1:
-            # All ranks stop at the same step, or the others would wait for this one forever.
+            # All ranks must stop at the same step, or they would wait for each other forever.
             flag = torch.tensor(got, device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             got = int(flag.item())
@@ -144,14 +143,14 @@ class InterruptCallback(TrainerCallback):
         self.restore_handlers()
 
     def restore_handlers(self) -> None:
-        """Gives the signals back to whom they belonged before; needed only where training ended by an exception."""
+        """Restores the signals' previous handlers; called by training's end, or by hand after an exception."""
         for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
         self._previous_handlers, self._is_training = {}, False
 
 
 class WeightsCallback(TrainerCallback):
-    """Looks at the weights before each checkpoint is written, so that none holds weights that are no model."""
+    """Runs `check_weights` before each checkpoint is written."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
@@ -161,9 +160,7 @@ class WeightsCallback(TrainerCallback):
 
 
 def check_weights(model: nn.Module, args: TrainingArguments, *, step: int) -> None:
-    """Raises a ValueError, on all ranks alike, where weights are not finite, or larger than any that a model has. (ZeRO-3's,
-    of which no rank holds one, are not seen.)
-    """
+    """Raises ValueError on all ranks if a weight is not finite or absurdly large. Does not see weights sharded by ZeRO-3."""
     found = next((name for name, weight in model.named_parameters() if not _is_sane(weight)), None)
     is_bad = found is not None
     if args.world_size > 1:
@@ -173,9 +170,9 @@ def check_weights(model: nn.Module, args: TrainingArguments, *, step: int) -> No
     if is_bad:
         where = f" ({found})" if found is not None else ""
         raise ValueError(
-            f"step {step}: the weights{where} are not finite, or above {LARGEST_WEIGHT:g}: they are no model and are not "
-            f"saved; the checkpoints in {args.output_dir} are as they were. Lower learning_rate or max_grad_norm, or start "
-            "from another model"
+            f"step {step}: the weights{where} are not finite, or above {LARGEST_WEIGHT:g}, and are not saved; the "
+            f"checkpoints in {args.output_dir} are unchanged. Lower learning_rate or max_grad_norm, or start from another "
+            "model"
         )
 
 

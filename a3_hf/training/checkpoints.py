@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole, and what becomes of those that were cut off."""
+"""Whole and half-written checkpoints of a run."""
 
 import errno
 import json
@@ -16,8 +16,8 @@ HALF_WRITTEN_PREFIX = "half-written-"
 
 
 def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
-    """Why a checkpoint can't be resumed from ("trainer_state.json is cut off"), or None where it is whole. `Trainer`
-    writes `trainer_state.json` last, and deletes old checkpoints only after it.
+    """Returns why a checkpoint can't be resumed from ("trainer_state.json is cut off"); None if it is whole. `Trainer` writes
+    `trainer_state.json` last and deletes old checkpoints after that.
     """
     folder = Path(checkpoint)
     try:
@@ -59,7 +59,7 @@ def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> tuple[Path | None, list[Path]]:
-    """The checkpoint of the highest step that is whole, and those that are not (killed while they were written)."""
+    """Returns the whole checkpoint of the highest step, and the half-written ones (of runs killed while saving)."""
     folder = Path(output_dir)
     found = []
     for path in folder.glob("checkpoint-*"):
@@ -78,18 +78,14 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> tuple[Path | None, l
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of room, as the system says it, or safetensors or torch, which have errors of their
-    own.
-    """
+    """Returns whether a write failed because the disk is full, in an error of the system, safetensors or torch."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(words in str(error) for words in (os.strerror(errno.ENOSPC), "PytorchStreamWriter failed writing"))
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Renames a half-written checkpoint. Left where it is, it would count for `save_total_limit`, which goes by time,
-    and a whole one would be deleted in its stead.
-    """
+    """Renames a half-written checkpoint, so that `save_total_limit` does not count it and delete a whole one instead."""
     target = checkpoint.with_name(HALF_WRITTEN_PREFIX + checkpoint.name)
     number = 1
     while target.exists():

@@ -1,4 +1,4 @@
-"""The curriculum: which stage (`ar`, `expand`, `permute`) and which group size belong to a training step."""
+"""Curriculum: the stages (`ar`, `expand`, `permute`) of a run, and orders drawn in them."""
 
 import math
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class Curriculum:
 
     @classmethod
     def from_config(cls, stages: Sequence[dict[str, Any]], *, unit: str = "fraction") -> "Curriculum":
-        """Builds a curriculum from plain values, as a YAML file holds them: `{"name": …, "until": …, "group_size": …}`. A
+        """Builds a curriculum from the plain values of a YAML file: `{"name": …, "until": …, "group_size": …}`. A
         pair is a list, `UniformInt` is `{"draw": [2, 8]}`, `Plateau` is `{"flat": …, "window": …, "at_least": …,
         "at_most": …}`, and shapes are `{"scattered": 3, "spans": 1}`.
 
@@ -87,8 +87,8 @@ class Curriculum:
         return cls(tuple(built), unit)
 
     def resolve(self, *, max_steps: int, tokens_per_step: int | None = None) -> Schedule | AdaptiveSchedule:
-        """Turns the ends into whole steps: a step that begins before a stage's end belongs to it. Where a stage ends at a
-        plateau, the stages after it must fit in even if it ends as late as it may.
+        """Turns the ends into whole steps: a step that begins before a stage's end belongs to it. Stages after a plateau must
+        fit even if it is reached as late as possible.
 
         Args:
             max_steps: update steps of the run.
@@ -147,8 +147,8 @@ def draw_order(
     given_mask: torch.Tensor | None = None,
     generator: Generators = None,
 ) -> GroupOrder:
-    """Draws the orders of a batch as its stage says; `attention_mask` and `given_mask` are (B, S). Only `permute` and
-    stages with several kinds of rows leave anything to chance, and so to `generator` (one per row, or one for all).
+    """Draws the orders of a batch in a stage; `attention_mask` and `given_mask` are (B, S). `generator` (one per row, or one
+    for all) is used by `permute` and by stages with several kinds of rows.
     """
     if stage.kinds:
         return draw_rows(stage.kinds, attention_mask, given_mask=given_mask, generator=generator)

@@ -13,10 +13,9 @@ logger = logging.get_logger(__name__)
 
 
 class CurriculumCallback(TrainerCallback):
-    """Says when a stage or a group size begins, and asks for an evaluation at the last step of each stage (unless
-    `eval_strategy` is "no"), so that the losses before and after each stage are known; one of `eval_steps` a step later is
-    left out. It holds no state: what a step
-    trains on follows from the step alone, and so it does after a resume.
+    """Prints when a stage or a group size begins, and requests an evaluation at the last step of each stage (unless
+    `eval_strategy` is "no"); a regular one due a step later is skipped. Stateless: the stage follows from the step, also
+    after a resume.
     """
 
     def __init__(self, schedule: Schedule):
@@ -29,7 +28,7 @@ class CurriculumCallback(TrainerCallback):
         stage = self.schedule.at(step)
         if state.is_world_process_zero and (step == 0 or stage != self.schedule.at(step - 1)):
             start = self.schedule.ends[stage.index - 1] if stage.index else 0
-            event = "begins" if step == start else "goes on"
+            event = "begins" if step == start else "continues"
             message = f"step {step}: stage {stage.name} {event}, group size {stage.group_size}"
             logger.info(message)
             tqdm.write(message)
@@ -42,17 +41,17 @@ class CurriculumCallback(TrainerCallback):
         if step in ends and args.eval_strategy != IntervalStrategy.NO:
             control.should_evaluate = True
         elif step - 1 in ends and args.eval_strategy == IntervalStrategy.STEPS and args.eval_steps > 1:
-            control.should_evaluate = control.should_evaluate and args.load_best_model_at_end  # it has just been done
+            control.should_evaluate = control.should_evaluate and args.load_best_model_at_end  # just done
         return control
 
 
 class AdaptiveCallback(CurriculumCallback):
-    """Identical to `CurriculumCallback` except: it tells an adaptive schedule the loss of each step, and keeps what the
-    schedule has found in the trainer's state. Every checkpoint carries that, and a resumed run goes on from it.
+    """Identical to `CurriculumCallback` except: it passes the loss of each step to an adaptive schedule and stores the
+    schedule's record in the trainer's state, from which a resumed run restores it.
 
     Args:
-        schedule: the trainer's own.
-        step_loss: gives the loss of the step that has just been made, in nats per token, the same on every rank.
+        schedule: the trainer's.
+        step_loss: returns the loss of the last step in nats per token, the same on every rank.
     """
 
     def __init__(self, schedule: AdaptiveSchedule, step_loss: Callable[[], float]):

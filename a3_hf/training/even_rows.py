@@ -1,4 +1,4 @@
-"""Rows shared out evenly among processes: the last batches of an epoch are filled with rows that count nothing."""
+"""Rows divided evenly among processes: the last batches of an epoch are filled with rows that are not scored."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ IGNORED_LABEL = -100
 
 
 class RowsAndBlank(Dataset):
-    """Rows, and behind the last a blank one: the first, without anything to score."""
+    """Rows followed by a blank one: the first row with all labels ignored."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]):
         self.rows = rows
@@ -26,7 +26,7 @@ class RowsAndBlank(Dataset):
 
 
 class FilledBatches(BatchSampler):
-    """Batches of indices, all of `batch_size` and a multiple of `multiple` in number: what lacks at the end is `filler`.
+    """Batches of `batch_size` indices, their number a multiple of `multiple`, filled up with `filler`.
 
     Example:
         >>> list(FilledBatches(range(5), batch_size=2, multiple=2, filler=99))
@@ -49,9 +49,8 @@ class FilledBatches(BatchSampler):
 
 
 class EvenRowsTrainer(Trainer):
-    """Identical to `Trainer` except: where rows do not divide by the processes, an epoch has each row once all the same. (By
-    accelerate's default, `even_batches`, rows of its beginning would come twice, and the result would depend on the number of
-    processes.)
+    """Identical to `Trainer` except: an epoch has each row once on any number of processes. (Accelerate's `even_batches`
+    repeats rows from the epoch's beginning, so that the result depends on the number of processes.)
     """
 
     def get_train_dataloader(self) -> DataLoader:
@@ -63,7 +62,7 @@ class EvenRowsTrainer(Trainer):
             loader = super().get_train_dataloader()
         finally:
             self.train_dataset = rows
-        shard = loader.batch_sampler  # every so-many-th of the batches of all processes
+        shard = loader.batch_sampler  # this process's batches of all
         shard.batch_sampler = FilledBatches(
             shard.batch_sampler.sampler,
             batch_size=shard.batch_sampler.batch_size,

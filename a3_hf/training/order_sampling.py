@@ -1,4 +1,4 @@
-"""Mixtures: how each row of a step is drawn where rows differ (rehearsal, sizes, shapes, partial prediction)."""
+"""Orders drawn row by row where rows of a step differ (rehearsal, sizes, shapes, partial prediction)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,7 @@ SHAPES = ("scattered", "spans", "infilling")
 
 @dataclass(frozen=True)
 class UniformInt:
-    """A whole number drawn for each row from `smallest` to `largest`, both included, each equally likely. A recipe
-    writes it `{draw: [2, 8]}`.
-    """
+    """An integer drawn uniformly from `smallest` to `largest` inclusive for each row. In a recipe: `{draw: [2, 8]}`."""
 
     smallest: int
     largest: int
@@ -28,14 +26,14 @@ class UniformInt:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One way to draw a row.
+    """A kind of row and its distribution.
 
     Attributes:
-        weight: its chance, beside the weights of the other kinds.
+        weight: its probability, relative to the weights of the other kinds.
         group_sizes: tokens of a group, each size equally likely.
         shapes: shapes with their weights, from `SHAPES` or `"contiguous"` (neighbours, left to right).
         span_lengths: tokens of a span in the shape `"spans"`, each length equally likely.
-        predict_last: the share of the order that is scored, counted from its end.
+        predict_last: fraction of the order that is scored, counted from its end.
     """
 
     weight: float
@@ -57,15 +55,15 @@ def draw_rows(
     given_mask: torch.Tensor | None = None,
     generator: Generators = None,
 ) -> GroupOrder:
-    """Draws each row of a batch on its own: first its kind, size, shape and span length, then its order; `attention_mask`
-    and `given_mask` are (B, S). With a generator per row, a row's order does not depend on its neighbours.
+    """Draws the order of each row of a batch: its kind, size, shape and span length, then the permutation; `attention_mask`
+    and `given_mask` are (B, S). With a generator per row, a row's order is independent of the other rows.
 
-    The shapes (the paper has `scattered` alone; the others are not specified in it):
+    Shapes (the paper has `scattered` only):
 
     - `scattered`: a random permutation, cut into groups.
     - `spans`: runs of neighbouring open tokens in random order, each left to right in groups.
-    - `infilling`: one blank, whose two ends are drawn uniformly; all text outside it is given, as in decoding, and not
-      scored; the blank is written left to right in groups.
+    - `infilling`: one blank with uniformly drawn ends; the text outside is given, as in decoding, and not scored; the blank
+      is predicted left to right in groups.
     """
     orders = []
     for row in range(len(attention_mask)):
@@ -85,7 +83,7 @@ def draw_rows(
 def _draw_row(
     kinds: Sequence[RowSpec], mask: torch.Tensor, given: torch.Tensor | None, source: torch.Generator | None
 ) -> GroupOrder:
-    # Always six numbers, so that what follows does not depend on what they decide.
+    # Always six numbers, so that later draws don't depend on the choices made here.
     device = "cpu" if source is None else source.device
     chances = torch.rand(6, generator=source, device=device, dtype=torch.float64).tolist()
     kind = _weighted([(kind, kind.weight) for kind in kinds], chances[0])
@@ -125,7 +123,7 @@ def _nth(numbers: range, chance: float) -> int:
 
 
 def _weighted(choices: Sequence[tuple[Any, float]], chance: float) -> Any:
-    """The choice at `chance`, in [0, 1), of the summed weights."""
+    """Returns the choice at the fraction `chance`, in [0, 1), of the summed weights."""
     left = chance * sum(weight for _, weight in choices)
     for choice, weight in choices:
         left -= weight

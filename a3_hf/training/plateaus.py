@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plateau:
-    """The end of a stage that ends where its loss is flat (the paper names an adaptive schedule as future work; this one
-    is not specified in it). A recipe writes it `until: {flat: 0.02, window: 0.05, at_least: 0.05, at_most: 0.3}`.
+    """End of a stage where its loss is flat (not in the paper, which names an adaptive schedule as future work). In a recipe:
+    `until: {flat: 0.02, window: 0.05, at_least: 0.05, at_most: 0.3}`.
 
-    A line is fitted to the losses of the last `window`; the stage is over when that line falls by less than `flat`.
-    Noise of standard deviation σ in the losses of n steps gives the fall a standard deviation of about σ √(12 / n).
+    The stage ends when the line fitted to the losses of the last `window` falls by less than `flat`. Noise of standard
+    deviation σ in the losses of n steps gives the fall a standard deviation of about σ √(12 / n).
 
     Attributes:
         flat: nats per token.
@@ -35,7 +35,7 @@ class PlateauInSteps:
 
 
 def fitted_fall(losses: Sequence[float]) -> float:
-    """How far the least-squares line through equally spaced `losses` (two or more) falls from the first to the last."""
+    """Returns the fall of the least-squares line through equally spaced `losses` (two or more), from first to last."""
     centre = (len(losses) - 1) / 2
     slope = math.fsum((index - centre) * loss for index, loss in enumerate(losses)) / math.fsum(
         (index - centre) ** 2 for index in range(len(losses))

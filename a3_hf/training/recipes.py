@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to a recipe, each setting checked."""
+"""Recipes read from a YAML file and the command line, with every setting checked."""
 
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
@@ -20,38 +20,35 @@ from .curriculum import Curriculum
 
 
 def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe: a YAML mapping of the fields of `ModelArguments`, `DataArguments` and `A3TrainingArguments`, all
-    on one level, `curriculum: {unit: …, stages: […]}` as `Curriculum.from_config` takes them, and, where adapters are
-    trained in place of all weights, `lora: {r: …}` as `LoraArguments` takes them.
+    """Reads a recipe: a flat YAML mapping of the fields of `ModelArguments`, `DataArguments` and `A3TrainingArguments`, plus
+    `curriculum: {unit: …, stages: […]}` (see `Curriculum.from_config`) and optionally `lora: {r: …}` (see `LoraArguments`).
 
-    Relative paths inside a recipe start at the current directory, not at the recipe's folder.
+    Relative paths in a recipe start at the current directory, not at the recipe's folder.
 
     Args:
         path: the YAML file.
-        overrides: settings of the command line, which win: `["--learning_rate", "1e-3", "--max_steps=20"]`. The
-            curriculum is YAML on one line: `["--curriculum", "{unit: steps, stages: [{name: ar, until: 20}]}"]`; so is
-            lora, `["--lora", "{r: 8}"]`. One setting of lora or of a source is named after it: `["--lora.r", "8"]`,
-            `["--sources.fineweb.path", "local.jsonl"]`, which also drops the source's dataset. `null` unsets: `["--lora",
-            "null"]`. Names take hyphens as well.
+        overrides: settings of the command line, which take precedence: `["--learning_rate", "1e-3", "--max_steps=20"]`.
+            `curriculum`, `lora` and `sources` are YAML on one line: `["--lora", "{r: 8}"]`. A setting inside lora or a source:
+            `["--lora.r", "8"]`, `["--sources.fineweb.path", "local.jsonl"]` (which drops the source's dataset). `null` unsets
+            a setting. Hyphens count as underscores.
 
     Raises:
-        ValueError: no such file; not YAML; a key twice; an unknown key (the nearest known one is named); a value of
-            another type than the field's, where `"3"` is not a number and `3.0` not an integer; a value that a field
-            or the curriculum refuses; no model or no curriculum.
+        ValueError: no such file; not YAML; a duplicate or unknown key; a value of another type than the field's (`"3"` is not
+            a number, `3.0` not an integer) or out of range; no model or no curriculum.
     """
     return build_recipe(read_settings(path), overrides, origin=path)
 
 
-ON_ONE_LINE = ("curriculum", "lora", "sources")  # on the command line these are YAML
+ON_ONE_LINE = ("curriculum", "lora", "sources")  # YAML on the command line
 
 
 def known_settings() -> set[str]:
-    """The keys of a recipe."""
+    """Returns all keys of a recipe."""
     return {f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init} | {"curriculum", "lora"}
 
 
 def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str | PathLike) -> Recipe:
-    """As `parse_recipe`, from the mapping that the YAML file `origin`, named in messages, holds or would hold."""
+    """As `parse_recipe`, from the mapping in place of the file; `origin` names it in messages."""
     values, path = dict(settings), origin
     hints = {name: hint for cls in ARGUMENT_CLASSES for name, hint in get_type_hints(cls).items()}
     known = known_settings()
@@ -92,9 +89,8 @@ class _RecipeParser(HfArgumentParser):
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML's safe loader, which reads version 1.1, except for two kinds of words that version 1.2 changed: `1e-4` is a
-    number, and `no` is text (`eval_strategy: no`). A key may not come twice.
-    """
+    # Identical to yaml.SafeLoader (YAML 1.1) except, as in YAML 1.2: `1e-4` is a number, and `no` is text
+    # (`eval_strategy: no`). Duplicate keys are refused.
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
@@ -124,7 +120,7 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def read_settings(path: str | PathLike) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+    """Reads the mapping in a YAML file.
 
     Raises:
         ValueError: no such file; not YAML; a key twice; not a mapping.
@@ -164,9 +160,8 @@ def _curriculum(config: Any, path: str | PathLike) -> Curriculum:
 
 
 def _override(values: dict[str, Any], overrides: Sequence[str], known: Collection[str]) -> list[str]:
-    """Takes out of the overrides, and into `values`, what no field of its own stands for: `--KEY null`, YAML on one line,
-    and a setting inside another, `--lora.KEY VALUE` or `--sources.NAME.KEY VALUE`. Returns the others, each name with
-    underscores.
+    """Puts into `values` the overrides that the argument parser can't take: `--KEY null`, YAML on one line, `--lora.KEY VALUE`
+    and `--sources.NAME.KEY VALUE`. Returns the others, names with underscores.
     """
     rest = []
     for name, text, words in _pairs(overrides):
@@ -186,14 +181,14 @@ def _override(values: dict[str, Any], overrides: Sequence[str], known: Collectio
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str | None, list[str]]]:
-    """Each setting's name, with underscores, its value (None: none is there), and the words that say it."""
+    """Yields each setting's name with underscores, its value (None: missing), and its command-line words."""
     given = list(overrides)
     while given:
         name, equals, value = given.pop(0).partition("=")
         if not name.startswith("--"):
             yield name, None, [name + equals + value]
             continue
-        path, dot, key = name.removeprefix("--").rpartition(".")  # a source's own name stays as it is
+        path, dot, key = name.removeprefix("--").rpartition(".")  # a source's name keeps its hyphens
         name = f"--{path}{dot}{key.replace('-', '_')}"
         if equals:
             yield name, value, [f"{name}={value}"]
@@ -204,9 +199,7 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str | None, list[str
 
 
 def _override_nested(values: dict[str, Any], setting: str, text: str) -> None:
-    """Puts `--lora.KEY` or `--sources.NAME.KEY` into `values`. A source's path drops the dataset that stood there, and the
-    other way round.
-    """
+    """Puts `--lora.KEY` or `--sources.NAME.KEY` into `values`. A source's path replaces its dataset, and vice versa."""
     group, *path, key = setting.removeprefix("--").split(".")
     inside = values.get(group) or {}
     if group == "lora" and not path:

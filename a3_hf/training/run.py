@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from rich.console import Console
@@ -59,7 +60,10 @@ def run(recipe: Recipe, *, resume: bool = True) -> int:
     check_settings(recipe)
     try:
         with _lock_output_dir(training):
-            return _run(recipe, resume=resume)
+            code = _run(recipe, resume=resume)
+        # Else one of its threads may abort a process that is about to end.
+        PartialState().destroy_process_group()
+        return code
     except KeyboardInterrupt:
         if training.process_index == 0:
             print(f"Stopped at once, without a checkpoint of this step; {_what_is_kept(training)}.")

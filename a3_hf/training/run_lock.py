@@ -1,4 +1,4 @@
-"""A folder for one run at a time."""
+"""A lock that gives a run sole use of its output folder."""
 
 import fcntl
 import os
@@ -16,12 +16,11 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def sole_use(folder: str | os.PathLike) -> Iterator[None]:
-    """Makes the folder, if need be, and holds it for this process until the block ends, or the process does, however it ends.
-
-    The lock is the process's own (POSIX): children that it forks don't hold it on.
+    """Creates the folder if needed and locks it for this process, until the block or the process ends. Forked children don't
+    keep the lock (POSIX).
 
     Raises:
-        ValueError: another process holds it; says which.
+        ValueError: another process holds the lock; the message names it.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -36,18 +35,18 @@ def sole_use(folder: str | os.PathLike) -> Iterator[None]:
             holder = file.read().strip()
             file.close()
             raise ValueError(
-                f"output_dir={str(folder)!r}: another run is writing there{holder and f' (process {holder})'}; wait for its "
-                "end, stop it, or give another output_dir"
+                f"output_dir={str(folder)!r}: another run is writing there{holder and f' (process {holder})'}; wait until "
+                "it ends, stop it, or give another output_dir"
             ) from error
         except OSError as error:  # a file system without locks
-            logger.warning(f"{path}: can't be locked ({error}): see to it that no other run has this output_dir")
+            logger.warning(f"{path}: can't be locked ({error}): make sure that no other run uses this output_dir")
             break
         try:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
         except FileNotFoundError:
             pass
-        file.close()  # its holder has just ended and removed it
+        file.close()  # the holder has just ended and removed the file
     file.truncate(0)
     file.write(f"{os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -56,5 +55,5 @@ def sole_use(folder: str | os.PathLike) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
-        if is_new and not any(folder.iterdir()):  # nothing came of it
+        if is_new and not any(folder.iterdir()):  # the run wrote nothing
             folder.rmdir()

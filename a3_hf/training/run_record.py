@@ -1,4 +1,4 @@
-"""What a run was started with, and whether it may go on with other settings."""
+"""Record of what a run was started with, and the check that a resumed run has the same."""
 
 import hashlib
 import json
@@ -13,61 +13,22 @@ from a3_hf.data.documents import fingerprint
 from .arguments import Recipe
 
 RECORD_FILE = "run.json"
-NO_RECORD = "without it, the same command goes on, and nobody can tell whether its settings are those of the start"
-# Settings that may change between a run and its resume: they decide how it goes, not what comes out. How the batch is divided
-# among processes and passes may change as well, as long as its rows stay as many (`rows_per_step`).
-RESULT_NEUTRAL_SETTINGS = {
-    "accept_changed_inputs",
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-    "attn_implementation",
-    "cache_dir",
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "ddp_backend",
-    "ddp_timeout",
-    "deepspeed",
-    "disable_tqdm",
-    "eval_accumulation_steps",
-    "eval_delay",
-    "eval_on_start",
-    "eval_steps",
-    "eval_strategy",
-    "fsdp",
-    "fsdp_config",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
-    "hub_model_id",
-    "hub_private_repo",
-    "hub_strategy",
-    "hub_token",
-    "log_level",
-    "logging_nan_inf_filter",
-    "logging_first_step",
-    "logging_steps",
-    "logging_strategy",
-    "loss",
-    "max_eval_rows",
-    "model_name_or_path",
-    "output_dir",
-    "peak_flops",
-    "per_device_eval_batch_size",
-    "per_device_train_batch_size",
-    "project",
-    "push_to_hub",
-    "report_to",
-    "run_name",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "tokenizer_name_or_path",
-    "torch_compile",
-    "use_cpu",
-}
-# Settings that older runs did not have, with what they did.
+NO_RECORD = "remove it, and the same command resumes without comparing its settings with those of the start"
+# Settings that may differ in a resumed run, because they don't change its result. Batch sizes and accumulation steps may
+# differ as long as `rows_per_step` is the same.
+RESULT_NEUTRAL_SETTINGS = set(
+    """
+    accept_changed_inputs activation_checkpointing activation_checkpointing_kwargs attn_implementation cache_dir
+    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+    ddp_backend ddp_timeout deepspeed disable_tqdm eval_accumulation_steps eval_delay eval_on_start eval_steps
+    eval_strategy fsdp fsdp_config gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs
+    hub_model_id hub_private_repo hub_strategy hub_token log_level logging_nan_inf_filter logging_first_step
+    logging_steps logging_strategy loss max_eval_rows model_name_or_path output_dir peak_flops
+    per_device_eval_batch_size per_device_train_batch_size project push_to_hub report_to run_name save_steps
+    save_strategy save_total_limit tokenizer_name_or_path torch_compile use_cpu
+    """.split()
+)
+# Settings that older records lack, with the values that were in effect.
 OLD_RUN_DEFAULTS = {
     "architecture": "a3",
     "slot_start": None,
@@ -78,7 +39,7 @@ OLD_RUN_DEFAULTS = {
 
 
 def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A recipe and its tokenizer in plain values."""
+    """Returns a recipe and its tokenizer as plain values."""
     training = recipe.training
     settings = {
         **asdict(recipe.model),
@@ -94,12 +55,12 @@ def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
 
 
 def describe_inputs(recipe: Recipe, train_rows: Any) -> dict[str, list]:
-    """What the files are that a run reads, beyond their names: of each input its files, each by name, size, and a hash of its
-    ends (of a hub's file: by its path, which names the revision); of a packed dataset of the hub, its rows.
+    """Returns the versions of a run's input files: for each input a list of [name, size, hash], or of URLs of hub files, which
+    contain the revision; for a packed hub dataset the number of rows and a hash.
     """
     data = recipe.data
     paths = {name: [Path(path)] for name in ("train_file", "validation_file") if (path := getattr(data, name))}
-    if recipe.lora is not None:  # a checkpoint of whole weights does without
+    if recipe.lora is not None:  # checkpoints of whole weights don't need their start
         paths["model_name_or_path"] = sorted(Path(recipe.model.model_name_or_path).glob("*.safetensors"))
     inputs = {name: [[file.name, *fingerprint(file)] for file in files] for name, files in paths.items()}
     if data.sources is not None:
@@ -111,13 +72,13 @@ def describe_inputs(recipe: Recipe, train_rows: Any) -> dict[str, list]:
 
 
 def check_inputs(recipe: Recipe, inputs: dict[str, list]) -> list[str]:
-    """Compares what a run is about to read with what it was started on, if that is on record.
+    """Compares a resumed run's input files with the recorded ones, if there is a record.
 
     Returns:
-        The changes, in words, which the recipe accepts; they are then on record in place of what was there.
+        Descriptions of the changes, which the recipe accepts; the record is then updated.
 
     Raises:
-        ValueError: changes that it does not accept.
+        ValueError: changes without `accept_changed_inputs`.
     """
     record = _read_record(recipe)
     before = (record or {}).get("inputs")
@@ -128,8 +89,8 @@ def check_inputs(recipe: Recipe, inputs: dict[str, list]) -> list[str]:
     ]
     if changes and not recipe.data.accept_changed_inputs:
         raise ValueError(
-            f"output_dir={recipe.training.output_dir!r}: what its run reads was changed since the run was started, so that "
-            f"documents would be lost or read twice: {'; '.join(changes)}. Put it back, or set accept_changed_inputs: true"
+            f"output_dir={recipe.training.output_dir!r}: input files changed since the run was started, so documents "
+            f"would be lost or read twice: {'; '.join(changes)}. Put them back, or set accept_changed_inputs: true"
         )
     if changes:
         _write(recipe, {**record, "inputs": inputs})
@@ -151,7 +112,7 @@ def _file_changes(before: list[list] | None, now: list[list]) -> str | None:
 
 
 def _read_record(recipe: Recipe) -> dict[str, Any] | None:
-    """What the run was started with; None where that is not on record.
+    """Returns the record in `output_dir`; None if there is none.
 
     Raises:
         ValueError: the record is damaged.
@@ -169,7 +130,7 @@ def _read_record(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A hash of what a fast tokenizer does beside its vocabulary; None for another."""
+    """Returns a hash of a fast tokenizer's normalizer, pre-tokenizer and merges; None for a slow one."""
     if not tokenizer.is_fast:
         return None
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -178,13 +139,13 @@ def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Compares a recipe with what the run in its `output_dir` was started with, if that is on record.
+    """Compares a resumed run's settings with the recorded ones, if there is a record.
 
     Returns:
-        The changes that make no difference to the result, in words.
+        Descriptions of the changes, none of which affects the result.
 
     Raises:
-        ValueError: changes that do; says which.
+        ValueError: changes that affect the result; the message lists them.
     """
     before, now = _read_record(recipe), describe(recipe, tokenizer)
     if before is None:
@@ -200,21 +161,21 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
     if "tokenizer" in changes:
         changes["tokenizer"] = "the tokenizer has another vocabulary"
     if "tokenizer_rules" in changes:
-        changes["tokenizer_rules"] = "the tokenizer cuts texts by other rules"
-    # A checkpoint holds the model, but an adapter's leaves its base where it was.
-    free = RESULT_NEUTRAL_SETTINGS if recipe.lora is None else RESULT_NEUTRAL_SETTINGS - {"model_name_or_path"}
-    refused = [text for name, text in changes.items() if name not in free]
+        changes["tokenizer_rules"] = "the tokenizer splits texts by other rules"
+    # A checkpoint contains the model, but an adapter's needs its base.
+    neutral = RESULT_NEUTRAL_SETTINGS if recipe.lora is None else RESULT_NEUTRAL_SETTINGS - {"model_name_or_path"}
+    refused = [text for name, text in changes.items() if name not in neutral]
     if refused:
         raise ValueError(
             f"{Path(recipe.training.output_dir) / RECORD_FILE}: the run was started with other settings: "
-            f"{'; '.join(refused)}. It would not go on to the same result: put them back, or give another "
-            f"output_dir (where the same text now lies elsewhere, correct {RECORD_FILE})"
+            f"{'; '.join(refused)}. The result would differ: put them back, or give another output_dir "
+            f"(if the same files were only moved, correct their paths in {RECORD_FILE})"
         )
     return list(changes.values())
 
 
 def write_record(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, list] | None = None) -> None:
-    """Leaves in `output_dir` what a run is started with."""
+    """Writes the record of a new run into `output_dir`."""
     _write(recipe, {**describe(recipe, tokenizer), **({} if inputs is None else {"inputs": inputs})})
 
 

@@ -7,14 +7,14 @@ from .order_sampling import RowSpec, UniformInt
 from .plateaus import PlateauInSteps, fitted_fall
 from .stages import Stage
 
-# Where `TrainerState.stateful_callbacks`, and so `trainer_state.json`, keeps what an adaptive schedule has found.
+# Key of an adaptive schedule's record in `TrainerState.stateful_callbacks`, and so in `trainer_state.json`.
 RECORD = "AdaptiveSchedule"
 
 
 @dataclass(frozen=True)
 class StageAtStep:
-    """What a step trains on: the stage's name, its group size (the largest where rows draw their own), its index in the
-    curriculum, and the kinds of its rows where they differ.
+    """The stage of one step: its name, group size (the largest, where rows draw their own), index in the curriculum, and the
+    kinds of its rows where they differ.
     """
 
     name: str
@@ -24,7 +24,7 @@ class StageAtStep:
 
     @property
     def largest_group(self) -> int:
-        """The most tokens that a group of any row can have."""
+        """The largest group size of any row."""
         return max((kind.group_sizes[-1] for kind in self.kinds), default=self.group_size)
 
     @property
@@ -35,8 +35,8 @@ class StageAtStep:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A curriculum in whole steps. `ends[i]` is the step at which stage i is over: it holds steps `ends[i - 1]` (0 for
-    the first) up to but not including `ends[i]`. A group size that grows has grown by `grown[i]`; None: by the end.
+    """A curriculum in whole steps: stage i has steps `ends[i - 1]` (0 for the first) to `ends[i]` − 1. A growing group size
+    has its largest value from `grown[i]` on; None: it grows until the end.
     """
 
     stages: tuple[Stage, ...]
@@ -44,7 +44,7 @@ class Schedule:
     grown: tuple[int, ...] | None = None
 
     def at(self, step: int) -> StageAtStep:
-        """The stage of a step, counted from 0; a step belongs to the stage in which it begins.
+        """Returns the stage of a step, counted from 0.
 
         Raises:
             ValueError: a step outside the run.
@@ -55,8 +55,8 @@ class Schedule:
         start = self.ends[index - 1] if index else 0
         stage, sizes = self.stages[index], self.stages[index].group_sizes
         grown = self.ends[index] if self.grown is None else self.grown[index]
-        share = min((step - start) * len(sizes) // (grown - start), len(sizes) - 1)
-        size = sizes[-1] if isinstance(stage.group_size, UniformInt) else sizes[share]
+        place = min((step - start) * len(sizes) // (grown - start), len(sizes) - 1)
+        size = sizes[-1] if isinstance(stage.group_size, UniformInt) else sizes[place]
         if stage.is_plain:
             return StageAtStep(stage.name, size, index)
         own = stage.kind(sizes if isinstance(stage.group_size, UniformInt) else range(size, size + 1), weight=1)
@@ -68,11 +68,11 @@ class Schedule:
 
 
 class AdaptiveSchedule:
-    """A curriculum in whole steps, some stages of which end where their loss is flat: a `Schedule` that is a function of
-    the losses observed so far. Stages that have not ended are shown as long as they may become.
+    """A `Schedule` that depends on the losses observed so far: some stages end where their loss is flat. Stages that have not
+    ended have their longest possible length.
 
     Args:
-        stages: as in the curriculum.
+        stages: those of the curriculum.
         limits: for each stage the step at which it ends, or its plateau.
     """
 
@@ -88,20 +88,19 @@ class AdaptiveSchedule:
         return self._schedule.ends
 
     def at(self, step: int) -> StageAtStep:
-        """As `Schedule.at`; of the steps to come, only that of the next is settled."""
+        """As `Schedule.at`; the stages of later steps than the next may still change."""
         return self._schedule.at(step)
 
     def watches(self, step: int) -> bool:
-        """Whether the loss of a step, counted from 0, may decide where its stage ends."""
+        """Returns whether the loss of a step, counted from 0, may end its stage."""
         index = self.at(step).index
         return isinstance(self.limits[index], PlateauInSteps) and index not in self._found
 
     def observe(self, step: int, loss: float) -> str | None:
-        """Takes the loss of a step that has been made, counted from 0: nats per token over all ranks, the same number on
-        each of them.
+        """Takes the loss of a finished step, counted from 0, in nats per token: the same number on all ranks.
 
         Returns:
-            Why the stage ends with this step, or None where it goes on.
+            Why the stage ends with this step; None if it continues.
         """
         if not self.watches(step):
             return None
@@ -125,14 +124,14 @@ class AdaptiveSchedule:
         return reason
 
     def record(self) -> dict[str, list]:
-        """What has been found and observed, in plain values that JSON keeps to the last bit."""
+        """Returns the state as plain values, which JSON stores exactly."""
         return {"ends": [[index, end] for index, end in self._found.items()], "losses": list(self._losses)}
 
     def restore(self, record: Mapping[str, list] | None, *, step: int) -> None:
-        """Goes on where `record` was made, after `step` steps.
+        """Restores the state recorded after `step` steps.
 
         Raises:
-            ValueError: no record, though steps have been made; or one of another curriculum.
+            ValueError: no record although steps were made, or a record of another curriculum.
         """
         self._found, self._losses = {}, []
         self._schedule = self._plan()
@@ -141,7 +140,7 @@ class AdaptiveSchedule:
         if record is None:
             raise ValueError(
                 f"the checkpoint of step {step} has no record of where stages ended: the run that wrote it had a fixed "
-                "curriculum; go on with that one, or start anew in another output_dir"
+                "curriculum; resume with that one, or start anew in another output_dir"
             )
         found = dict(record["ends"])
         for index, limit in enumerate(self.limits):
@@ -173,6 +172,6 @@ class AdaptiveSchedule:
 
 def _other_curriculum(step: int, index: int, end: int | None) -> ValueError:
     return ValueError(
-        f"the checkpoint of step {step} has stage {index + 1} ending at step {end}, which this curriculum can't do; go on "
+        f"the checkpoint of step {step} has stage {index + 1} ending at step {end}, which this curriculum can't do; resume "
         "with the curriculum of the run that wrote it, or start anew in another output_dir"
     )

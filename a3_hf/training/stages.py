@@ -1,4 +1,4 @@
-"""Stages: what each of them trains on and where it ends, as a recipe says it, checked."""
+"""Stages of a curriculum: their settings, read from plain values and checked."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,15 @@ class Stage:
     Attributes:
         name: `"ar"` (left to right, one token at a time), `"expand"` (neighbouring tokens in groups, left to right) or
             `"permute"` (groups of a random permutation).
-        until: where the stage ends, counted from the start of the run in the curriculum's unit; a `Plateau`: where its
-            loss is flat; None: at the end.
-        group_size: a whole number; a pair (first, last): the size grows by whole numbers, each with an equal share of
-            the stage (of `at_least`, where the stage ends at a plateau), and a stage of fewer steps than sizes leaves
-            some out; or `UniformInt`, a size for each row.
-        shapes: for `"permute"`, shapes of `a3_hf.training.order_sampling.SHAPES` with their weights, drawn for each row.
-        span_length: tokens of a span, needed by the shape `"spans"` alone: a whole number or `UniformInt`.
-        predict_last: the share of each row's order that is scored, counted from its end; what comes before is context. A
-            number or, exactly, text such as `"1/6"`.
-        rehearsal: the share of rows drawn as an earlier stage would, each of them equally likely, at any of its group
-            sizes.
+        until: the stage's end, in the curriculum's unit from the start of the run; a `Plateau`: where its loss is flat; None:
+            the end of the run.
+        group_size: an integer; a pair (first, last), a size that grows by 1 over equal parts of the stage (of `at_least`, if
+            it ends at a plateau), skipping sizes if there are fewer steps; or `UniformInt`, a size drawn for each row.
+        shapes: of `"permute"`: names in `a3_hf.training.order_sampling.SHAPES` and their weights, drawn for each row.
+        span_length: tokens of a span in the shape `"spans"`: an integer or `UniformInt`.
+        predict_last: fraction of each row's order that is scored, counted from its end; the rest is context. A number, or an
+            exact fraction as text (`"1/6"`).
+        rehearsal: fraction of rows drawn as in an earlier stage, each stage and each of its group sizes equally likely.
     """
 
     name: str
@@ -43,7 +41,7 @@ class Stage:
 
     @property
     def group_sizes(self) -> range:
-        """The sizes in the order in which they come, or from the smallest that is drawn: (1, 4) → 1, 2, 3, 4."""
+        """All group sizes, ascending: (1, 4) → 1, 2, 3, 4."""
         if isinstance(self.group_size, UniformInt):
             return self.group_size.values
         first, last = (self.group_size, self.group_size) if isinstance(self.group_size, int) else self.group_size
@@ -51,12 +49,12 @@ class Stage:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every row of a step is drawn alike."""
+        """Whether all rows of a step are of one kind."""
         fixed = not isinstance(self.group_size, UniformInt) and self.shapes == (("scattered", 1),)
         return fixed and self.predict_last == 1 and self.rehearsal == 0
 
     def kind(self, group_sizes: range, *, weight: float) -> RowSpec:
-        """Its rows, at those group sizes."""
+        """The stage's kind of row at these group sizes."""
         lengths = (
             self.span_length if isinstance(self.span_length, UniformInt) else UniformInt(*[self.span_length or 1] * 2)
         )
@@ -70,11 +68,11 @@ class Stage:
 
 
 def from_plain(key: str, value: Any, label: str) -> Any:
-    """A value of a stage from what a YAML file holds."""
+    """Converts a stage's value from YAML to the type of its field."""
     if key in ("group_size", "span_length") and isinstance(value, Mapping):
         numbers = value.get("draw")
         if set(value) != {"draw"} or not isinstance(numbers, Sequence) or len(numbers) != 2:
-            raise ValueError(f"{label} has {key}={value!r}; what is drawn is written {{draw: [smallest, largest]}}")
+            raise ValueError(f"{label} has {key}={value!r}; a drawn number is written {{draw: [smallest, largest]}}")
         return UniformInt(*numbers)
     if key == "group_size" and isinstance(value, list):
         return tuple(value)
@@ -100,7 +98,7 @@ def check_stage(stage: Stage, number: int, unit: str, *, is_last: bool) -> None:
             raise ValueError(f"{label} has no until; only the last stage may do without")
     elif isinstance(stage.until, Plateau):
         if is_last:
-            raise ValueError(f"{label}, the last, has until={stage.until}; it goes on to the end of the run")
+            raise ValueError(f"{label}, the last, has until={stage.until}; it lasts to the end of the run")
         if not _is_number(stage.until.flat) or stage.until.flat <= 0:
             raise ValueError(f"{label} has flat={stage.until.flat!r}; it takes a number of nats above 0")
         plateau = stage.until
@@ -160,10 +158,10 @@ def _check_rows(stage: Stage, number: int, label: str) -> None:
         share = None
     if share is None or not 0 < share <= 1:
         raise ValueError(
-            f"{label} has predict_last={stage.predict_last!r}; it takes a share above 0 and at most 1, as 0.25 or 1/6"
+            f"{label} has predict_last={stage.predict_last!r}; it takes a fraction above 0 and at most 1, as 0.25 or 1/6"
         )
     if not _is_number(stage.rehearsal) or not 0 <= stage.rehearsal < 1:
-        raise ValueError(f"{label} has rehearsal={stage.rehearsal!r}; it takes a share of at least 0 and below 1")
+        raise ValueError(f"{label} has rehearsal={stage.rehearsal!r}; it takes a fraction of at least 0 and below 1")
     if stage.rehearsal and number == 1:
         raise ValueError(f"{label} has rehearsal={stage.rehearsal}; there is no earlier stage to rehearse")
 

@@ -18,7 +18,7 @@ from .trainer import A3Trainer
 
 
 class _PositionSavedCallback(TrainerCallback):
-    """Looks at each checkpoint when it has been written."""
+    """Calls `check` after each checkpoint is written."""
 
     def __init__(self, check: Callable[[], None]):
         self.check = check
@@ -32,11 +32,11 @@ class StreamTrainer(A3Trainer):
 
     Identical to `A3Trainer` except:
 
-    - Batches come from `MixtureBatches`: each rank and each of its workers reads shards of its own.
-    - A checkpoint holds how far all ranks have read, and a resumed run reads on at the next row, on any number of ranks
-      and workers that the shards can be shared out among. That is exact; what is read again is, of each source and shard,
-      the one file it stopped in, up to the place. Nothing is shuffled.
-    - When a source can't be read on, all ranks stop after the same step, with a checkpoint of it.
+    - Batches come from `MixtureBatches`: each rank and each of its workers reads its own shards.
+    - A checkpoint stores how far all ranks have read, and a resumed run continues exactly at the next row, on any number of
+      ranks and workers that divides the shards. Of each source and shard only the file it stopped in is read again, up to
+      the place. Nothing is shuffled.
+    - When a source can't be read further, all ranks stop after the same step and save a checkpoint.
     """
 
     _checks_positions = False
@@ -45,8 +45,8 @@ class StreamTrainer(A3Trainer):
         """See `Trainer.train`.
 
         Raises:
-            SourceError: a source can't be read on; a checkpoint of the last step has been written.
-            ValueError: shards that can't be shared out evenly, or a checkpoint of another mixture.
+            SourceError: a source can't be read further; a checkpoint of the last step was written.
+            ValueError: shards that can't be divided evenly, or a checkpoint of another mixture.
         """
         check_readers(
             self.train_dataset.num_shards,
@@ -82,8 +82,7 @@ class StreamTrainer(A3Trainer):
             num_workers=num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-            # Of its own, or the loader would draw from the global one when it starts: dropout in a resumed run would
-            # differ.
+            # Its own generator: drawing from the global one would change dropout in a resumed run.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
 
@@ -96,7 +95,7 @@ class StreamTrainer(A3Trainer):
         return super().get_batch_samples(iter(batches), num_batches, device)
 
     def _stop_if_any(self, failures: list[str]) -> None:
-        """Stops all ranks if any has a failure: they save what the last step left, and raise."""
+        """If any rank has a failure, saves a checkpoint of the last step on all ranks and raises."""
         if self.args.world_size > 1:
             flag = torch.tensor(len(failures), device=self.args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
@@ -114,12 +113,12 @@ class StreamTrainer(A3Trainer):
             else "Nothing is trained"
         )
         raise SourceError(
-            f"{failures[0]}. {kept}; once the source can be read, the same command goes on from there (with "
+            f"{failures[0]}. {kept}; once the source can be read, the same command resumes from there (with "
             "--accept_changed_inputs true, where a file had to change)"
         )
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # Here and not in a callback: a checkpoint counts as whole once `Trainer` has written its state, which comes next.
+        # Not in a callback: a checkpoint counts as whole once `Trainer` has written its state, which comes next.
         shards = dict(self._start.shards)
         for read in gather_object([self._read.shards]):
             shards.update(read)
@@ -129,20 +128,20 @@ class StreamTrainer(A3Trainer):
         super()._save_rng_state(output_dir)
 
     def check_position_saved(self) -> None:
-        """Called when a checkpoint has been written.
+        """Called after a checkpoint is written.
 
         Raises:
-            RuntimeError: `_save_rng_state` had no part in it, so that it lacks how far the sources were read.
+            RuntimeError: `Trainer` did not call `_save_rng_state`, so the checkpoint lacks the sources' positions.
         """
         if self._saved_step != self.state.global_step:
             raise RuntimeError(
                 f"the Trainer of transformers {transformers.__version__} wrote the checkpoint of step "
-                f"{self.state.global_step} without asking where the stream is, so that a resumed run would read rows again. "
+                f"{self.state.global_step} without the position in the sources, so a resumed run would read rows again. "
                 "Delete that checkpoint"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # `Trainer` counts it from the resumed step on when it skips nothing.
+        # `Trainer` would count epochs from the resumed step on, since it skips no data.
         self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
 

@@ -1,4 +1,4 @@
-"""What training costs: tokens per second, peak memory, and the share of the device's arithmetic that is put to use."""
+"""Costs of training: FLOPs, tokens per second, peak memory."""
 
 import resource
 import sys
@@ -21,10 +21,9 @@ PEAK_FLOPS = {
 
 
 def training_flops(config: LlamaConfig, *, length: int, slots: bool = True) -> float:
-    """Floating-point operations per token of a training step, forward and backward: a content row and a slot for each
-    token of rows of `length`, the last layer's content rows at keys and values; without `slots`, plain LLaMA's next-token
-    step. Attention counts every row with every key, as is usual, whatever the mask skips; recomputed activations
-    (gradient checkpointing) don't count.
+    """Returns the floating-point operations per token of a training step, forward and backward, on rows of `length` tokens: a
+    content row and a slot per token, the last layer's content rows as keys and values only; without `slots`, LLaMA's
+    next-token step. Attention counts all pairs whatever the mask skips; recomputed activations don't count.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     width = config.head_dim * heads
@@ -37,7 +36,7 @@ def training_flops(config: LlamaConfig, *, length: int, slots: bool = True) -> f
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """What the device can do in a second in 16-bit types; None where this is not known."""
+    """Returns a device's peak FLOP/s in 16-bit types; None if unknown."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
@@ -45,7 +44,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory held so far, in MiB: on a GPU what tensors took, on a CPU all of the process."""
+    """Returns the peak memory in MiB: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     # Linux counts in KiB, macOS in bytes.
@@ -53,7 +52,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 class Meter:
-    """Counts tokens and seconds from one reading to the next.
+    """Measures tokens per second between readings.
 
     Example:
         >>> meter = Meter()
@@ -68,22 +67,22 @@ class Meter:
         self._since: float | None = None
 
     def start(self) -> None:
-        """The clock runs; it may be running already."""
+        """Starts the clock, if it is not running."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def pause(self) -> None:
-        """The clock stands until the next start."""
+        """Stops the clock until the next start."""
         if self._since is not None:
             self._seconds += time.perf_counter() - self._since
             self._since = None
 
     def add(self, tokens: torch.Tensor) -> None:
-        """Counts tokens, a tensor () that stays on its device: to ask for its value would wait for the device."""
+        """Adds tokens, a tensor () that stays on its device, so that nothing waits for it."""
         self._tokens = self._tokens + tokens
 
     def read(self) -> float | None:
-        """Tokens per second since the last reading, None where nothing was counted; what comes next counts anew."""
+        """Returns tokens per second since the last reading (None: no tokens) and resets."""
         self.pause()
         tokens, seconds = int(self._tokens), self._seconds
         self._tokens, self._seconds = 0, 0.0

@@ -1,4 +1,4 @@
-"""The fields of transformers' TrainingArguments, one by one: those that have their effect here, and those that are refused."""
+"""Fields of transformers' TrainingArguments: the used ones, the refused ones, and ranges of numbers."""
 
 import math
 from collections.abc import Callable
@@ -26,11 +26,11 @@ USED = set(
 EVALUATION = "evaluation has its own orders, losses and batches"
 BEST = "the model of a run is that of its last step, and its checkpoints are kept by save_total_limit"
 COMMAND = "`a3 adapt` trains, and evaluates where eval_strategy says so"
-# Why each is refused where it is set.
+# Refused fields, and why.
 REFUSED = {
-    "resume_from_checkpoint": "the same command goes on from the last whole checkpoint of output_dir by itself",
-    "ignore_data_skip": "a resumed run would train on rows that it has trained on",
-    "restore_callback_states_from_checkpoint": "what a run needs is in its checkpoints without it",
+    "resume_from_checkpoint": "the same command resumes from the last whole checkpoint of output_dir by itself",
+    "ignore_data_skip": "a resumed run would train on the same rows again",
+    "restore_callback_states_from_checkpoint": "checkpoints contain what a run needs without it",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint without it",
     "do_train": COMMAND,
     "do_eval": COMMAND,
@@ -47,14 +47,14 @@ REFUSED = {
     "fp16_full_eval": "evaluations are part of training, where it has no effect",
     "label_names": "the rows' columns are known",
     "length_column_name": "the rows' columns are known",
-    "auto_find_batch_size": "another number of rows a step would be another run",
-    "accelerator_config": "how rows are shared out among processes is part of what is exact here",
+    "auto_find_batch_size": "another number of rows per step would be another run",
+    "accelerator_config": "the division of rows among processes is part of what a resumed run repeats exactly",
     "parallelism_config": "rows are spread over processes as the accelerate config says",
     "liger_kernel_config": "Liger's kernels know no model of these types",
     "use_cache": "training has no cache",
     "neftune_noise_alpha": "noise on the embeddings would reach the content stream and not the query slots",
 }
-# Those that a mixture, which has a loader of its own, would leave without effect.
+# Fields without effect on a mixture, which has its own data loader.
 REFUSED_WITH_SOURCES = (
     "data_seed",
     "dataloader_drop_last",
@@ -105,7 +105,7 @@ RANGES = {
     "adam_beta1": (_is_beta, BETA),
     "adam_beta2": (_is_beta, BETA),
     "adam_epsilon": (_is_from_0, NUMBER),
-    "warmup_steps": (_is_from_0, f"{NUMBER}; below 1: a share of the run"),
+    "warmup_steps": (_is_from_0, f"{NUMBER}; below 1: a fraction of the run"),
     "logging_steps": (_is_above_0, ABOVE_0),
     "eval_steps": (_is_above_0, ABOVE_0),
     "save_steps": (_is_above_0, ABOVE_0),
@@ -120,11 +120,10 @@ RANGES = {
 
 
 def check_fields(arguments: Any) -> None:
-    """Called before transformers looks at them.
+    """Checks training arguments before transformers processes them.
 
     Raises:
-        ValueError: a field that is set and refused, or that no list here has (a transformers newer than them); a number out of
-            its range.
+        ValueError: a refused field that is set, one on no list here (new in transformers), or a number out of range.
     """
     own = {f.name for f in fields(type(arguments)) if f.name in type(arguments).__annotations__} - USED
     for field in fields(arguments):
