@@ -198,7 +198,7 @@ def test_a_rank_that_dies_ends_the_run(source, tmp_path):
     script.write_text(
         textwrap.dedent("""
             import os, signal, sys
-            from a3_hf import train
+            from a3_hf.training import run as train
             from a3_hf.cli import app
 
             class Dies(train.InterruptCallback):
