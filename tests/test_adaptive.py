@@ -165,7 +165,7 @@ def test_bad_plateaus_are_refused(name):
 
 
 def test_the_last_stage_goes_on_to_the_end():
-    with pytest.raises(ValueError, match=r"stage 2 \('permute'\), the last.*goes on to the end"):
+    with pytest.raises(ValueError, match=r"stage 2 \('permute'\), the last.*lasts to the end"):
         Curriculum.from_config([{"name": "ar", "until": 3}, {"name": "permute", "until": GOOD}], unit="steps")
 
 
