@@ -12,7 +12,7 @@ from conftest import tiny_config
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import a3_hf.models.a3_llama.generation_strategies as strategies
+import a3_hf.models.a3_llama.generation_decoder as decoder_module
 from a3_hf import A3LlamaForCausalLM
 from a3_hf.models.auto import ARCHITECTURES
 
@@ -261,7 +261,7 @@ def test_time_that_is_up_leaves_the_likelihood_of_what_is_returned(monkeypatch):
         model = exact_model(kind)
         for seed in range(60):
             clock, draw = itertools.count(), random.Random(seed)
-            monkeypatch.setattr(strategies.time, "perf_counter", lambda clock=clock: float(next(clock)))
+            monkeypatch.setattr(decoder_module.time, "perf_counter", lambda clock=clock: float(next(clock)))
             ids, blank, real, settings = drawn_case(draw, kind)
             settings = {**settings, "max_time": 2.5, "bad_words_ids": None}
             output = generated(model, ids, blank, real, settings, list(range(len(ids))))

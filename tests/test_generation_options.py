@@ -288,10 +288,10 @@ def test_eos_leaves_nothing_undefined(model, name):
 
 @pytest.mark.parametrize("name", EVERY_STRATEGY)
 def test_time_that_has_passed_still_gives_a_whole_text(model, name, monkeypatch):
-    import a3_hf.models.a3_llama.generation_strategies as strategies
+    import a3_hf.models.a3_llama.generation_decoder as decoder_module
 
     clock = itertools.count()
-    monkeypatch.setattr(strategies.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(decoder_module.time, "perf_counter", lambda: float(next(clock)))
     ids, blanks, mask = problem()
     output = model.generate_any_order(ids, blanks, 10, attention_mask=mask, max_time=4.5, **EVERY_STRATEGY[name])
     assert output.num_forward_passes <= 8
