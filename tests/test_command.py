@@ -59,6 +59,12 @@ def test_help_and_measurements_are_found():
     assert (TASKS / "paper" / "a3_hellaswag.yaml").is_file()
 
 
+@pytest.mark.parametrize("words", [["--tasks", "list"], ["--tasks=list"], ["ls", "tasks"]])
+def test_tasks_are_listed(words, own_tasks_alone):
+    shown = run("eval", *words)
+    assert "a3_hellaswag" in shown.output and "rocstories_infill_3" in shown.output
+
+
 def test_what_is_wrong_is_said_in_a_line(source, own_tasks_alone, monkeypatch):
     settings = f"pretrained={source},decoding=magic"
     result = run("eval", "--model", "a3", "--model_args", settings, "--tasks", "a3_piqa", "--metadata", "data_dir=no")

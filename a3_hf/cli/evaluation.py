@@ -49,6 +49,8 @@ def run(args: list[str]) -> None:
         return
     from a3_hf.evaluation.lm_harness.command import evaluate
 
+    if args in (["--tasks", "list"], ["--tasks=list"]):  # as in older releases of lm-eval
+        args = ["ls", "tasks"]
     evaluate([_underscored(arg) for arg in args])
 
 
