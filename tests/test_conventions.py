@@ -49,69 +49,98 @@ GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
 
 # Each interface that is not documented, by the file that uses it: (module, dotted name, parameters that are given by name).
 PRIVATE = {
-    "modeling_a3_llama": [
+    "models/a3_llama/attention": [
         ("transformers.models.llama.modeling_llama", "eager_attention_forward", ["scaling", "dropout"]),
         ("transformers.models.llama.modeling_llama", "repeat_kv", []),
-        ("transformers.models.llama.modeling_llama", "rotate_half", []),
         ("transformers.models.llama.modeling_llama", "LlamaDecoderLayer.forward", [CACHE, "position_embeddings"]),
         ("transformers.models.llama.modeling_llama", "LlamaAttention.forward", [CACHE]),
+        ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS.get_interface", []),
+    ],
+    "models/a3_llama/rope": [
+        ("transformers.models.llama.modeling_llama", "rotate_half", []),
+    ],
+    "models/a3_llama/modeling_a3_llama": [
         ("transformers.models.llama.modeling_llama", "LlamaModel._no_split_modules", None),
         ("transformers.utils.generic", "can_return_tuple", []),
         ("transformers.utils.generic", "merge_with_config_defaults", []),
         ("transformers.utils.output_capturing", "capture_outputs", []),
-        ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS.get_interface", []),
-        ("transformers.integrations", "is_deepspeed_zero3_enabled", []),
-        ("transformers.masking_utils", "create_causal_mask", ["config", "inputs_embeds", "attention_mask", CACHE]),
     ],
-    "masks": [
+    "models/a3_llama/pretrained": [
+        ("transformers.integrations", "is_deepspeed_zero3_enabled", []),
+        ("transformers", "LlamaPreTrainedModel._keys_to_ignore_on_load_unexpected", None),
+    ],
+    "models/a3_llama/attention_masks": [
+        ("transformers.masking_utils", "create_causal_mask", ["config", "inputs_embeds", "attention_mask", CACHE]),
         ("torch.nn.attention.flex_attention", "BlockMask", None),
         ("torch.nn.attention.flex_attention", "create_block_mask", ["mask_mod", "B", "H", "Q_LEN", "KV_LEN"]),
+        ("transformers.cache_utils", "Cache.get_mask_sizes", []),
     ],
-    "cache": [
+    "models/a3_llama/generation_cache": [
         ("transformers.cache_utils", "DynamicLayer.lazy_initialization", ["key_states", "value_states"]),
         ("transformers.cache_utils", "DynamicLayer.get_seq_length", []),
         ("transformers.cache_utils", "Cache.__init__", ["layers"]),
-        ("transformers.cache_utils", "Cache.crop", []),
-        ("transformers.cache_utils", "Cache.get_mask_sizes", []),
     ],
-    "caching": [("transformers.generation.continuous_batching.cache", PAGED, None)],
-    "generation": [("transformers.modeling_utils", "PreTrainedModel.get_compiled_call", ["compile_config"])],
-    "loading": [("transformers", "LlamaPreTrainedModel._keys_to_ignore_on_load_unexpected", None)],
-    "base_trainer": [
+    "models/a3_llama/generation_runner": [
+        ("transformers.cache_utils", "Cache.crop", []),
+        ("transformers.modeling_utils", "PreTrainedModel.get_compiled_call", ["compile_config"]),
+    ],
+    "models/a3_llama/caching": [
+        ("transformers.generation.continuous_batching.cache", PAGED, None),
+    ],
+    "models/a3_llama/infilling_pipeline": [
+        ("transformers.pipelines", "PIPELINE_REGISTRY.register_pipeline", ["pipeline_class", "pt_model"]),
+    ],
+    "training/base_trainer": [
         ("transformers", "Trainer.get_batch_samples", ["epoch_iterator", "num_batches", "device"]),
         ("transformers", "Trainer.training_step", ["inputs", "num_items_in_batch"]),
         ("transformers", "Trainer.compute_loss", ["return_outputs", "num_items_in_batch"]),
+    ],
+    "training/trainer": [
         ("transformers", "Trainer.compute_loss_context_manager", []),
         ("transformers", "Trainer._prepare_inputs", []),
     ],
-    "streaming": [
+    "training/stream_trainer": [
         ("transformers", "Trainer._save_checkpoint", ["trial"]),
         ("transformers", "Trainer._save_rng_state", ["output_dir"]),
     ],
-    "recipes": [("transformers", "HfArgumentParser.parse_args_into_dataclasses", [])],
-    "plan": [("accelerate.commands.config.config_args", "ClusterConfig", None)],
-    "pipeline": [("transformers.pipelines", "PIPELINE_REGISTRY.register_pipeline", ["pipeline_class", "pt_model"])],
-    "adapters": [
+    "training/recipes": [
+        ("transformers", "HfArgumentParser.parse_args_into_dataclasses", []),
+    ],
+    "training/dry_run": [
+        ("accelerate.commands.config.config_args", "ClusterConfig", None),
+    ],
+    "adapters/layers": [
         ("peft", "LoraConfig._register_custom_module", []),
         ("peft.tuners.lora", "LoraLayer", None),
         ("peft.tuners.lora", "Linear.merge", []),
+    ],
+    "adapters/checkpoints": [
         ("peft", "PeftModel.load_adapter", ["is_trainable"]),
     ],
-    "evaluation.batched": [
+    "evaluation/lm_harness/batched_lm": [
         ("lm_eval.models.huggingface", "HFLM._encode_pair", []),
         ("lm_eval.models.huggingface", "HFLM._detect_batch_size", []),
-        ("lm_eval.models.huggingface", "HFLM._model_generate", []),
-        ("lm_eval.models.huggingface", "HFLM._create_model", []),
         ("lm_eval.models.huggingface", "HFLM.loglikelihood_rolling", []),
         ("lm_eval.models.huggingface", "HFLM.set_cache_hook", []),
-        ("lm_eval.utils", "get_rolling_token_windows", ["token_list", "prefix_token", "max_seq_len", "context_len"]),
-        ("lm_eval.utils", "make_disjoint_window", []),
         ("lm_eval.models.utils", "normalize_gen_kwargs", []),
     ],
-    "evaluation.tasks": [
+    "evaluation/lm_harness/a3_lm": [
+        ("lm_eval.models.huggingface", "HFLM._create_model", []),
+    ],
+    "evaluation/lm_harness/causal_lm": [
+        ("lm_eval.models.huggingface", "HFLM._model_generate", []),
+    ],
+    "evaluation/measures/text_windows": [
+        ("lm_eval.utils", "get_rolling_token_windows", ["token_list", "prefix_token", "max_seq_len", "context_len"]),
+        ("lm_eval.utils", "make_disjoint_window", []),
+    ],
+    "evaluation/tasks/functions": [
         ("lm_eval.api.task", "ConfigurableTask.construct_requests", []),
         ("lm_eval.api.task", "ConfigurableTask.doc_to_choice", []),
         ("lm_eval.api.task", "ConfigurableTask.dump_config", []),
+    ],
+    "models/a3_llama/input_validation": [
+        ("transformers.utils", "TransformersKwargs.__annotations__", None),
     ],
 }
 
@@ -127,11 +156,13 @@ def test_private_interfaces_are_where_they_were(file, module, name, parameters):
     found = importlib.import_module(module)
     version = getattr(importlib.import_module(module.partition(".")[0]), "__version__", "?")
     for part in name.split("."):
-        assert hasattr(found, part), f"{module} {version} has no {name}, which a3_hf/{file.replace('.', '/')}.py uses"
+        assert hasattr(found, part), f"{module} {version} has no {name}, which a3_hf/{file}.py uses"
         found = getattr(found, part)
     if parameters is not None:
         missing = set(parameters) - set(inspect.signature(found).parameters)
-        assert not missing, f"{module}.{name} {version} takes no {missing}; a3_hf/{file.replace('.', '/')}.py gives it"
+        assert not missing, f"{module}.{name} {version} takes no {missing}; a3_hf/{file}.py gives it"
+    source = (Path(a3_hf.__file__).parent / f"{file}.py").read_text(encoding="utf-8")
+    assert name.rpartition(".")[2] in source, f"a3_hf/{file}.py no longer uses {name}: take it off this list"
 
 
 def llama(folder: Path) -> LlamaForCausalLM:

@@ -2,7 +2,7 @@
 used and dropped a few rows at a time.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,44 @@ class ChunkedLoss(NamedTuple):
 
     loss: torch.Tensor
     token_losses: torch.Tensor
+
+
+class HeadOutput(NamedTuple):
+    """Logits (…, V) or, with a chunked loss, `token_losses` (…); and the loss (), where there are labels."""
+
+    logits: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
+
+
+def apply_head(
+    model,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor | None,
+    keywords: dict[str, Any],
+    *,
+    is_shifted: bool,
+    chunked: bool,
+) -> HeadOutput:
+    """What a causal LM makes of hidden states (…, D) and labels (…; None: no loss).
+
+    Args:
+        keywords: further keywords of the forward; `num_items_in_batch` divides the loss.
+        is_shifted: labels are those of the input, and transformers' own loss shifts them; else each label belongs to the
+            state in its place.
+        chunked: `chunked_cross_entropy`, without logits; needs labels that are not shifted.
+    """
+    num_items = keywords.get("num_items_in_batch")
+    if chunked:
+        loss, token_losses = chunked_cross_entropy(hidden_states, model.lm_head, labels, num_items=num_items)
+        return HeadOutput(loss=loss, token_losses=token_losses)
+    logits = model.lm_head(hidden_states)
+    if labels is None:
+        return HeadOutput(logits)
+    if is_shifted:
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **keywords)
+        return HeadOutput(logits, loss)
+    return HeadOutput(logits, slot_cross_entropy(logits, labels, num_items=num_items))
 
 
 def slot_cross_entropy(

@@ -128,15 +128,19 @@ def check_kept(kept: int | torch.Tensor, content_length: int) -> None:
         )
 
 
-def check_labels(labels: Any, content: Any, vocab_size: int, like_content: bool) -> None:
-    """Raises a ValueError for labels that are no ids of the vocabulary, nor −100, or with `like_content` of another shape
-    than content (B, C) or (B, C, D).
+def check_labels(labels: Any, content: Any, vocab_size: int, like_content: bool) -> torch.LongTensor:
+    """The labels as int64.
+
+    Raises:
+        ValueError: ids outside the vocabulary other than −100, or with `like_content` a shape other than that of content
+            (B, C) or (B, C, D).
     """
     check_numbers("labels", labels, at_least=0, at_most=vocab_size - 1, but=-100)
     if like_content and isinstance(content, torch.Tensor) and labels.shape != content.shape[:2]:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}; it takes that of input_ids, {tuple(content.shape[:2])}"
         )
+    return labels.long()
 
 
 def looks_at_values(tensor: torch.Tensor) -> bool:

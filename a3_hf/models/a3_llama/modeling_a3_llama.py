@@ -10,7 +10,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import A3LlamaAttention, A3LlamaLastLayer
 from .attention_masks import AttentionMasks, pass_masks, slots_attention_mask
 from .caching import CACHE, NoPagedCacheMixin, check_filled, one_cache
-from .chunked_cross_entropy import chunked_cross_entropy, slot_cross_entropy
+from .chunked_cross_entropy import apply_head
 from .configuration_a3_llama import A3LlamaConfig
 from .generation import A3GenerationMixin
 from .infilling import A3InfillingMixin
@@ -277,13 +277,11 @@ class A3LlamaForCausalLM(
         cache = one_cache(past_key_values, cache, kwargs)
         check_keywords(kwargs, type(self).forward)
         causal_contract = group_ids is None and target_position_ids is None
-        if labels is not None:
-            check_labels(
-                labels, input_ids if inputs_embeds is None else inputs_embeds, self.vocab_size, causal_contract
-            )
-            labels = labels.long()
         if chunked_loss and (labels is None or causal_contract):
             raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
+        if labels is not None:
+            content = input_ids if inputs_embeds is None else inputs_embeds
+            labels = check_labels(labels, content, self.vocab_size, causal_contract)
         if not causal_contract:
             if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
                 raise ValueError(
@@ -315,23 +313,13 @@ class A3LlamaForCausalLM(
         content_logits = None
         if content_logits_at is not None:
             content_logits = self.lm_head(outputs.content_hidden_state[content_logits_at])
-        loss = token_losses = logits = None
-        if chunked_loss:
-            loss, token_losses = chunked_cross_entropy(
-                outputs.last_hidden_state, self.lm_head, labels, num_items=kwargs.get("num_items_in_batch")
-            )
-        else:
-            logits = self.lm_head(outputs.last_hidden_state)
-        if labels is not None and causal_contract:  # transformers' own loss, which shifts them
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        elif labels is not None and not chunked_loss:
-            loss = slot_cross_entropy(logits, labels, num_items=kwargs.get("num_items_in_batch"))
+        head = apply_head(
+            self, outputs.last_hidden_state, labels, kwargs, is_shifted=causal_contract, chunked=chunked_loss
+        )
         return A3CausalLMOutput(
-            loss=loss,
-            token_losses=token_losses,
+            **head._asdict(),
             content_hidden_state=outputs.content_hidden_state if content_hidden_state else None,
             content_logits=content_logits,
-            logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, eager_atten
 from transformers.utils.generic import can_return_tuple
 
 from a3_hf.models.a3_llama.caching import CACHE, check_filled, one_cache, take_cache
-from a3_hf.models.a3_llama.chunked_cross_entropy import chunked_cross_entropy, slot_cross_entropy
+from a3_hf.models.a3_llama.chunked_cross_entropy import apply_head
 from a3_hf.models.a3_llama.infilling import A3InfillingMixin
 from a3_hf.models.a3_llama.input_validation import (
     check_content,
@@ -312,13 +312,11 @@ class DecoupledRopeLlamaForCausalLM(
         if cache is None or isinstance(cache, Cache):  # continuous batching has words of its own beside a paged one
             check_keywords(kwargs, type(self).forward)
         causal_contract = group_ids is None and target_position_ids is None
-        if labels is not None:
-            check_labels(
-                labels, input_ids if inputs_embeds is None else inputs_embeds, self.vocab_size, causal_contract
-            )
-            labels = labels.long()
         if chunked_loss and (labels is None or causal_contract):
             raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
+        if labels is not None:
+            content = input_ids if inputs_embeds is None else inputs_embeds
+            labels = check_labels(labels, content, self.vocab_size, causal_contract)
         if content_logits_at is not None:
             raise ValueError("content_logits_at is for models of two streams; the logits of this one's are in `logits`")
         if group_ids is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
@@ -341,21 +339,9 @@ class DecoupledRopeLlamaForCausalLM(
         hidden_states = _kept(outputs.last_hidden_state, logits_to_keep)
         if labels is not None and not causal_contract:
             check_state_labels(labels, hidden_states, attention_mask, group_ids, target_group_ids)
-        loss = token_losses = logits = None
-        if chunked_loss:
-            loss, token_losses = chunked_cross_entropy(
-                hidden_states, self.lm_head, labels, num_items=kwargs.get("num_items_in_batch")
-            )
-        else:
-            logits = self.lm_head(hidden_states)
-        if labels is not None and causal_contract:  # transformers' own loss, which shifts them
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        elif labels is not None and not chunked_loss:
-            loss = slot_cross_entropy(logits, labels, num_items=kwargs.get("num_items_in_batch"))
+        head = apply_head(self, hidden_states, labels, kwargs, is_shifted=causal_contract, chunked=chunked_loss)
         return A3CausalLMOutput(
-            loss=loss,
-            token_losses=token_losses,
-            logits=logits,
+            **head._asdict(),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},

@@ -149,8 +149,7 @@ class MaskedDiffusionLlamaForCausalLM(
         if attention_mask is not None:
             check_padding_mask("attention_mask", attention_mask, shape[0], 0, shape[1])
         if labels is not None:
-            check_labels(labels, content, self.vocab_size, True)
-            labels = labels.long()
+            labels = check_labels(labels, content, self.vocab_size, True)
         for name, ids, most in (
             ("position_ids", position_ids, None),
             ("target_columns", target_columns, shape[1] - 1),
