@@ -24,7 +24,7 @@ SUITE = $(PYTEST) -n $(JOBS) -m 'not gpu and not slow'
 
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup demo smollm2 docs bench-start test test-other-kernels test-slow test-gpu test-oldest test-newest newest lock quality style clean
+.PHONY: setup demo smollm2 docs bench-start test test-other-kernels mutants test-slow test-gpu test-oldest test-newest newest lock quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
@@ -74,6 +74,10 @@ test: setup
 # `make test` as on another maker's CPU, whose products differ in the last bits by the row they are in.
 test-other-kernels: setup
 	PYTHONPATH=$(CURDIR)/tests/other_kernels $(call SUITE,$(VENV))
+
+# Errors put into a copy of the package, each of which a test must find; a quarter of an hour on one core.
+mutants: setup
+	$(BIN)/python scripts/mutants.py
 
 test-slow: setup
 	$(call PYTEST,$(VENV)) -m slow

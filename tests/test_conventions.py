@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import compiles_flex, tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -43,6 +42,7 @@ from a3_hf import (
 )
 from a3_hf.models.a3_llama.caching import CACHE, PAGED
 from a3_hf.versions import warn_if_newer
+from tests.conftest import compiles_flex, tiny_config
 
 IDS = torch.tensor([[1, 5, 9, 14, 3, 8]])
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
@@ -266,7 +266,7 @@ def test_generate_of_a_checkpoint_with_code_is_that_of_the_llama(models, tmp_pat
 
 def test_a_checkpoint_saved_before_transformers_renamed_the_cache_is_right_with_the_package_installed():
     """Saved by the release before, under transformers 5.17, which wrote down what it generated in float64."""
-    folder = Path(__file__).parent / "data" / "checkpoint_before_5_24"
+    folder = Path(__file__).parent / "checkpoints" / "before_5_24"
     expected = json.loads((folder / "expected.json").read_text())
     ids = torch.tensor(expected["input_ids"])
     greedy = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}

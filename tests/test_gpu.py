@@ -6,8 +6,8 @@ import torch
 from a3_hf import GroupOrder
 from a3_hf.models.a3_llama.attention_masks import singleton_attention_mask
 from tests.conftest import tiny_model
-from tests.test_modeling import generation_order, group_by_group, leaks, random_ids, text_order
-from tests.test_orders import BUILDERS, generators, ragged_mask
+from tests.models.a3_llama.test_modeling import generation_order, group_by_group, leaks, random_ids, text_order
+from tests.models.a3_llama.test_orders import BUILDERS, generators, ragged_mask
 
 pytestmark = [
     pytest.mark.gpu,

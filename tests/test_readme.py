@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from a3_hf.cli import app
 from tests.conftest import tiny_config
-from tests.test_sources import write_all
+from tests.evaluation.test_task_sources import write_all
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": ["runs/mine/config.json", "runs/mine/README.md"]} | {

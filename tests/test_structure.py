@@ -87,6 +87,13 @@ def test_every_folder_of_the_package_is_one():
     assert {path.parent for path in MODULES.values()} == {path.parent for path in PACKAGE.rglob("__init__.py")}
 
 
+def test_tests_mirror_the_package():
+    tests = ROOT / "tests"
+    folders = {path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")} - {"."}
+    assert folders >= {"models/a3_llama", "data", "training", "evaluation"}
+    assert not [folder for folder in folders if not (PACKAGE / folder / "__init__.py").is_file()]
+
+
 def test_modeling_draws_nothing_at_random_and_generation_does_not_know_it():
     source = MODULES["models.a3_llama.modeling_a3_llama"].read_text()
     assert not re.search(r"torch\.(rand|randn|randint|randperm|multinomial|bernoulli)\b", source)
