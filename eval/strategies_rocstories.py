@@ -36,7 +36,6 @@ STRATEGIES = {
     },
     "speculative 4, sampled": {"strategy": "speculative", "draft_tokens": 4, "do_sample": True, "seed": 0},
     "refine": {"strategy": "refine"},
-    "refine, keep all": {"strategy": "refine", "refine_keep": "all"},
 }
 
 

@@ -35,7 +35,7 @@ def main(wanted: str = "") -> None:
             run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow"]
             done = subprocess.run([*run, *mutant["tests"].split()], cwd=folder, capture_output=True, text=True)
             path.write_text(source, encoding="utf-8")
-            killers = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+            killers = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
             is_killed = done.returncode == TESTS_FAILED
             survived += [] if is_killed else [mutant["name"]]
             print(

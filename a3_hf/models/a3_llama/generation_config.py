@@ -18,11 +18,10 @@ OPTIONS_OF = {
     "groupwise": ("order", "group_size", "span_length"),
     "dynamic": DYNAMIC_OPTIONS,
     "speculative": ("order", "span_length", "draft", "draft_tokens"),
-    "refine": (*DYNAMIC_OPTIONS, "refine_rounds", "refine_fraction", "refine_keep"),
+    "refine": (*DYNAMIC_OPTIONS, "refine_rounds", "refine_fraction"),
 }
 STRATEGIES = tuple(OPTIONS_OF)
 OWN_OPTIONS = tuple(dict.fromkeys(option for options in OPTIONS_OF.values() for option in options))
-REFINE_KEEPS = ("better", "all")
 # Fields of transformers' GenerationConfig that are obeyed, by their own names.
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff")
 PROCESSOR_OPTIONS = ("repetition_penalty", "bad_words_ids", "suppress_tokens", "forced_eos_token_id")
@@ -94,7 +93,6 @@ class A3GenerationConfig(GenerationConfig):
         draft_tokens: speculative. Drafts checked per pass, 4 by default.
         refine_rounds: refine. 4 by default.
         refine_fraction: refine. Share of the written tokens that a round opens again, 0.25 by default; in (0, 1].
-        refine_keep: refine. `"better"` (default): a row keeps a round only if its exact log-likelihood rose; `"all"`.
         use_cache: True by default: committed groups stay in the key/value cache, exactly. False encodes everything again
             each step (the same result), but for `dynamic` and `refine`, which then take the paper's variant: all filled
             tokens encoded as one bidirectional group.
@@ -173,9 +171,8 @@ class A3GenerationConfig(GenerationConfig):
         self._check_values()
         self._check_order()
         self._check_commit_rules()
-        for option, choices in (("draft", DRAFTS), ("refine_keep", REFINE_KEEPS)):
-            if getattr(self, option) is not None:
-                _check_choice(option, getattr(self, option), choices)
+        if self.draft is not None:
+            _check_choice("draft", self.draft, DRAFTS)
         _check_share("refine_fraction", self.refine_fraction)
         if self.forced_eos_token_id is not None and self.max_new_tokens is None:
             raise ValueError("forced_eos_token_id ends a continuation; it needs max_new_tokens")

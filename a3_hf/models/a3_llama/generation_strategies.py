@@ -244,8 +244,7 @@ def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
         again.check_finite()
         passes, step = passes + again.runner.passes + 1, again.step
         rewritten = log_likelihood(candidate.sequences[:, :-1], groups, real) * written
-        risen = rewritten.sum(dim=1) > log_probs.sum(dim=1)
-        kept = (torch.ones_like(risen) if config.refine_keep == "all" else risen)[:, None]
+        kept = rewritten.sum(dim=1, keepdim=True) > log_probs.sum(dim=1, keepdim=True)
         log_probs = torch.where(kept, rewritten, log_probs)
         for name in ("sequences", "commit_step"):
             setattr(canvas, name, torch.where(kept, getattr(candidate, name), getattr(canvas, name)))

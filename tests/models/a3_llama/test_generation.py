@@ -285,7 +285,6 @@ IDS, BLANKS, MASK = problem()
         ({"max_new_tokens": 4, "strategy": "speculative", "order": torch.zeros(3, 23).long()}, "one token a group"),
         ({"max_new_tokens": 4, "bad_words_ids": [[3, 4]], "max_time": 9.0}, "no max_time, after which"),
         ({"max_new_tokens": 4, "strategy": "refine", "refine_fraction": 0.0}, "refine_fraction=0.0"),
-        ({"max_new_tokens": 4, "strategy": "refine", "refine_keep": "none"}, "one of better, all"),
         ({"max_new_tokens": 4, "max_time": 0}, "max_time=0"),
         ({"max_new_tokens": 4, "num_return_sequences": 2}, "num_return_sequences. different than 1"),
         (

@@ -49,7 +49,7 @@ A3_STRATEGIES = [
     {"strategy": "speculative", "draft": "ngram", "draft_tokens": 3},
     {"strategy": "speculative", "draft": "ngram", "draft_tokens": 2, "order": "random"},
     {"strategy": "refine", "refine_rounds": 2},
-    {"strategy": "refine", "refine_rounds": 1, "refine_keep": "all", "tokens_per_step": 2},
+    {"strategy": "refine", "refine_rounds": 1, "tokens_per_step": 2},
 ]
 DECOUPLED_STRATEGIES = [
     {"order": "left_to_right"},

@@ -166,12 +166,13 @@ def test_refine_never_lowers_the_exact_likelihood(model):
     assert (totals[-1] > before + 1e-3).any()
 
 
-def test_refine_may_keep_all(model):
+def test_a_round_of_refine_reopens_the_fraction(model):
     ids, blanks, mask = problem(lengths=(40, 23, 31))
     settings = {"attention_mask": mask, "strategy": "refine", "refine_fraction": 0.5, "do_sample": True, "seed": 1}
-    steps = model.generate_any_order(ids, blanks, refine_keep="all", refine_rounds=1, **settings).commit_step
+    steps = model.generate_any_order(ids, blanks, refine_rounds=1, **settings).commit_step
     reopened = (steps > steps[blanks].min() + int(blanks.sum(1).max()) - 1).sum(1)
-    assert torch.equal(reopened, (blanks.sum(1) * 0.5).ceil().long())
+    quota = (blanks.sum(1) * 0.5).ceil().long()
+    assert ((reopened == quota) | (reopened == 0)).all() and reopened.any()  # 0: the round did not raise the likelihood
 
 
 # Processors

@@ -334,7 +334,6 @@ SETTINGS = [
     *(("left_token", {"strategy": "speculative"}, "draft", value) for value in (5, "oracle")),
     *(("left_token", {"strategy": "refine"}, "refine_rounds", value) for value in (0, 1.5)),
     *(("left_token", {"strategy": "refine"}, "refine_fraction", value) for value in (0.0, "half", 2)),
-    *(("left_token", {"strategy": "refine"}, "refine_keep", value) for value in (5, "none")),
     *(("masked_diffusion", {}, "steps", value) for value in (0, -1, 1.5, "4", True)),
     ("masked_diffusion", {"steps": 2}, "bad_words_ids", [[3, 4]]),
     ("masked_diffusion", {"tokens_per_step": 2}, "bad_words_ids", [[3, 4]]),
