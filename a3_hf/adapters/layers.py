@@ -108,6 +108,7 @@ def wrap_model(model: A3LlamaForCausalLM, config: A3LoraConfig) -> PeftModel:
             parameter.data = parameter.data.float()  # in bfloat16 most steps of an optimiser would be rounded away
     if isinstance(config, SlotLoraConfig):
         _check_slots_alone(adapted)
+        model.model.content_is_frozen = True
     for layer in model.model.layers:
         linears = [module for module in layer.modules() if isinstance(module, SlotLinear)]
         if linears:

@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 
 from .attention_masks import AttentionMasks
 from .caching import take_cache
+from .frozen_content import FrozenContent
 from .rope import apply_rotary
 
 
@@ -22,6 +23,7 @@ class A3LlamaAttention(LlamaAttention):
         content_length: int,
         position_ids: torch.LongTensor | None = None,
         slots_only: bool = False,
+        frozen_content: FrozenContent | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # `position_ids` go no further: a flash kernel would take positions that don't ascend for several packed texts.
@@ -41,6 +43,8 @@ class A3LlamaAttention(LlamaAttention):
 
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+        elif frozen_content is not None:
+            key_states, value_states = frozen_content.update(key_states, value_states, self.layer_idx)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

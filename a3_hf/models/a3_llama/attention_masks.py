@@ -273,6 +273,17 @@ def slots_attention_mask(masks: AttentionMasks, content_length: int) -> Attentio
     return (AttentionMask(mask if mask.shape[2] == 1 else mask[:, :, content_length:]),)
 
 
+def content_attention_mask(masks: AttentionMasks, content_length: int) -> AttentionMasks:
+    """What the content alone may see, of the masks of a whole pass."""
+    mask, is_causal, _ = masks[0]
+    if isinstance(mask, BlockMask):
+        batch_size, _, _, width = mask.shape
+        mask = create_block_mask(mask.mask_mod, batch_size, None, content_length, width, device=mask.kv_indices.device)
+    elif len(masks) == 1 and mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, :content_length]
+    return (AttentionMask(mask, is_causal),)
+
+
 def sees_something(
     content: ContentTokens, slots: QuerySlots, key_mask: torch.Tensor | None, num_cached: int
 ) -> torch.Tensor:
