@@ -7,6 +7,8 @@ import torch
 from a3_hf.models.a3_llama.attention_masks import MaskCache, singleton_attention_mask
 from a3_hf.models.a3_llama.orders import ContentTokens, GroupOrder, QuerySlots, left_tokens
 
+MANY_SCORED = 0.75  # above this fraction of scored tokens in every row, each token has a slot
+
 
 def model_inputs(
     order: GroupOrder,
@@ -18,11 +20,13 @@ def model_inputs(
     kept: MaskCache | None = None,
     one_stream: bool = False,
     slot_start: str = "query_embed",
+    scored_only: bool = False,
 ) -> dict[str, Any]:
     """The arguments of `A3LlamaForCausalLM.forward`, `labels` (−100 where nothing is scored) among them, that score
     `input_ids` (B, S) under an order. In generation order singletons need plain causal masks alone, which any attention
     kernel takes; not so where a row holds several documents (`document_ids`, (B, S)), which are kept apart. Where the
-    order leaves open tokens out of the loss, there are slots for the scored ones alone (and to fill up shorter rows).
+    order leaves open tokens out of the loss, there are slots for the scored ones alone (and to fill up shorter rows); with
+    `scored_only` also where at least a quarter of the tokens is given.
     `kept` carries masks from one batch to the next, where groups allow it. With `one_stream` they are those of
     `DecoupledRopeLlamaForCausalLM.forward`, which has a mask of its own. `slot_start` is the model's.
     """
@@ -31,9 +35,9 @@ def model_inputs(
     if slot_start == "left_token":
         left = left_tokens(content, slots, key_mask=layout.attention_mask)
         slots = slots._replace(left_token_ids=left)
-    if order.context_mask is not None:
-        scored = layout.labels != -100
-        width = max(int(scored.sum(dim=1).max()), 1)
+    scored = layout.labels != -100
+    width = max(int(scored.sum(dim=1).max()), 1)
+    if order.context_mask is not None or (scored_only and width <= MANY_SCORED * input_ids.shape[1]):
         index = scored.int().argsort(dim=1, descending=True, stable=True)[:, :width]
         labels = layout.labels.gather(1, index)
         return _forward_arguments(content, slots.at(index), layout.attention_mask, labels)

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import EvalPrediction, TrainingArguments
 
-from a3_hf.models.a3_llama.attention_masks import MaskCache
+from a3_hf.models.a3_llama.attention_masks import DENSE_IMPLEMENTATIONS, MaskCache
 from a3_hf.models.a3_llama.orders import GroupOrder
 from a3_hf.models.decoupled_rope_llama.configuration_decoupled_rope_llama import DecoupledRopeLlamaConfig
 
@@ -84,6 +84,11 @@ class A3Trainer(BaseTrainer):
         self.distillation_weight = distillation_weight
         self.one_stream = self.model.config.model_type == DecoupledRopeLlamaConfig.model_type
         self.slot_start = "query_embed" if self.one_stream else self.model.config.slot_start
+        # Auxiliary losses compare the slots of all tokens; a plain causal kernel has no masks of groups.
+        self.scored_only = (
+            not (self.one_stream or content_loss_weight or distillation_weight)
+            and self.model.config._attn_implementation in DENSE_IMPLEMENTATIONS
+        )
         self.evaluation_orders = {
             name: stage for name, stage in EVALUATION_ORDERS.items() if stage.group_size == 1 or not self.one_stream
         }
@@ -182,6 +187,7 @@ class A3Trainer(BaseTrainer):
             kept=self._mask_cache,
             one_stream=self.one_stream,
             slot_start=self.slot_start,
+            scored_only=self.scored_only,
         )
         if self.chunked_loss:
             arguments["chunked_loss"] = True
@@ -240,6 +246,7 @@ class A3Trainer(BaseTrainer):
                 document_ids=inputs.get("document_ids"),
                 one_stream=self.one_stream,
                 slot_start=self.slot_start,
+                scored_only=self.scored_only,
             )
             with torch.no_grad(), self.compute_loss_context_manager():
                 if self.chunked_loss:

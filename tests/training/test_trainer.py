@@ -21,6 +21,7 @@ from a3_hf.training.callbacks import InterruptCallback, MetricsFileCallback
 from a3_hf.training.checkpoints import last_whole_checkpoint, set_aside, what_is_missing
 from a3_hf.training.curriculum import Curriculum
 from a3_hf.training.curriculum_callbacks import CurriculumCallback
+from a3_hf.training.model_inputs import model_inputs
 from a3_hf.training.throughput import training_flops
 from a3_hf.training.trainer import A3Trainer
 from tests.conftest import tiny_model
@@ -139,11 +140,26 @@ def naive_groups(row: dict, kind: str, group_size: int, generator: torch.Generat
 NAIVE_STAGES = [("contiguous", 1), ("contiguous", 2), ("scattered", 1), ("scattered", 3)]
 
 
+RAGGED = [9, 4, 7, 2, 8, 3, 9, 5, 6, 9, 2, 8, 4, 7, 9, 3]
+
+
 @pytest.mark.parametrize(
-    "lengths", [[9] * 16, [9, 4, 7, 2, 8, 3, 9, 5, 6, 9, 2, 8, 4, 7, 9, 3]], ids=["even", "ragged"]
+    "lengths, few_scored",
+    [([9] * 16, False), (RAGGED, False), ([9] * 16, True), ([max(length, 4) for length in RAGGED], True)],
+    ids=["even", "ragged", "even, two tokens scored", "ragged, two tokens scored"],
 )
-def test_training_equals_a_plain_loop(tmp_path, lengths):
+def test_training_equals_a_plain_loop(tmp_path, monkeypatch, lengths, few_scored):
     train = rows(lengths)
+    for row in train if few_scored else ():
+        row["labels"] = [-100] * (len(row["labels"]) - 2) + row["input_ids"][-2:]
+    widths = []
+
+    def inputs(*args, **kwargs):
+        arguments = model_inputs(*args, **kwargs)
+        widths.append(arguments["labels"].shape[1])
+        return arguments
+
+    monkeypatch.setattr("a3_hf.training.trainer.model_inputs", inputs)
     trainer = make_trainer(
         tmp_path,
         train,
@@ -168,6 +184,7 @@ def test_training_equals_a_plain_loop(tmp_path, lengths):
         loss.backward()
         optimizer.step()
         assert losses[step] == pytest.approx(loss.item(), abs=2e-5), f"step {step}"
+    assert (set(widths) == {2}) == few_scored
     trained = trainer.model.state_dict()
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-5, msg=name)
