@@ -7,6 +7,8 @@ from typing import Any, Literal, get_type_hints
 
 from a3_hf.settings import check_keys, checked_value, shown_value
 
+from .fim import FimArguments
+
 
 @dataclass(frozen=True)
 class SourceArguments:
@@ -96,6 +98,9 @@ class DataArguments:
         default="joined",
         metadata={"help": "joined: documents of a row see each other; isolated: they don't, and each starts with BOS."},
     )
+    fim: dict | None = field(
+        default=None, metadata={"help": "Rows of one blank each, in place of packed rows: {rate: …, psm: …, spm: …}."}
+    )
     block_size: int = field(default=2048, metadata={"help": "Tokens per row, including the BOS at its start."})
     validation_file: str | None = field(default=None, metadata={"help": "Evaluation file, read as train_file."})
     validation_documents: int = field(
@@ -113,6 +118,8 @@ class DataArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Cache folder of datasets."})
 
     def __post_init__(self):
+        if self.fim is not None:
+            self._check_fim()
         if self.sources is not None:
             self._check_sources()
         elif self.num_shards != 16:
@@ -144,6 +151,22 @@ class DataArguments:
         if self.max_eval_rows is not None and not self.validation_documents and self.validation_file is None:
             raise ValueError(
                 f"max_eval_rows={self.max_eval_rows} has no effect without validation_file or validation_documents"
+            )
+
+    def _check_fim(self) -> None:
+        if self.sources is not None:
+            raise ValueError(
+                "fim and sources: set one of the two; rows with blanks are made of train_file or dataset_name"
+            )
+        if self.documents != "joined":
+            raise ValueError(f"documents={self.documents!r} has no effect with fim, whose rows hold one document each")
+        if not isinstance(self.fim, FimArguments):
+            hints = get_type_hints(FimArguments)
+            if not isinstance(self.fim, Mapping):
+                raise ValueError(f"fim: takes a mapping of {', '.join(hints)}, got {shown_value(self.fim)}")
+            check_keys("fim", self.fim, hints)
+            self.fim = FimArguments(
+                **{key: checked_value(key, value, hints[key], "fim") for key, value in self.fim.items()}
             )
 
     def _check_sources(self) -> None:

@@ -9,11 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments
 from .collator import IGNORED_LABEL
+from .fim import FimRows
 from .loading import load_documents, texts_of
-from .tokenization import pad_id, tokenize
+from .tokenization import encode_documents, pad_id, tokenize
 
 # The code that makes the rows: part of their cache's key.
-CODE = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("packing.py", "tokenization.py"))
+CODE = "".join(
+    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("fim.py", "packing.py", "tokenization.py")
+)
 # 9 bytes per token on disk; datasets' default types would take 24.
 ROW_FEATURES = Features(
     {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": List(Value("int32"))}
@@ -22,9 +25,14 @@ ISOLATED_ROW_FEATURES = Features({**ROW_FEATURES, "document_ids": List(Value("in
 
 
 def load_rows(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int, context_length: int | None = None
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    context_length: int | None = None,
+    suffix_template: str | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Packs text into rows of `block_size` tokens.
+    """Packs text into rows of `block_size` tokens, or with `fim` cuts it into rows of one blank each (see `FimRows`).
 
     Documents are tokenized without special tokens and followed by the boundary token (`document_boundary`); each row is BOS
     and the next block_size − 1 tokens of this stream. Nothing is dropped: the last row is padded. Blank documents are skipped,
@@ -38,6 +46,7 @@ def load_rows(
         tokenizer: has a BOS token, and an EOS token if that is the boundary; needs no padding token.
         seed: the seed of `shuffle_documents`.
         context_length: the model's maximum number of tokens; None: not checked.
+        suffix_template: the model's, for rows of this form.
 
     Returns:
         The rows to train on and to evaluate on (None: no evaluation data), with `input_ids`, `attention_mask` (0 at padding)
@@ -59,17 +68,24 @@ def load_rows(
     parts = [(train, arguments.max_train_rows)]
     if evaluation is not None:
         parts.append((evaluation, arguments.max_eval_rows))
+    if arguments.fim is None:
+        is_isolated = arguments.documents == "isolated"
+        make_rows, features = _packed_rows, ISOLATED_ROW_FEATURES if is_isolated else ROW_FEATURES
+        settings = {"boundary_id": boundary_id, "block_size": arguments.block_size, "isolated": is_isolated}
+    else:
+        fim = FimRows(
+            arguments.fim, tokenizer, block_size=arguments.block_size, seed=seed, suffix_template=suffix_template
+        )
+        make_rows, features, settings = _fim_rows, ROW_FEATURES, {"fim": fim}
     rows = [
         Dataset.from_generator(
-            _packed_rows,
-            features=ISOLATED_ROW_FEATURES if arguments.documents == "isolated" else ROW_FEATURES,
+            make_rows,
+            features=features,
             cache_dir=arguments.cache_dir,
             gen_kwargs={
                 "documents": documents,
                 "tokenizer": tokenizer,
-                "boundary_id": boundary_id,
-                "block_size": arguments.block_size,
-                "isolated": arguments.documents == "isolated",
+                **settings,
                 "max_rows": max_rows,
                 "code": CODE,
             },
@@ -181,6 +197,15 @@ def _packed_rows(
     )
     for row, _ in itertools.islice(rows, max_rows):
         yield row
+
+
+def _fim_rows(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, fim: FimRows, max_rows: int | None, code: str
+) -> Iterator[dict[str, list[int]]]:
+    """Yields at most `max_rows` rows of `documents`; `code` as in `_packed_rows`."""
+    texts = ([text for text in texts_of(batch) if text.strip()] for batch in documents.iter(1000))
+    ids = itertools.chain.from_iterable(encode_documents(batch, tokenizer) for batch in texts if batch)
+    yield from itertools.islice(fim.rows(ids), max_rows)
 
 
 def _tokenized(documents: Dataset, tokenizer: PreTrainedTokenizerBase, boundary_id: int) -> Iterator[list[int]]:

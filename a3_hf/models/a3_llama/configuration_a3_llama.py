@@ -6,6 +6,14 @@ LOADABLE_MODEL_TYPES = ("llama", "a3_llama")
 SLOT_STARTS = ("query_embed", "left_token")
 
 
+def check_suffix_template(suffix_template: str | None) -> None:
+    """Raises ValueError unless a template holds `{suffix}` once."""
+    if suffix_template is not None and (not isinstance(suffix_template, str) or suffix_template.count("{suffix}") != 1):
+        raise ValueError(
+            f"suffix_template={suffix_template!r}: expected text with {{suffix}} in it once, as 'Later: {{suffix}}\n\n'"
+        )
+
+
 class A3LlamaConfig(LlamaConfig):
     """Configuration of an A3 any-order LLaMA. Identical to `LlamaConfig` except:
 
@@ -16,17 +24,22 @@ class A3LlamaConfig(LlamaConfig):
       the left of the asked one wherever the slot may see it, and `query_embed` elsewhere, all slots being rotated by the
       position of that token: from left to right a slot is then what LLaMA's own last row is, and its logits are LLaMA's
       before any training. Or `"query_embed"` (the paper's), one learnt vector for all, which means nothing before training.
-      A checkpoint of type `"a3_llama"` that doesn't say was saved when `"query_embed"` was the default, and has that.
+      A checkpoint of type `"a3_llama"` that doesn't say was saved when `"query_embed"` was the default, and has that;
+    - `suffix_template`, words with `{suffix}` in them that `infill` puts in front of a text, with what stands after its last
+      blank in place of `{suffix}` (not in the paper): a LLaMA has learnt from text on its left. None: the suffix stays at its
+      place.
     """
 
     model_type = "a3_llama"
 
     slot_start: str = "left_token"
+    suffix_template: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.slot_start not in SLOT_STARTS:
             raise ValueError(f"slot_start={self.slot_start!r}; it takes {' or '.join(map(repr, SLOT_STARTS))}")
+        check_suffix_template(self.suffix_template)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .configuration_a3_llama import check_suffix_template
 from .generation import A3GenerateOutput
 from .generation_config import A3GenerationConfig, resolve_config
 from .infilling_lengths import choose_lengths
@@ -41,7 +42,8 @@ class A3InfillOutput(BriefOutput):
         lengths: the tokens of each blank.
         length_scores: for each blank the score of each candidate length (see `lengths.choose_lengths`), in nats; empty
             where the length was given.
-        generation: the passes' output; its rows are left-padded to the longest text.
+        generation: the passes' output; its rows are the texts as they were read (see `suffix_template`), left-padded to the
+            longest.
     """
 
     texts: list[str] | None = None
@@ -60,6 +62,7 @@ class A3InfillingMixin:
         text: str | list[str],
         *,
         auto_lengths: tuple[int, int] = AUTO_LENGTHS,
+        suffix_template: str | None = None,
         generation_config: A3GenerationConfig | None = None,
         return_outputs: bool = False,
         **overrides: Any,
@@ -76,6 +79,8 @@ class A3InfillingMixin:
             tokenizer: of the model; it needs no pad token.
             text: e.g. `"The dog <blank:6> home."`.
             auto_lengths: the least and the most tokens of `<blank:auto>`.
+            suffix_template: words for what stands after the last blank, read before all else (see `A3LlamaConfig`); `""`: at
+                its place. None: the model's own. Lengths are chosen with the suffix at its place.
             generation_config, overrides: as in `generate_any_order`, hooks included, but for `max_new_tokens`. With
                 `num_return_sequences` a length is chosen once for a text, by the first of its sequences. `seed` is an
                 integer, or a list with one for each sequence of each text.
@@ -97,7 +102,9 @@ class A3InfillingMixin:
         templates = [Template.parse(one).with_range(auto_lengths) for one in texts]
         if not templates:
             raise ValueError("text is an empty list; it takes at least one text")
-        output = self.fill_templates(tokenizer, templates, generation_config=generation_config, **overrides)
+        output = self.fill_templates(
+            tokenizer, templates, suffix_template=suffix_template, generation_config=generation_config, **overrides
+        )
         if return_outputs:
             return output
         copies = len(output.texts) // len(templates)
@@ -113,6 +120,7 @@ class A3InfillingMixin:
         *,
         length: Literal["same", "auto"] | int | tuple[int, int] = "same",
         auto_lengths: tuple[int, int] = AUTO_LENGTHS,
+        suffix_template: str | None = None,
         generation_config: A3GenerationConfig | None = None,
         return_outputs: bool = False,
         **overrides: Any,
@@ -123,7 +131,7 @@ class A3InfillingMixin:
             text: the whole text; blank markers in it are plain text.
             spans: (start, end) in characters, in any order, not overlapping.
             length: of each span: `"same"` (as many tokens as it has), `"auto"`, a number of tokens, or a range.
-            auto_lengths, generation_config, return_outputs, overrides: as in `infill`.
+            auto_lengths, suffix_template, generation_config, return_outputs, overrides: as in `infill`.
 
         Returns:
             The text; with `num_return_sequences` above 1 a list of texts.
@@ -137,7 +145,9 @@ class A3InfillingMixin:
         if same:
             template = replace(template, lengths=_tokens_of_spans(tokenizer, template, text, sorted(map(tuple, spans))))
         template = template.with_range(auto_lengths)
-        output = self.fill_templates(tokenizer, [template], generation_config=generation_config, **overrides)
+        output = self.fill_templates(
+            tokenizer, [template], suffix_template=suffix_template, generation_config=generation_config, **overrides
+        )
         if return_outputs:
             return output
         return output.texts if len(output.texts) > 1 else output.texts[0]
@@ -147,13 +157,14 @@ class A3InfillingMixin:
         tokenizer: PreTrainedTokenizerBase,
         templates: list[Template],
         *,
+        suffix_template: str | None = None,
         generation_config: A3GenerationConfig | None = None,
         **overrides: Any,
     ) -> A3InfillOutput:
         """Fills texts with blanks, all lengths of which are numbers or ranges, in one batch.
 
         Args:
-            generation_config, overrides: as in `infill`.
+            suffix_template, generation_config, overrides: as in `infill`.
         """
         templates = list(templates)
         if not templates:
@@ -161,7 +172,9 @@ class A3InfillingMixin:
         fields = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
         config = resolve_config(generation_config, None, fields, None)
         copies = config.num_return_sequences or 1
+        suffix_template = self._suffix_template(suffix_template)
         self._check_templates(tokenizer, templates, config)
+        self._check_templates(tokenizer, [one.with_suffix_first(suffix_template) for one in templates], config)
         special = special_token_ids(tokenizer, self.config.vocab_size)
         overrides["suppress_tokens"] = sorted({*(config.suppress_tokens or []), *special})
         if config.seed is None and any(not isinstance(one, int) for template in templates for one in template.lengths):
@@ -181,14 +194,17 @@ class A3InfillingMixin:
                 self, template, partial(fill_candidates, seed), end_token_id=tokenizer.eos_token_id
             )
             length_scores.append(scores)
-        output, blanks = self._fill(tokenizer, templates, generation_config, overrides)
+        arranged = [template.with_suffix_first(suffix_template) for template in templates]
+        output, blanks = self._fill(tokenizer, arranged, generation_config, overrides)
         texts, written = [], []
         for row, sequence in enumerate(output.sequences.tolist()):
             numbers = blanks[row // copies]
             start = int((numbers < 0).sum())
-            filled, fresh = decode_template(
-                tokenizer, templates[row // copies], sequence[start:], numbers[start:].tolist()
-            )
+            template, as_filled = templates[row // copies], arranged[row // copies]
+            filled, fresh = decode_template(tokenizer, as_filled, sequence[start:], numbers[start:].tolist())
+            if as_filled != template:
+                in_front = len(as_filled.pieces[0]) - len(template.pieces[0])
+                filled = filled[in_front:] + template.pieces[-1]
             texts.append(filled)
             written.append(fresh)
         return A3InfillOutput(
@@ -198,6 +214,16 @@ class A3InfillingMixin:
             length_scores=[scores for scores in length_scores for _ in range(copies)],
             generation=output,
         )
+
+    def _suffix_template(self, wanted: str | None) -> str | None:
+        if wanted is None:
+            return getattr(
+                self.config, "suffix_template", None
+            )  # Decoupled RoPE and masked diffusion have none of their own
+        if wanted == "":
+            return None
+        check_suffix_template(wanted)
+        return wanted
 
     def _check_templates(
         self, tokenizer: PreTrainedTokenizerBase, templates: list[Template], config: A3GenerationConfig

@@ -123,6 +123,21 @@ class Template:
             position = end
         return cls((*pieces, text[position:]), (length,) * len(spans))
 
+    def with_suffix_first(self, suffix_template: str | None) -> "Template":
+        r"""The template with the text after its last blank moved to its front, in the words of `suffix_template`; as it is
+        without one, or where nothing but white space is after the last blank.
+
+        Examples:
+            >>> template = Template(("The dog ", " home."), (2,))
+            >>> template.with_suffix_first("Later:{suffix}\n\n")
+            Template(pieces=('Later: home.\n\nThe dog ', ''), lengths=(2,))
+        """
+        suffix = self.pieces[-1]
+        if suffix_template is None or not suffix.strip():
+            return self
+        first = suffix_template.replace("{suffix}", suffix) + self.pieces[0]
+        return replace(self, pieces=(first, *self.pieces[1:-1], ""))
+
     def with_range(self, auto_lengths: tuple[int, int]) -> "Template":
         """The template with `auto_lengths` in place of None."""
         check_range("auto_lengths", *auto_lengths)
