@@ -1,0 +1,160 @@
+"""How well a sentence is filled in, given both sides: nats per token and ROUGE, with the suffix in several places.
+
+    python eval/sentence_infilling.py models/smollm2-135m ../shared/data/rocstories/cloze_test_val__spring2016.csv --count 100
+
+The model is a LLaMA, an A3 model or an adapter (`--fim`: a LLaMA trained on FIM rows). Each row of the table is a way to
+show the text around sentence 3 of a story. An unadapted LLaMA with `left_token` and the suffix in front gives its own
+next-token likelihoods: what a prompt gets out of it. Nats are exact, left to right in the blank; with `--texts N`, ROUGE of N
+greedy texts of the true length.
+"""
+
+import argparse
+import csv
+import json
+import platform
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from rich.progress import track
+from rouge_score.rouge_scorer import RougeScorer
+
+from a3_hf.adapters.checkpoints import load_model, load_tokenizer
+from a3_hf.evaluation.measures.batching import pad_rows, span_mask
+from a3_hf.evaluation.reporting.markdown import markdown_table
+from a3_hf.models.a3_llama.infilling_templates import Template, encode_piece, encode_prompt
+
+# What a practitioner would write around the suffix; `{suffix}` begins with a space.
+WORDINGS = [
+    "{suffix}\n\n",
+    "Later:{suffix}\n\n",
+    'Later in the story: "{suffix}"\nThe whole story:\n',
+    "The end of the text:{suffix}\n\nThe whole text:\n",
+    "Here is how it goes on:{suffix}\n\nAnd this is all of it:\n",
+]
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+def read_stories(path: Path, count: int | None) -> list[tuple[str, str, str]]:
+    """Sentences 1 and 2, sentence 3, and sentences 4 and 5 of each story, with the spaces between them."""
+    stories = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            first = [row[f"InputSentence{number}"].strip() for number in range(1, 5)]
+            last = row[f"RandomFifthSentenceQuiz{row['AnswerRightEnding']}"].strip()
+            stories.append((" ".join(first[:2]), f" {first[2]}", f" {first[3]} {last}"))
+    return stories[:count]
+
+
+def arranged(tokenizer, story: tuple[str, str, str], way: str) -> tuple[list[int], list[int], list[int]]:
+    """Token ids before the blank, in it, and after it, as a way shows the story."""
+    before, target, suffix = story
+    if way == "prefix alone":
+        suffix = ""
+    elif way != "in place":
+        pieces = Template((before, suffix), (1,)).with_suffix_first(way).pieces
+        before, suffix = pieces
+    ids = (encode_piece(tokenizer, text, is_start=False) for text in (target, suffix))
+    return encode_prompt(tokenizer, before), *ids
+
+
+def fim_arranged(tokenizer, story: tuple[str, str, str], form: str, marks: list[int]) -> tuple[list[int], ...]:
+    """As `arranged`, in the form psm or spm, the middle's tokens last."""
+    prefix, middle, suffix = (encode_piece(tokenizer, text, is_start=i == 0) for i, text in enumerate(story))
+    to_prefix, to_suffix, to_middle = marks
+    given = [to_prefix, *prefix, to_suffix, *suffix, to_middle]
+    if form == "spm":
+        given = [to_prefix, to_suffix, *suffix, to_middle, *prefix]
+    return [tokenizer.bos_token_id, *given], middle, []
+
+
+@torch.no_grad()
+def nats_per_token(model, rows: list[tuple[list[int], ...]], *, batch_size: int, about: str) -> float:
+    """Mean over the tokens of all blanks, left to right given the rest."""
+    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
+    total, tokens = 0.0, 0
+    for batch in track(list(batched(order, batch_size)), about):
+        parts = [rows[index] for index in batch]
+        ids, real = pad_rows([[*before, *target, *after] for before, target, after in parts])
+        blank = span_mask(
+            [len(before) for before, _, _ in parts], [len(target) for _, target, _ in parts], ids.shape[1]
+        )
+        given = real.bool() & ~blank
+        groups = torch.where(given, given.long().cumsum(1) - 1, given.sum(1, keepdim=True) + blank.long().cumsum(1) - 1)
+        groups = groups.masked_fill(real == 0, -1)
+        log_probs = model.log_likelihood(ids, groups, real, scored_mask=blank)
+        total += log_probs.double().sum().item()
+        tokens += int(blank.sum())
+    return -total / tokens
+
+
+def batched(items: list[int], size: int) -> Iterator[list[int]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def rouge(model, tokenizer, stories, way: str, *, batch_size: int, about: str) -> list[float]:
+    """Mean F1 of greedy texts of the true length, in percent."""
+    words = "" if way in ("in place", "prefix alone") else way
+    scorer, totals = RougeScorer(ROUGE, use_stemmer=True), [0.0] * len(ROUGE)
+    for batch in track(list(batched(list(range(len(stories))), batch_size)), about):
+        templates = []
+        for index in batch:
+            before, target, after = stories[index]
+            length = len(encode_piece(tokenizer, target, is_start=False))
+            templates.append(Template((before + " ", "" if way == "prefix alone" else after), (length,)))
+        output = model.fill_templates(tokenizer, templates, suffix_template=words)
+        for index, (written,) in zip(batch, output.written, strict=True):
+            scores = scorer.score(stories[index][1], written)
+            totals = [total + scores[name].fmeasure for total, name in zip(totals, ROUGE, strict=True)]
+    return [100 * total / len(stories) for total in totals]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="LLaMA, A3 model or adapter")
+    parser.add_argument("stories", type=Path, help="file of the story cloze test")
+    parser.add_argument("--count", type=int, help="stories (default: all)")
+    parser.add_argument("--texts", type=int, default=0, help="stories for which a text is written")
+    parser.add_argument(
+        "--ways", nargs="+", help="ways to show the text (default: prefix alone, in place, and wordings)"
+    )
+    parser.add_argument(
+        "--fim", nargs=3, metavar="TOKEN", help="tokens of prefix, suffix, middle: measures psm and spm"
+    )
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="write the table as JSON too")
+    arguments = parser.parse_args()
+
+    tokenizer = load_tokenizer(arguments.model)
+    settings = {"architecture": "a3"} if arguments.fim else {}
+    model = load_model(arguments.model, dtype=torch.float32, **settings).eval()
+    stories = read_stories(arguments.stories, arguments.count)
+    own = model.config.suffix_template
+    ways = arguments.ways or ["prefix alone", "in place", *([own] if own else []), *(w for w in WORDINGS if w != own)]
+    forms = {way: [arranged(tokenizer, story, way) for story in stories] for way in ways}
+    if arguments.fim:
+        marks = tokenizer.convert_tokens_to_ids(arguments.fim)
+        forms = {form: [fim_arranged(tokenizer, story, form, marks) for story in stories] for form in ("psm", "spm")}
+    table = []
+    for way, rows in forms.items():
+        row = {"way": way, "nats": nats_per_token(model, rows, batch_size=arguments.batch_size, about=repr(way))}
+        if arguments.texts and not arguments.fim:
+            chosen = stories[: arguments.texts]
+            scores = rouge(model, tokenizer, chosen, way, batch_size=arguments.batch_size, about=f"texts {way!r}")
+            row |= dict(zip(ROUGE, scores, strict=True))
+        table.append(row)
+        print(f"{row['nats']:.4f} {way!r}", flush=True)
+    names = [name for name in ("nats", *ROUGE) if name in table[0]]
+    print(f"{arguments.model}, {len(stories)} stories, {date.today()}, {platform.machine()} CPU, fp32, torch "
+          f"{torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
+    print(markdown_table(["way", *names], [[repr(row["way"]), *(f"{row[n]:.4g}" for n in names)] for row in table]))
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"model": arguments.model, "stories": len(stories), "rows": table}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
