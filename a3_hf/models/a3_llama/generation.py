@@ -27,14 +27,14 @@ class A3GenerateOutput(BriefOutput):
 
     Attributes:
         sequences: (B, S) tokens, the given ones unchanged.
-        commit_step: (B, S) the step, from 0, at which a token was written; −1 where it was given, and behind the end of a
+        commit_step: (B, S) the step, from 0, at which a token was written; −1 where it was given, and after the end of a
             continuation.
         log_probs: (B, S) log-probability of each written token under the model (before temperature and the like), given
             what was written before it; 0 elsewhere. They are `log_likelihood(sequences, group_ids, group_ids >= 0)` where
             something was written (but for `dynamic` without a cache, whose passes belong to no one order): every token that a
             written one has seen is returned.
         group_ids: (B, S) the order of `log_probs`, as `log_likelihood` takes it: given tokens first, then what was
-            written; −1 at padding and behind the end.
+            written; −1 at padding and after the end.
         num_forward_passes: passes of the model, shared by all rows, but for those that check a caller's cache.
         tokens_per_forward: written tokens per row and pass, on average.
         cache, past_key_values: two words for the cache of the columns before the first blank, to be passed in with the same
@@ -88,10 +88,10 @@ class A3GenerationMixin:
         Given tokens are encoded as singletons in text order, as LLaMA was trained. A row's result does not depend on the
         other rows or on padding.
 
-        The continuation ends at its EOS (`eos_token_id`, by default the model's own), and nothing is written behind it. In an
-        order that is not left to right, tokens may stand behind a place already, and others have seen them; to take them back
-        would make `log_probs` those of another text. Therefore an EOS is chosen only where no token stands behind it: what is
-        returned is what was seen. Of tokens written in one pass, which have not seen each other, those behind an EOS are not
+        The continuation ends at its EOS (`eos_token_id`, by default the model's own), and nothing is written after it. In an
+        order that is not left to right, tokens may stand after a place already, and others have seen them; to take them back
+        would make `log_probs` those of another text. Therefore an EOS is chosen only where no token stands after it: what is
+        returned is what was seen. Of tokens written in one pass, which have not seen each other, those after an EOS are not
         written. (So from right to left a text ends in its last column or has no end: such an order decides the length first.)
 
         1. Encode the given tokens and ask the first slots, in one pass.
@@ -187,12 +187,12 @@ def check_callables(logits_processor, logits_hook, commit_hook) -> None:
     """Raises a ValueError for a hook that can't be called, or processors that are no list of such."""
     for name, hook in (("logits_hook", logits_hook), ("commit_hook", commit_hook)):
         if hook is not None and not callable(hook):
-            raise ValueError(f"{name} is a {type(hook).__name__}; it takes a function")
+            raise ValueError(f"{name} is a {type(hook).__name__}: expected a function")
     if logits_processor is not None and not (
         isinstance(logits_processor, list) and all(callable(one) for one in logits_processor)
     ):
         raise ValueError(
-            f"logits_processor={logits_processor!r}; it takes a LogitsProcessorList, or a list of processors"
+            f"logits_processor={logits_processor!r}: expected a LogitsProcessorList, or a list of processors"
         )
 
 

@@ -35,7 +35,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _has_room(self, total: int, batch_size: int) -> bool:
-        """Whether the next tokens can be written behind `keys`: these are still the room's beginning, and it is long
+        """Whether the next tokens can be written after `keys`: these are still the room's beginning, and it is long
         enough.
         """
         if self.room is None or self.room[0].shape[2] < total or self.room[0].shape[0] != batch_size:

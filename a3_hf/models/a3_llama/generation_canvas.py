@@ -20,7 +20,7 @@ class Canvas:
     position_ids: torch.Tensor
     commit_step: torch.Tensor
     log_probs: torch.Tensor
-    by_position: torch.Tensor  # (B, S) the column of each position, the bin behind the row's last
+    by_position: torch.Tensor  # (B, S) the column of each position, the padding column after the row's last
     given_mask: torch.Tensor  # (B, S)
     blank_mask: torch.Tensor  # (B, S)
     new_from: int  # the first column of the continuation; S where there is none
@@ -32,7 +32,7 @@ class Canvas:
 
     @classmethod
     def prepare(cls, model, input_ids, blank_mask, attention_mask, config: A3GenerationConfig) -> "Canvas":
-        """The canvas of rows (B, S), each `num_return_sequences` times side by side, with the continuation behind them."""
+        """The canvas of rows (B, S), each `num_return_sequences` times side by side, with the continuation after them."""
         input_ids, real, blank = checked_rows(model.config, input_ids, blank_mask, attention_mask, config)
         new_from = input_ids.shape[1]
         if config.max_new_tokens is not None:
@@ -83,20 +83,20 @@ class Canvas:
         return self.given_mask | (self.commit_step[:, :-1] >= 0)
 
     def columns_at(self, positions: torch.Tensor) -> torch.Tensor:
-        """(B, …) the columns at which `positions` (B, …) of the rows' texts stand, the bin where there is no such position."""
+        """(B, …) the columns at which `positions` (B, …) of the rows' texts stand, the padding column where there is no such position."""
         inside = (positions >= 0) & (positions < self.pad_column)
         places = positions.clamp(0, self.pad_column - 1).flatten(1)
         return self.by_position.gather(1, places).view_as(positions).masked_fill(~inside, self.pad_column)
 
     def is_over(self, columns: torch.Tensor) -> torch.Tensor:
-        """(B, n), True where `columns` stand behind the end of the row's continuation."""
+        """(B, n), True where `columns` stand after the end of the row's continuation."""
         return columns > self.end[:, None]
 
     def commit(
         self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor, step: int
     ) -> None:
-        """Writes `tokens` (B, n) at columns `index` (B, n), the bin swallowing padding. `logits` (B, n, V) are the model's
-        own, `scores` (B, n, V) those from which the tokens were chosen. Where an EOS is among them, those behind it are
+        """Writes `tokens` (B, n) at columns `index` (B, n), the padding column swallowing padding. `logits` (B, n, V) are the model's
+        own, `scores` (B, n, V) those from which the tokens were chosen. Where an EOS is among them, those after it are
         left unwritten: nothing has seen them yet.
         """
         if self.eos_token_ids.numel():
@@ -140,12 +140,12 @@ class Canvas:
 
 
 def columns_of(mask: torch.Tensor, pad_column: int) -> torch.Tensor:
-    """(B, n) the columns at which `mask` (B, S) is True, in text order, padded with the bin."""
+    """(B, n) the columns at which `mask` (B, S) is True, in text order, padded with the padding column."""
     columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     return pack(columns, mask, pad_column)[:, : int(mask.sum(dim=1).max())]
 
 
 def pack(columns: torch.Tensor, keep: torch.Tensor, pad_column: int) -> torch.Tensor:
-    """Moves the kept entries of each row to its front, in order; the rest become the bin."""
+    """Moves the kept entries of each row to its front, in order; the rest become the padding column."""
     first = (~keep).long().argsort(dim=1, stable=True)
     return columns.masked_fill(~keep, pad_column).gather(1, first)

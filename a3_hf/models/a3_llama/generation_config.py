@@ -100,8 +100,8 @@ class A3GenerationConfig(GenerationConfig):
             tokens encoded as one bidirectional group.
         eos_token_id: an id or several. None: with `max_new_tokens`, those of the model's own `generation_config`, as in
             `generate`; `[]` for none. The continuation (the columns of `max_new_tokens`) ends at the first EOS written:
-            nothing is written behind it, where `pad_token_id` stands in the end, with commit step −1. An EOS is never written
-            where a given or written token stands behind it, as in blanks with text around: a text does not end in its middle.
+            nothing is written after it, where `pad_token_id` stands in the end, with commit step −1. An EOS is never written
+            where a given or written token stands after it, as in blanks with text around: a text does not end in its middle.
             So nothing that another token has seen is taken back, whatever the order.
         max_time: seconds, checked before each pass. When they have passed, the continuation ends with its last token
             written, and what is open before that is written in one last pass.
@@ -132,7 +132,7 @@ class A3GenerationConfig(GenerationConfig):
         unknown = sorted(set(kwargs) - set(GenerationConfig().__dict__))
         if unknown:
             raise ValueError(
-                f"{unknown[0]}={kwargs[unknown[0]]!r} is not an option of any-order generation; it takes "
+                f"{unknown[0]}={kwargs[unknown[0]]!r} is not an option of any-order generation: expected "
                 f"{', '.join((*SHARED_OPTIONS, *OWN_OPTIONS))}"
             )
         super().__init__(**kwargs)
@@ -217,7 +217,7 @@ class A3GenerationConfig(GenerationConfig):
                 if not 0 <= token_id < vocab_size:
                     none = "; [] for none" if name == "eos_token_id" else ""
                     raise ValueError(
-                        f"{name} holds {token_id}; it takes ids of the model's vocabulary, 0 to {vocab_size - 1}{none}"
+                        f"{name} holds {token_id}: expected ids of the model's vocabulary, 0 to {vocab_size - 1}{none}"
                     )
         left_out = {
             *never,
@@ -238,12 +238,12 @@ class A3GenerationConfig(GenerationConfig):
                 continue
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not at_least <= value <= at_most:
-                raise ValueError(f"{option}={value!r}; it takes {takes}")
+                raise ValueError(f"{option}={value!r}: expected {takes}")
         if self.top_k is not None and not isinstance(self.top_k, int):
-            raise ValueError(f"top_k={self.top_k!r}; it takes {NUMBERS['top_k'][2]}")
+            raise ValueError(f"top_k={self.top_k!r}: expected {NUMBERS['top_k'][2]}")
         for option in ("do_sample", "use_cache", "output_logits", "output_history"):
             if getattr(self, option) not in (None, True, False):
-                raise ValueError(f"{option}={getattr(self, option)!r}; it takes True or False")
+                raise ValueError(f"{option}={getattr(self, option)!r}: expected True or False")
         forced = self.forced_eos_token_id
         for option, ids in (
             ("eos_token_id", list(self.eos_token_ids())),
@@ -252,15 +252,15 @@ class A3GenerationConfig(GenerationConfig):
             ("suppress_tokens", self.suppress_tokens),
         ):
             if ids is not None and not _are_ids(ids):
-                raise ValueError(f"{option}={getattr(self, option)!r}; it takes token ids, whole numbers")
+                raise ValueError(f"{option}={getattr(self, option)!r}: expected token ids, whole numbers")
         words = self.bad_words_ids
         if words is not None and not (
             isinstance(words, (list, tuple)) and all(each and _are_ids(each) for each in words)
         ):
-            raise ValueError(f"bad_words_ids={words!r}; it takes a list of lists of token ids")
+            raise ValueError(f"bad_words_ids={words!r}: expected a list of lists of token ids")
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [0 if self.seed is None else self.seed]
         if not _are_ids(list(seeds)):
-            raise ValueError(f"seed={self.seed!r}; it takes a whole number, or a list with one per row")
+            raise ValueError(f"seed={self.seed!r}: expected a whole number, or a list with one per row")
 
     def _check_order(self) -> None:
         if isinstance(self.order, torch.Tensor):
@@ -286,7 +286,7 @@ class A3GenerationConfig(GenerationConfig):
                 raise ValueError("criterion_temperature has no meaning with threshold or criterion='random'")
         if self.window is not None and self.window < (self.tokens_per_step or 1):
             raise ValueError(
-                f"window={self.window} is smaller than the step, tokens_per_step={self.tokens_per_step}; it takes at "
+                f"window={self.window} is smaller than the step, tokens_per_step={self.tokens_per_step}: expected at "
                 "least that"
             )
 
@@ -319,7 +319,7 @@ class A3GenerationConfig(GenerationConfig):
         return math.inf if self.max_time is None else time.perf_counter() + self.max_time
 
     def filler(self, model_config: PreTrainedConfig) -> int:
-        """The token that stands behind the end of a continuation."""
+        """The token that stands after the end of a continuation."""
         candidates = (self.pad_token_id, model_config.pad_token_id, *self.eos_token_ids(), 0)
         return next(token_id for token_id in candidates if token_id is not None and token_id >= 0)
 
@@ -334,7 +334,7 @@ def resolve_config(
     `eos_token_id`, a continuation has that of the model's own config; an override of None is none.
     """
     if config is not None and not isinstance(config, A3GenerationConfig):
-        raise ValueError(f"generation_config is a {type(config).__name__}; it takes an A3GenerationConfig")
+        raise ValueError(f"generation_config is a {type(config).__name__}: expected an A3GenerationConfig")
     fields = {} if config is None else {name: value for name, value in config.__dict__.items() if value is not None}
     fields = {name: value for name, value in fields.items() if not name.startswith("_")}
     fields.update(overrides)
@@ -349,18 +349,18 @@ def resolve_config(
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; it takes one of {', '.join(choices)}")
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")
 
 
 def _check_count(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name}={value!r}; it takes a whole number of at least 1")
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
 
 
 def _check_share(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (is_number and 0.0 < value <= 1.0):
-        raise ValueError(f"{name}={value!r}; it takes a number in (0, 1]")
+        raise ValueError(f"{name}={value!r}: expected a number in (0, 1]")
 
 
 def _are_ids(ids: Any) -> bool:

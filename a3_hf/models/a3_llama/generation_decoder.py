@@ -42,7 +42,7 @@ class SlotNoise:
     def __init__(self, config: A3GenerationConfig, canvas: Canvas):
         self.row_seeds = _row_seeds(config.seed, canvas)
         self.seeds = torch.tensor(self.row_seeds, dtype=torch.long, device=canvas.sequences.device)
-        place = canvas.blank_mask.long().cumsum(dim=1)  # the number of a blank in its row, from 1; 0 for the bin
+        place = canvas.blank_mask.long().cumsum(dim=1)  # the number of a blank in its row, from 1; 0 for the padding column
         self.place = torch.nn.functional.pad(place, (0, 1))
 
     def uniform(self, columns: torch.Tensor, step: int, purpose: int) -> torch.Tensor:
@@ -65,7 +65,7 @@ def _row_seeds(seed, canvas: Canvas) -> list[int]:
     batch_size = canvas.sequences.shape[0]
     if isinstance(seed, (list, tuple)):
         if len(seed) != batch_size:
-            raise ValueError(f"seed holds {len(seed)} seeds; it takes an integer or one per row, {batch_size}")
+            raise ValueError(f"seed holds {len(seed)} seeds: expected an integer or one per row, {batch_size}")
         return [seed_of(one) for one in seed]
     if seed is None:
         seed = int(torch.randint(2**62, ()))
@@ -187,11 +187,11 @@ class Decoder:
             raise NonFiniteLogitsError(int(failed))
         raise ValueError(
             f"suppress_tokens, bad_words_ids, logits_processor or logits_hook leave no token to write at step {int(excluded)} "
-            "(an EOS does not count where text stands behind it); leave at least one"
+            "(an EOS does not count where text stands after it); leave at least one"
         )
 
     def mask_finished(self, columns: torch.Tensor) -> torch.Tensor:
-        """`columns` (B, n), the bin in place of those behind the end of a continuation."""
+        """`columns` (B, n), the padding column in place of those after the end of a continuation."""
         if not self.has_ended:
             return columns
         return columns.masked_fill(self.canvas.is_over(columns), self.canvas.pad_column)

@@ -10,7 +10,7 @@ class Observers:
 
     Args:
         streamer: transformers' own: `put` gets the tokens up to the first open blank as they become certain, in text
-            order; a `TextDiffusionStreamer` also gets, by `put_draft`, what stands behind it so far. One text only.
+            order; a `TextDiffusionStreamer` also gets, by `put_draft`, what stands after it so far. One text only.
         commit_hook: `commit_hook(step, sequences, committed)`: (B, S) tokens, and (B, S) True where this step wrote.
         output_history: keep the text after each step.
 
@@ -20,9 +20,9 @@ class Observers:
 
     def __init__(self, canvas, *, streamer=None, commit_hook: Callable | None = None, output_history: bool = False):
         if streamer is not None and canvas.sequences.shape[0] > 1:
-            raise ValueError(f"streamer shows one text; it takes a batch of 1, got {canvas.sequences.shape[0]}")
+            raise ValueError(f"streamer shows one text: expected a batch of 1, got {canvas.sequences.shape[0]}")
         if streamer is not None and not callable(getattr(streamer, "put", None)):
-            raise ValueError(f"streamer is a {type(streamer).__name__}; it takes a streamer of transformers (put, end)")
+            raise ValueError(f"streamer is a {type(streamer).__name__}: expected a streamer of transformers (put, end)")
         self.canvas, self.streamer, self.commit_hook = canvas, streamer, commit_hook
         self.history: list[torch.Tensor] | None = [] if output_history else None
         self.streamed = -1  # columns handed to the streamer; −1: not even the prompt

@@ -25,7 +25,7 @@ class SlotProcessors:
     that it ends just before the slot: what stands after the slot, then what stands before it, by position. Places not yet
     written hold the row's first given token (BOS), and so does what fills a shorter row, in front.
 
-    An EOS is left out wherever a given or written token stands behind it, and before the continuation: a text does not end
+    An EOS is left out wherever a given or written token stands after it, and before the continuation: a text does not end
     in its middle.
     """
 
@@ -97,7 +97,7 @@ class SlotProcessors:
         columns = canvas.columns_at(torch.where(turn >= 0, position % length, -1))  # (B, Q, S − 1)
         first = canvas.sequences.gather(1, canvas.given_mask.long().argmax(dim=1, keepdim=True))
         text = torch.where(known, canvas.sequences[:, None, :-1], first[..., None])
-        text = torch.cat([text, first[..., None].expand(-1, text.shape[1], -1)], dim=2)  # the bin
+        text = torch.cat([text, first[..., None].expand(-1, text.shape[1], -1)], dim=2)  # the padding column
         return text.expand(-1, slots.shape[1], -1).gather(2, columns)
 
     def _without(self, words: list[int], logits, slots, known) -> torch.Tensor:

@@ -19,7 +19,7 @@ class ForwardRunner:
     """Runs the passes: encodes content columns of a canvas, once each, and asks slots.
 
     Args:
-        ragged: some columns are the bin, so that keys need a mask.
+        ragged: some columns are the padding column, so that keys need a mask.
         one_group: without a cache, all that is known is encoded as one bidirectional group (the paper's dynamic variant).
         static_width: the number of keys of a static cache; None: the cache grows.
         prompt_cache: the content of the canvas's first columns, from an earlier pass; left as it is.
@@ -192,7 +192,7 @@ class ForwardRunner:
         if length > lead:
             raise ValueError(
                 f"past_key_values holds {length} tokens, but only the first {lead} columns of input_ids are given before a "
-                "blank; it takes a cache of those columns or of fewer"
+                "blank: expected a cache of those columns or of fewer"
             )
         heads, dim = config.num_key_value_heads, getattr(config, "head_dim", None)
         dim = dim or config.hidden_size // config.num_attention_heads

@@ -121,7 +121,7 @@ def accept_drafts(
         target: (B, D, V) logits q of the sequential model at each draft, given the drafts before it.
         draft: (B, D, V) logits p that the drafts were drawn from; None: they are certain (p is 1 at the draft).
         tokens: (B, D) the drafts.
-        is_draft: (B, D), False behind a row's last draft.
+        is_draft: (B, D), False after a row's last draft.
         accept_noise, residual_noise: (B, D) numbers in [0, 1). None: greedy, a draft stands if it is the likeliest token.
 
     Returns:

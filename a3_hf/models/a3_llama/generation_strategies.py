@@ -72,19 +72,19 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
     draft from a slot that sees what stands before it, and drafts the next k from slots that see all of this.
 
     What stands after a pass follows the sequential model exactly: the drafts up to the first that falls, and then either
-    its replacement or, where all stand, the first of the new ones, which saw everything before it. The drafts behind a
+    its replacement or, where all stand, the first of the new ones, which saw everything before it. The drafts after a
     fallen one are kept: the rule holds for drafts from any distribution, as long as it is known. Each pass writes at
     least one token. With a cache, what fell is taken out of it. An EOS is never a draft, for what is drafted after it would
     have to know where the text ends; it is written as a replacement or as the token after the drafts.
 
     Args:
-        path: (B, N) each row's blanks in the order in which they are generated, then the bin.
+        path: (B, N) each row's blanks in the order in which they are generated, then the padding column.
     """
     canvas, config = decoder.canvas, decoder.config
     num_drafts = config.draft_tokens or DRAFT_TOKENS
     by_ngram, greedy = config.draft == "ngram", not config.do_sample
     batch_size, device = path.shape[0], path.device
-    num_new = 1 if by_ngram else num_drafts  # slots behind the drafts
+    num_new = 1 if by_ngram else num_drafts  # slots after the drafts
     rest = path  # what is not yet certain
     pending = decoder.runner.given_columns()
     drafts = rest.new_zeros(batch_size, 0)
@@ -126,7 +126,7 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
             torch.cat([drafts, certain[:, None]], dim=1),
             *(torch.cat([each[:, :width], each.gather(1, of_certain)], dim=1) for each in (logits, scores)),
         )
-        # 4. Go on behind them: what is left of the old drafts, then the new ones; after an EOS, from scratch.
+        # 4. Go on after them: what is left of the old drafts, then the new ones; after an EOS, from scratch.
         rest = _ahead(rest, stands + 1, rest.shape[1] - 1, canvas.pad_column)
         if decoder.has_ended:
             rest = decoder.mask_finished(rest)
@@ -159,7 +159,7 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
 
 
 def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, pad_column: int) -> torch.Tensor:
-    """(B, width) the entries of `rest` (B, N) from `skip` (B,) on, then the bin."""
+    """(B, width) the entries of `rest` (B, N) from `skip` (B,) on, then the padding column."""
     place = skip[:, None] + torch.arange(width, device=rest.device)
     padded = torch.nn.functional.pad(rest, (0, 1), value=pad_column)
     return padded.gather(1, place.clamp_max(rest.shape[1]))
@@ -258,7 +258,7 @@ def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
 
 
 def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: SlotNoise) -> torch.Tensor:
-    """(B, K, g) the columns of each group in turn, padded with the bin.
+    """(B, K, g) the columns of each group in turn, padded with the padding column.
 
     Raises:
         ValueError: an `order` tensor of another shape than the canvas, or with groups of several tokens for strategy
@@ -268,7 +268,7 @@ def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: SlotNoise)
     if isinstance(config.order, torch.Tensor):
         if config.order.shape != blank.shape:
             raise ValueError(
-                f"order has shape {tuple(config.order.shape)}; it takes a group for every token and blank, "
+                f"order has shape {tuple(config.order.shape)}: expected a group for every token and blank, "
                 f"{tuple(blank.shape)}"
             )
         group = config.order.to(blank.device)

@@ -91,12 +91,12 @@ class A3InfillingMixin:
                 what `generate_any_order` refuses.
         """
         if not isinstance(text, (str, list, tuple)):
-            raise ValueError(f"text is a {type(text).__name__}; it takes a string or a list of strings")
+            raise ValueError(f"text is a {type(text).__name__}: expected a string or a list of strings")
         texts = [text] if isinstance(text, str) else text
         check_length("auto_lengths", _pair("auto_lengths", auto_lengths))
         templates = [Template.parse(one).with_range(auto_lengths) for one in texts]
         if not templates:
-            raise ValueError("text is an empty list; it takes at least one text")
+            raise ValueError("text is an empty list: expected at least one text")
         output = self.fill_templates(tokenizer, templates, generation_config=generation_config, **overrides)
         if return_outputs:
             return output
@@ -157,7 +157,7 @@ class A3InfillingMixin:
         """
         templates = list(templates)
         if not templates:
-            raise ValueError("templates is empty; it takes at least one Template")
+            raise ValueError("templates is empty: expected at least one Template")
         fields = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
         config = resolve_config(generation_config, None, fields, None)
         copies = config.num_return_sequences or 1
@@ -210,13 +210,13 @@ class A3InfillingMixin:
         copies = config.num_return_sequences or 1
         if isinstance(config.seed, (list, tuple)) and len(config.seed) != len(templates) * copies:
             raise ValueError(
-                f"seed holds {len(config.seed)} seeds; it takes an integer or one for each sequence of each text, "
+                f"seed holds {len(config.seed)} seeds: expected an integer or one for each sequence of each text, "
                 f"{len(templates) * copies}"
             )
         for template in templates:
             if not isinstance(template, Template) or None in template.lengths:
                 raise ValueError(
-                    f"templates holds {template!r:.200}; it takes Template, every length a number or a range"
+                    f"templates holds {template!r:.200}: expected Template, every length a number or a range"
                 )
             context = self.config.max_position_embeddings
             given, _ = encode_template(tokenizer, replace(template, lengths=(1,) * len(template.lengths)))
@@ -242,7 +242,7 @@ class A3InfillingMixin:
         width = max(len(ids) for ids, _ in encoded)
         input_ids = torch.zeros(len(encoded), width, dtype=torch.long)
         blanks = torch.full_like(input_ids, -1)
-        is_spaced = torch.zeros(len(encoded), width + 1, dtype=torch.bool)  # and the canvas's bin
+        is_spaced = torch.zeros(len(encoded), width + 1, dtype=torch.bool)  # and the canvas's padding column
         for row, (template, (ids, numbers)) in enumerate(zip(templates, encoded, strict=True)):
             start = width - len(ids)
             input_ids[row, start:], blanks[row, start:] = torch.tensor(ids), torch.tensor(numbers)
@@ -290,7 +290,7 @@ def _tokens_of_spans(
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name}={value!r}; it takes two numbers of tokens, (least, most)")
+        raise ValueError(f"{name}={value!r}: expected two numbers of tokens, (least, most)")
     return tuple(value)
 
 
@@ -302,4 +302,4 @@ def _checked_length(length) -> Length:
         return length
     if isinstance(length, int) and not isinstance(length, bool) and length >= 1:
         return length
-    raise ValueError(f"length={length!r}; it takes 'same', 'auto', a number of tokens or (least, most)")
+    raise ValueError(f"length={length!r}: expected 'same', 'auto', a number of tokens or (least, most)")

@@ -22,7 +22,7 @@ def choose_lengths(
     """Sets the ranges of a template to numbers, blank by blank from the left (not specified in the paper).
 
     A candidate of length n is the text up to the next blank of unknown length, filled. Its score is the exact
-    log-likelihood of what was filled in and of all that stands behind it, in text order, given the text before the blank:
+    log-likelihood of what was filled in and of all that stands after it, in text order, given the text before the blank:
     the same text with other lengths differs in nothing else, so that the candidates' sums are compared, not their means.
     Where the blank ends the text, so does `end_token_id`, and is scored with it.
 
@@ -41,11 +41,11 @@ def choose_lengths(
         unknown = [later for later in range(number + 1, len(lengths)) if not isinstance(lengths[later], int)]
         until = unknown[0] if unknown else len(lengths)
         # the space before the next unknown blank belongs to what is written there
-        behind = template.pieces[until].removesuffix(" ") if unknown else template.pieces[until]
-        ends = until == len(lengths) and not behind and number == until - 1
+        after = template.pieces[until].removesuffix(" ") if unknown else template.pieces[until]
+        ends = until == len(lengths) and not after and number == until - 1
         known = lengths[:until]
         candidates = [
-            Template((*template.pieces[:until], behind), (*known[:number], length, *known[number + 1 :]))
+            Template((*template.pieces[:until], after), (*known[:number], length, *known[number + 1 :]))
             for length in range(span[0], span[1] + 1)
         ]
         for start in range(0, len(candidates), CANDIDATES_PER_BATCH):
@@ -60,7 +60,7 @@ def score_candidates(
     model, tokens: torch.Tensor, blanks: torch.Tensor, number: int, *, end_token_id: int | None
 ) -> list[float]:
     """Log-likelihood (nats) of each filled row (B, S; left-padded) from blank `number` on, given the text before it, from
-    left to right; with `end_token_id` behind it, if there is one.
+    left to right; with `end_token_id` after it, if there is one.
     """
     if end_token_id is not None:
         tokens, blanks = pad(tokens, (0, 1), value=end_token_id), pad(blanks, (0, 1))

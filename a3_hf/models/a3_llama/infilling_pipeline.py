@@ -57,7 +57,7 @@ class A3InfillingPipeline(Pipeline):
     def preprocess(self, text: str) -> dict:
         if not isinstance(text, str):
             raise ValueError(
-                f"inputs holds a {type(text).__name__}, {text!r:.60}; it takes a string, a list of strings, or a generator or "
+                f"inputs holds a {type(text).__name__}, {text!r:.60}: expected a string, a list of strings, or a generator or "
                 'torch dataset of strings (KeyDataset(dataset, "text"))'
             )
         Template.parse(text)

@@ -43,7 +43,7 @@ class Template:
             )
         for piece in self.pieces:
             if not isinstance(piece, str):
-                raise ValueError(f"pieces holds {piece!r}; it takes strings")
+                raise ValueError(f"pieces holds {piece!r}: expected strings")
         for length in self.lengths:
             check_length("lengths", length)
 
@@ -56,7 +56,7 @@ class Template:
             ValueError: no marker; one of length 0 or with an empty range; one that can't be read.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text is a {type(text).__name__}, {text!r:.60}; it takes a string")
+            raise ValueError(f"text is a {type(text).__name__}, {text!r:.60}: expected a string")
         pieces, lengths, position = [""], [], 0
         for start in MARKER_START.finditer(text):
             slashes = len(start.group(1))
@@ -102,18 +102,18 @@ class Template:
             ValueError: no span; one outside the text or of no character; spans that overlap.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text is a {type(text).__name__}, {text!r:.60}; it takes a string")
+            raise ValueError(f"text is a {type(text).__name__}, {text!r:.60}: expected a string")
         if not isinstance(spans, (list, tuple)) or not spans:
             empty = "spans is empty" if isinstance(spans, (list, tuple)) else f"spans={spans!r}"
-            raise ValueError(f"{empty}; it takes at least one (start, end), in characters")
+            raise ValueError(f"{empty}: expected at least one (start, end), in characters")
         for span in spans:
             if not isinstance(span, (list, tuple)) or [type(end) for end in span] != [int, int]:
-                raise ValueError(f"spans holds {span!r}; it takes (start, end), two whole numbers of characters")
+                raise ValueError(f"spans holds {span!r}: expected (start, end), two whole numbers of characters")
         pieces, position = [], 0
         for start, end in sorted(map(tuple, spans)):
             if not 0 <= start < end <= len(text):
                 raise ValueError(
-                    f"spans holds ({start}, {end}); it takes characters with 0 ≤ start < end ≤ {len(text)}, the text's length"
+                    f"spans holds ({start}, {end}): expected characters with 0 ≤ start < end ≤ {len(text)}, the text's length"
                 )
             if start < position:
                 raise ValueError(
@@ -133,7 +133,7 @@ def check_range(name: str, least: int, most: int) -> None:
     """Raises a ValueError for a range of lengths that is empty or begins below 1."""
     whole = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in (least, most))
     if not whole or not 1 <= least <= most:
-        raise ValueError(f"{name} has the range {least}..{most}; it takes 1 ≤ least ≤ most tokens")
+        raise ValueError(f"{name} has the range {least}..{most}: expected 1 ≤ least ≤ most tokens")
 
 
 def check_length(name: str, length: Length) -> None:
@@ -141,7 +141,7 @@ def check_length(name: str, length: Length) -> None:
     if isinstance(length, (tuple, list)) and len(length) == 2:
         check_range(name, *length)
     elif length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-        raise ValueError(f"{name} holds {length!r}; it takes a number of tokens, at least 1, or (least, most)")
+        raise ValueError(f"{name} holds {length!r}: expected a number of tokens, at least 1, or (least, most)")
 
 
 def _parse_length(marker: str) -> Length:
@@ -152,7 +152,7 @@ def _parse_length(marker: str) -> Length:
         check_range(f"the blank marker <blank:{marker}>", least, most)
         return least, most
     if int(marker) == 0:
-        raise ValueError("text holds a blank marker of length 0, <blank:0>; it takes at least one token")
+        raise ValueError("text holds a blank marker of length 0, <blank:0>: expected at least one token")
     return int(marker)
 
 
@@ -176,7 +176,7 @@ def lent_spaces(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[
     """For each blank, whether the last space before it belongs to its first token, as in the tokens of a running text.
 
     A text of one space alone lends none, for some tokenizers drop the space at the start of a text; and none is lent where
-    no token holds a space and something behind it.
+    no token holds a space and something after it.
     """
     if not any(piece.endswith(" ") for piece in template.pieces[:-1]):
         return [False] * len(template.lengths)
@@ -188,7 +188,7 @@ def lent_spaces(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[
 
 
 def begins_with_space(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids whose text, behind other text, begins with a space."""
+    """The token ids whose text, after other text, begins with a space."""
     texts = _texts_inside(tokenizer, len(tokenizer))
     return [token_id for token_id, text in texts if text.startswith(" ")]
 
@@ -208,9 +208,9 @@ def _texts_inside(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[tuple[
     before = next((ids for ids, text in zip(vocabulary, alone, strict=True) if text.isalnum()), None)
     if before is None:
         return ()
-    behind = _decode_each(tokenizer, [[before, token_id] for token_id in vocabulary])
+    after = _decode_each(tokenizer, [[before, token_id] for token_id in vocabulary])
     start = len(_decode_each(tokenizer, [[before]])[0])
-    return tuple((token_id, text[start:]) for token_id, text in zip(vocabulary, behind, strict=True))
+    return tuple((token_id, text[start:]) for token_id, text in zip(vocabulary, after, strict=True))
 
 
 def _joins_spaces(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
@@ -244,7 +244,7 @@ def encode_piece(tokenizer: PreTrainedTokenizerBase, piece: str, *, is_start: bo
 def decode_template(
     tokenizer: PreTrainedTokenizerBase, template: Template, token_ids: list[int], blanks: list[int]
 ) -> tuple[str, list[str]]:
-    """The text, given pieces as they were and blanks as the tokenizer decodes them behind all that comes before them; and
+    """The text, given pieces as they were and blanks as the tokenizer decodes them after all that comes before them; and
     what was written into each blank (without the space before it where that is given).
     """
     text, written = template.pieces[0], []

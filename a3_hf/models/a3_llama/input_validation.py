@@ -41,7 +41,7 @@ def check_token_ids(name: str, ids: Any, vocab_size: int, *, where: torch.Tensor
     """
     check_integers(name, ids, dimensions=2)
     if not ids.numel():
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}; it takes at least one row and one token")
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}: expected at least one row and one token")
     check_in_vocabulary(name, ids, vocab_size, where=where)
     return ids.long()
 
@@ -54,7 +54,7 @@ def check_in_vocabulary(name: str, ids: torch.Tensor, vocab_size: int, *, where:
     if wrong.any():
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"{name} holds {int(ids[row, column])} at row {row}, column {column}; it takes ids of the model's vocabulary, "
+            f"{name} holds {int(ids[row, column])} at row {row}, column {column}: expected ids of the model's vocabulary, "
             f"0 to {vocab_size - 1}"
         )
 
@@ -77,7 +77,7 @@ def check_content(
     elif not isinstance(content, torch.Tensor) or content.ndim != 3 or not content.is_floating_point():
         raise ValueError(f"{name} takes a tensor of floats (batch, sequence, hidden)")
     if not content.shape[0] or not (content.shape[1] or may_be_empty):
-        raise ValueError(f"{name} has shape {tuple(content.shape)}; it takes at least one row and one token")
+        raise ValueError(f"{name} has shape {tuple(content.shape)}: expected at least one row and one token")
     if input_ids is None:
         return None
     if looks_at_values(input_ids):
@@ -100,7 +100,7 @@ def check_numbers(name: str, ids: Any, *, at_least: int, at_most: int | None = N
     if wrong.any():
         upper = "" if at_most is None else f" and at most {at_most}"
         other = "" if but is None else f", or {but}"
-        raise ValueError(f"{name} holds {int(ids[wrong][0])}; it takes integers of at least {at_least}{upper}{other}")
+        raise ValueError(f"{name} holds {int(ids[wrong][0])}: expected integers of at least {at_least}{upper}{other}")
 
 
 def check_padding_mask(name: str, mask: Any, batch_size: int, num_cached: int, length: int) -> None:
@@ -109,10 +109,10 @@ def check_padding_mask(name: str, mask: Any, batch_size: int, num_cached: int, l
     """
     expected = (batch_size, num_cached + length)
     if not isinstance(mask, torch.Tensor):
-        raise ValueError(f"{name} is a {type(mask).__name__}; it takes a tensor of booleans, or of 0 and 1")
+        raise ValueError(f"{name} is a {type(mask).__name__}: expected a tensor of booleans, or of 0 and 1")
     if tuple(mask.shape) != expected:
         raise ValueError(
-            f"{name} has shape {tuple(mask.shape)}; it takes {expected}: batch, {num_cached} cached and {length} new tokens"
+            f"{name} has shape {tuple(mask.shape)}: expected {expected}: batch, {num_cached} cached and {length} new tokens"
         )
     if looks_at_values(mask):
         check_mask(name, mask, expected)
@@ -124,7 +124,7 @@ def check_kept(kept: int | torch.Tensor, content_length: int) -> None:
         check_numbers("logits_to_keep", kept, at_least=-content_length, at_most=content_length - 1)
     elif not isinstance(kept, int) or isinstance(kept, bool) or kept < 0:
         raise ValueError(
-            f"logits_to_keep={kept!r}; it takes a number of last rows, at least 0 (all), or a tensor of rows"
+            f"logits_to_keep={kept!r}: expected a number of last rows, at least 0 (all), or a tensor of rows"
         )
 
 
@@ -138,7 +138,7 @@ def check_labels(labels: Any, content: Any, vocab_size: int, like_content: bool)
     check_numbers("labels", labels, at_least=0, at_most=vocab_size - 1, but=-100)
     if like_content and isinstance(content, torch.Tensor) and labels.shape != content.shape[:2]:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)}; it takes that of input_ids, {tuple(content.shape[:2])}"
+            f"labels has shape {tuple(labels.shape)}: expected the shape of input_ids, {tuple(content.shape[:2])}"
         )
     return labels.long()
 
@@ -151,12 +151,12 @@ def looks_at_values(tensor: torch.Tensor) -> bool:
 def check_integers(name: str, ids: Any, *, dimensions: int | None = None) -> None:
     """Raises a ValueError for anything but a tensor of integers, of so many dimensions."""
     if not isinstance(ids, torch.Tensor):
-        raise ValueError(f"{name} is a {type(ids).__name__}; it takes a tensor of integers")
+        raise ValueError(f"{name} is a {type(ids).__name__}: expected a tensor of integers")
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise ValueError(f"{name} has dtype {ids.dtype}; it takes integers")
+        raise ValueError(f"{name} has dtype {ids.dtype}: expected integers")
     if dimensions is not None and ids.ndim != dimensions:
         takes = "(batch, sequence)" if dimensions == 2 else f"{dimensions} dimensions"
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}; it takes {takes}")
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}: expected {takes}")
 
 
 def check_mask(name: str, mask: Any, shape: tuple[int, ...], *, of: str = "input_ids") -> torch.BoolTensor:
@@ -166,14 +166,14 @@ def check_mask(name: str, mask: Any, shape: tuple[int, ...], *, of: str = "input
         ValueError: no tensor, another shape than `shape`, which is that of the argument `of`, or other values.
     """
     if not isinstance(mask, torch.Tensor):
-        raise ValueError(f"{name} is a {type(mask).__name__}; it takes a tensor of booleans, or of 0 and 1")
+        raise ValueError(f"{name} is a {type(mask).__name__}: expected a tensor of booleans, or of 0 and 1")
     if tuple(mask.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}; it takes that of {of}, {tuple(shape)}")
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: expected the shape of {of}, {tuple(shape)}")
     if mask.dtype == torch.bool:
         return mask
     as_bool = mask.to(torch.bool)
     if (as_bool.to(mask.dtype) != mask).any():
-        raise ValueError(f"{name} holds values of dtype {mask.dtype} other than 0 and 1; it takes booleans, or 0 and 1")
+        raise ValueError(f"{name} holds values of dtype {mask.dtype} other than 0 and 1: expected booleans, or 0 and 1")
     return as_bool
 
 
@@ -194,13 +194,13 @@ def checked_rows(
     check_integers("input_ids", input_ids, dimensions=2)
     shape, num_new = tuple(input_ids.shape), config.max_new_tokens or 0
     if not input_ids.numel():
-        raise ValueError(f"input_ids has shape {shape}; it takes at least one row and one token (BOS)")
+        raise ValueError(f"input_ids has shape {shape}: expected at least one row and one token (BOS)")
     real, blank = (
         torch.full_like(input_ids, default, dtype=torch.bool) if mask is None else check_mask(name, mask, shape)
         for name, mask, default in (("attention_mask", attention_mask, True), ("blank_mask", blank_mask, False))
     )
     if (blank & ~real).any():
-        raise ValueError("blank_mask is True at padding, outside the row; it takes blanks at real tokens only")
+        raise ValueError("blank_mask is True at padding, outside the row: expected blanks at real tokens only")
     if not num_new and not blank.any():
         raise ValueError("there is no blank to fill: blank_mask is True nowhere, and max_new_tokens is not given")
     given = real & ~blank
@@ -217,7 +217,7 @@ def checked_rows(
     copies = config.num_return_sequences or 1
     if copies * shape[0] * (shape[1] + num_new) > MOST_TOKENS:
         raise ValueError(
-            f"num_return_sequences={copies} with input_ids of shape {shape} takes {copies * shape[0]} rows; it takes at "
+            f"num_return_sequences={copies} with input_ids of shape {shape} takes {copies * shape[0]} rows: expected at "
             f"most {MOST_TOKENS} tokens in all"
         )
     check_in_vocabulary("input_ids", input_ids, model_config.vocab_size, where=given)

@@ -53,7 +53,7 @@ class A3LikelihoodMixin:
         )
         columns, targets = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids), {}
         if scored_mask is not None:
-            # the columns (B, Q) of the scored tokens, and others behind them where a row has fewer
+            # the columns (B, Q) of the scored tokens, and others after them where a row has fewer
             most = max(int(scored_mask.sum(dim=1).max()), 1)
             columns = scored_mask.long().argsort(dim=1, descending=True, stable=True)[:, :most]
             places = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -111,7 +111,7 @@ def checked_text(
     check_integers("group_ids", group_ids)
     shape = tuple(input_ids.shape)
     if tuple(group_ids.shape) != shape:
-        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}; it takes that of input_ids, {shape}")
+        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}: expected the shape of input_ids, {shape}")
     masks = {"attention_mask": attention_mask, "scored_mask": scored_mask}
     masks = {name: None if mask is None else check_mask(name, mask, shape) for name, mask in masks.items()}
     real = masks["attention_mask"]

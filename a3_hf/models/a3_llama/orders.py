@@ -195,7 +195,7 @@ class GroupOrder:
             ValueError: an order that does not exist, or `span_length` missing for `spans` or given for another order.
         """
         if order not in ORDERS:
-            raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+            raise ValueError(f"order={order!r}: expected one of {', '.join(ORDERS)}")
         if (order == "spans") != (span_length is not None):
             raise ValueError(
                 f"span_length={span_length} with order={order!r}; order='spans' needs it, others don't take it"
@@ -221,7 +221,7 @@ class GroupOrder:
         given = real.long().cumsum(1).eq(1) if given_mask is None else _as_mask("given_mask", given_mask)
         if given.shape != real.shape:
             raise ValueError(
-                f"given_mask has shape {tuple(given.shape)}; it takes that of attention_mask, {tuple(real.shape)}"
+                f"given_mask has shape {tuple(given.shape)}: expected the shape of attention_mask, {tuple(real.shape)}"
             )
         given = given & real
         is_open = real & ~given
@@ -248,7 +248,7 @@ class GroupOrder:
         scored whole.
         """
         if not 0 < share <= 1:
-            raise ValueError(f"share={share}; it takes a number above 0 and at most 1")
+            raise ValueError(f"share={share}: expected a number above 0 and at most 1")
         is_open = self.attention_mask & ~self.given_mask
         num_open = is_open.long().sum(dim=1, keepdim=True)
         num_context = num_open * (share.denominator - share.numerator) // share.denominator
@@ -329,7 +329,7 @@ def _uniform(like: torch.Tensor, generator: Generators) -> torch.Tensor:
         device = like.device if generator is None else generator.device
         return torch.rand(batch_size, length, generator=generator, device=device).to(like.device)
     if len(generator) != batch_size:
-        raise ValueError(f"generator holds {len(generator)} generators; it takes one per row, {batch_size}")
+        raise ValueError(f"generator holds {len(generator)} generators: expected one per row, {batch_size}")
     return torch.stack([torch.rand(length, generator=of_row, device=of_row.device) for of_row in generator]).to(
         like.device
     )
@@ -337,10 +337,10 @@ def _uniform(like: torch.Tensor, generator: Generators) -> torch.Tensor:
 
 def _as_mask(name: str, mask: torch.Tensor) -> torch.Tensor:
     if mask.ndim != 2:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}; it takes (batch, sequence)")
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: expected (batch, sequence)")
     return mask.to(torch.bool)
 
 
 def _check_size(name: str, size: int) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{name}={size!r}; it takes a whole number of at least 1")
+        raise ValueError(f"{name}={size!r}: expected a whole number of at least 1")

@@ -41,7 +41,7 @@ def _check_shapes(content: ContentTokens, slots: QuerySlots, inputs_embeds, atte
             continue
         check_integers(name, ids)
         if tuple(ids.shape) not in fitting:
-            raise ValueError(f"{name} has shape {tuple(ids.shape)}; it takes that of input_ids, {shape}")
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}: expected the shape of input_ids, {shape}")
     if slots.group_ids is not None:
         check_integers("target_group_ids", slots.group_ids)
         _check_like_positions("target_group_ids", slots.group_ids, slots)
@@ -49,7 +49,7 @@ def _check_shapes(content: ContentTokens, slots: QuerySlots, inputs_embeds, atte
         return
     if slots.position_ids.ndim != 2 or slots.position_ids.shape[0] != batch_size:
         raise ValueError(
-            f"target_position_ids has shape {tuple(slots.position_ids.shape)}; it takes ({batch_size}, slots)"
+            f"target_position_ids has shape {tuple(slots.position_ids.shape)}: expected ({batch_size}, slots)"
         )
     if slots.position_ids.shape[1] and slots.group_ids is None and not isinstance(attention_mask, tuple):
         raise ValueError(
@@ -102,7 +102,7 @@ def check_documents(content: ContentTokens, slots: QuerySlots, attention_mask, n
             check_integers(name, ids)
     if content.document_ids.shape != content.group_ids.shape:
         raise ValueError(
-            f"document_ids has shape {tuple(content.document_ids.shape)}; it takes that of input_ids, "
+            f"document_ids has shape {tuple(content.document_ids.shape)}: expected the shape of input_ids, "
             f"{tuple(content.group_ids.shape)}"
         )
     expected = None if slots.position_ids is None else tuple(slots.position_ids.shape)
@@ -145,7 +145,7 @@ def check_slot_labels(
     if slots_are_tokens:
         slots = content.slots()
         if attention_mask is not None and (scored & (attention_mask[:, num_cached:] == 0)).any():
-            raise ValueError("labels holds a token at padding (attention_mask is 0 there); it takes -100 at padding")
+            raise ValueError("labels holds a token at padding (attention_mask is 0 there): expected -100 at padding")
     if expected[1]:
         check_not_blind(scored, sees_something(content, slots, attention_mask, num_cached))
 

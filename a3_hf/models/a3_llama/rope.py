@@ -18,14 +18,14 @@ class FixedRotaryEmbedding(LlamaRotaryEmbedding):
         if self.rope_type == "longrope":
             raise ValueError(
                 "rope_type='longrope': it turns all positions of a pass by other angles where the pass is long, so that no "
-                "cached state lasts; it takes one of default, linear, dynamic, yarn, llama3"
+                "cached state lasts: expected one of default, linear, dynamic, yarn, llama3"
             )
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if "dynamic" in self.rope_type and int(position_ids.max()) >= self.original_max_seq_len:
             raise ValueError(
                 f"position_ids reach {int(position_ids.max())} with rope_type='dynamic', which would turn all positions of "
-                f"this pass by other angles from {self.original_max_seq_len} on (max_position_embeddings); it takes positions "
+                f"this pass by other angles from {self.original_max_seq_len} on (max_position_embeddings): expected positions "
                 "below that, those of slots included"
             )
         return super().forward(x, position_ids)

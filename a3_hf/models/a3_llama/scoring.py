@@ -62,22 +62,22 @@ class A3ScoringMixin:
                 nothing is drawn, a tokenizer without BOS, a model whose log-probabilities are NaN.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text is a {type(text).__name__}; it takes a string")
+            raise ValueError(f"text is a {type(text).__name__}: expected a string")
         if order not in ORDERS:
-            raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+            raise ValueError(f"order={order!r}: expected one of {', '.join(ORDERS)}")
         for name, value in {"group_size": group_size, "num_orders": num_orders, "seed": seed}.items():
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name}={value!r}; it takes a whole number")
+                raise ValueError(f"{name}={value!r}: expected a whole number")
         if num_orders < 1 or (num_orders > 1 and order not in RANDOM_ORDERS):
             raise ValueError(
-                f"num_orders={num_orders} with order={order!r}; it takes more than 1 with 'random' and 'spans'"
+                f"num_orders={num_orders} with order={order!r}: expected more than 1 with 'random' and 'spans'"
             )
         if abs(seed) >= MOST_SEED:
             raise ValueError(f"seed={seed}: it takes an integer between -{MOST_SEED} and {MOST_SEED}")
         ids = torch.tensor([encode_prompt(tokenizer, text)])
         context = self.config.max_position_embeddings
         if ids.shape[1] == 1:
-            raise ValueError("text is empty; it takes at least one token to score")
+            raise ValueError("text is empty: expected at least one token to score")
         if ids.shape[1] > context:
             raise ValueError(
                 f"text has {ids.shape[1]} tokens, {ids.shape[1] - context} more than the model's context "
@@ -85,7 +85,7 @@ class A3ScoringMixin:
             )
         if num_orders * ids.shape[1] > MOST_POSITIONS:
             raise ValueError(
-                f"num_orders={num_orders}: orders of a text of {ids.shape[1]} tokens are scored in one pass; it takes at most "
+                f"num_orders={num_orders}: orders of a text of {ids.shape[1]} tokens are scored in one pass: expected at most "
                 f"{MOST_POSITIONS // ids.shape[1]}"
             )
         ids = ids.expand(num_orders, -1)

@@ -16,7 +16,7 @@ class DecoupledRopeRunner(ForwardRunner):
     that its row encodes; a row that asks for nothing holds its last token back until it does.
     """
 
-    held: torch.Tensor | None = None  # (B, 1) columns that wait for a slot, the bin where none does
+    held: torch.Tensor | None = None  # (B, 1) columns that wait for a slot, the padding column where none does
 
     def forward(
         self,
@@ -52,7 +52,7 @@ class DecoupledRopeRunner(ForwardRunner):
         num_cached = self.encoded.shape[1]
         self.encoded = torch.cat([self.encoded, content], dim=1)
 
-        # 2. Where each token's successor stands: the next column that is not the bin.
+        # 2. Where each token's successor stands: the next column that is not the padding column.
         columns, successors = self.encoded, text[:, 1:]
         if self.ragged:
             places = torch.arange(text.shape[1], device=text.device)
@@ -79,8 +79,8 @@ class DecoupledRopeRunner(ForwardRunner):
     def _encode_again(self, columns: torch.Tensor, cache: Cache, key_mask: torch.Tensor) -> None:
         canvas = self.canvas
         place = torch.arange(canvas.pad_column, device=columns.device)
-        behind = canvas.given_mask & (place > columns)
-        successors = torch.where(behind, place, canvas.pad_column).amin(dim=1, keepdim=True)
+        after = canvas.given_mask & (place > columns)
+        successors = torch.where(after, place, canvas.pad_column).amin(dim=1, keepdim=True)
         self.model.model(
             input_ids=canvas.sequences.gather(1, columns),
             position_ids=canvas.position_ids.gather(1, columns),
@@ -114,10 +114,10 @@ class DecoupledRopeGenerationMixin(A3GenerationMixin):
         after which the open blanks would be written at once.
         """
         if config.strategy != "groupwise":
-            raise ValueError(f"strategy={config.strategy!r}; it takes 'groupwise'. {SINGLETONS_ONLY}")
+            raise ValueError(f"strategy={config.strategy!r}: expected 'groupwise'. {SINGLETONS_ONLY}")
         if (config.group_size or 1) > 1:
-            raise ValueError(f"group_size={config.group_size}; it takes 1. {SINGLETONS_ONLY}")
+            raise ValueError(f"group_size={config.group_size}: expected 1. {SINGLETONS_ONLY}")
         if config.max_time is not None:
             raise ValueError(
-                f"max_time={config.max_time}; it takes None, for what is open then would be written at once. {SINGLETONS_ONLY}"
+                f"max_time={config.max_time}: expected None, for what is open then would be written at once. {SINGLETONS_ONLY}"
             )

@@ -23,7 +23,7 @@ def check_one_stream(document_ids, target_document_ids, content_hidden_state: bo
 def check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached: int) -> None:
     batch_size, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, tuple):
-        raise ValueError("attention_mask holds masks made for two streams; it takes a tensor, 0 at padding, or None")
+        raise ValueError("attention_mask holds masks made for two streams: expected a tensor, 0 at padding, or None")
     prepared = isinstance(attention_mask, dict | BlockMask) or (
         isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
     )
@@ -33,7 +33,7 @@ def check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_ca
         check_numbers("position_ids", position_ids, at_least=0)
     if position_ids is not None and tuple(position_ids.shape) not in {(batch_size, length), (1, length)}:
         raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; it takes that of input_ids, {(batch_size, length)}"
+            f"position_ids has shape {tuple(position_ids.shape)}: expected the shape of input_ids, {(batch_size, length)}"
         )
 
 
@@ -59,7 +59,7 @@ def check_groups(content, group_ids, target_position_ids, target_group_ids) -> N
         check_numbers("target_position_ids", target_position_ids, at_least=0)
     if group_ids.shape != content.shape[:2]:
         raise ValueError(
-            f"group_ids has shape {tuple(group_ids.shape)}; it takes that of input_ids, {tuple(content.shape[:2])}"
+            f"group_ids has shape {tuple(group_ids.shape)}: expected the shape of input_ids, {tuple(content.shape[:2])}"
         )
     shapes = [None if ids is None else tuple(ids.shape) for ids in (target_position_ids, target_group_ids)]
     if shapes[0] != shapes[1] or (shapes[0] is not None and (len(shapes[0]) != 2 or shapes[0][0] != len(content))):
@@ -91,6 +91,6 @@ def check_state_labels(labels, hidden_states, attention_mask, group_ids, target_
         return  # in generation order each token sees itself at least
     scored = labels != -100
     if target_group_ids is None and attention_mask is not None and (scored & (attention_mask == 0)).any():
-        raise ValueError("labels holds a token at padding (attention_mask is 0 there); it takes -100 at padding")
+        raise ValueError("labels holds a token at padding (attention_mask is 0 there): expected -100 at padding")
     targets = group_ids if target_group_ids is None else target_group_ids
     check_not_blind(scored, sees_something(*groups_of(group_ids, targets), attention_mask, num_cached=0))

@@ -23,7 +23,7 @@ class MaskedDiffusionLlamaConfig(LlamaConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"mask_token_id={self.mask_token_id}; it takes an id below vocab_size={self.vocab_size}")
+            raise ValueError(f"mask_token_id={self.mask_token_id}: expected an id below vocab_size={self.vocab_size}")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

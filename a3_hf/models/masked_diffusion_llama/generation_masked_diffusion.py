@@ -51,7 +51,7 @@ class UnmaskingMixin:
             input_ids: (B, S) tokens, the first of each row given; those under `blank_mask` are ignored.
             blank_mask: (B, S), True where a token is to be written.
             max_new_tokens: appends this many blanks at the right, the continuation. It ends at its first EOS as A3's does;
-                what was not written behind is `pad_token_id` in the end, with commit step −1; passes see mask tokens there.
+                what was not written after is `pad_token_id` in the end, with commit step −1; passes see mask tokens there.
             generation_config: the settings of strategy `"dynamic"`, see `A3GenerationConfig`; `overrides` are fields of it
                 that replace its own: `criterion` (`"confidence"`, `"entropy"`, `"margin"`, `"random"`), `tokens_per_step`
                 (1 by default), `threshold`, `entropy_budget`, `window`, `do_sample`, `temperature`, `top_k`, `top_p`,
@@ -179,7 +179,7 @@ def _resolve(generation_config, max_new_tokens, steps, overrides: dict[str, Any]
         )
     if steps is not None:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps={steps!r}; it takes a whole number of at least 1")
+            raise ValueError(f"steps={steps!r}: expected a whole number of at least 1")
         rules = [rule for rule in COMMIT_RULES if getattr(config, rule) is not None]
         if rules:
             raise ValueError(

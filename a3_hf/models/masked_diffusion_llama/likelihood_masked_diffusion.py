@@ -48,7 +48,7 @@ class DiffusionLikelihoodMixin:
             ValueError: no samples, shapes that don't match, a first token that is not given, the mask token in the text.
         """
         if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r}; it takes a whole number of at least 1: a bound is a mean")
+            raise ValueError(f"num_samples={num_samples!r}: expected a whole number of at least 1: a bound is a mean")
         input_ids, real, is_open = self._open_tokens(input_ids, attention_mask, given_mask)
         num_open, length = is_open.sum(dim=1), input_ids.shape[1]
         offset, noise = torch.zeros(len(input_ids)), torch.zeros(len(input_ids), num_samples, length)
@@ -178,7 +178,7 @@ class DiffusionLikelihoodMixin:
         if (is_open & first).any():
             raise ValueError(
                 f"row {int((is_open & first).any(dim=1).nonzero()[0])} of input_ids asks for its first token, which nothing "
-                "predicts; it takes rows whose first token (BOS) is given"
+                "predicts: expected rows whose first token (BOS) is given"
             )
         return input_ids, real, is_open
 

@@ -159,16 +159,16 @@ class MaskedDiffusionLlamaForCausalLM(
         if document_ids is not None:
             check_integers("document_ids", document_ids)
         if target_columns is not None and (target_columns.ndim != 2 or target_columns.shape[0] != shape[0]):
-            raise ValueError(f"target_columns has shape {tuple(target_columns.shape)}; it takes ({shape[0]}, slots)")
+            raise ValueError(f"target_columns has shape {tuple(target_columns.shape)}: expected ({shape[0]}, slots)")
         if position_ids is not None and tuple(position_ids.shape) not in {shape, (1, shape[1])}:
-            raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it takes that of input_ids, {shape}")
+            raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}: expected the shape of input_ids, {shape}")
         for name, tensor in {
             "document_ids": document_ids,
             "loss_weights": loss_weights,
         }.items():
             expected = {shape, (shape[0], 1)} if name == "loss_weights" else {shape}
             if tensor is not None and tuple(tensor.shape) not in expected:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it takes that of input_ids, {shape}")
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected the shape of input_ids, {shape}")
 
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)

@@ -123,7 +123,7 @@ def test_the_model_with_it_is_the_model_without(tied):
 
 def test_what_it_does_not_take_is_refused(model):
     hidden_states, head, labels = problem()
-    with pytest.raises(ValueError, match=r"labels has shape \(22,\); it takes \(23,\)"):
+    with pytest.raises(ValueError, match=r"labels has shape \(22,\): expected \(23,\)"):
         chunked_cross_entropy(hidden_states, head, labels[1:])
     for wrong in (nn.Sequential(head), nn.Linear(HIDDEN, VOCABULARY)):
         with pytest.raises(ValueError, match=f"without bias, got {type(wrong).__name__}"):

@@ -257,7 +257,7 @@ IDS, BLANKS, MASK = problem()
         ({"max_new_tokens": 0}, "max_new_tokens.*0"),
         (
             {"max_new_tokens": 4, "strategy": "spiral"},
-            "strategy='spiral' is not known; it takes one of groupwise, dynamic",
+            "strategy='spiral': expected one of groupwise, dynamic",
         ),
         ({"max_new_tokens": 4, "order": "spiral"}, "order='spiral'.*left_to_right"),
         ({"max_new_tokens": 4, "order": "spans"}, "order='spans' needs it"),
@@ -268,7 +268,7 @@ IDS, BLANKS, MASK = problem()
         ({"max_new_tokens": 4, "strategy": "dynamic", "criterion": "luck"}, "confidence, entropy, margin, random"),
         (
             {"max_new_tokens": 4, "strategy": "dynamic", "threshold": 1.5},
-            r"threshold=1.5; it takes a number in \(0, 1",
+            r"threshold=1.5: expected a number in \(0, 1",
         ),
         ({"max_new_tokens": 4, "strategy": "dynamic", "threshold": 0.5, "tokens_per_step": 2}, "give one"),
         ({"max_new_tokens": 4, "groupsize": 2}, "groupsize=2 is not an option"),
@@ -298,7 +298,7 @@ IDS, BLANKS, MASK = problem()
             "it takes strategy='groupwise'",
         ),
         ({"max_new_tokens": 4, "cache_implementation": "quantized"}, "one of dynamic, static"),
-        ({"max_new_tokens": 4, "streamer": object()}, "streamer shows one text; it takes a batch of 1, got 3"),
+        ({"max_new_tokens": 4, "streamer": object()}, "streamer shows one text: expected a batch of 1, got 3"),
         ({"max_new_tokens": 4, "seed": [1, 2]}, "seed holds 2 seeds"),
         ({"max_new_tokens": 4, "generation_config": {"group_size": 2}}, "generation_config is a dict"),
     ],

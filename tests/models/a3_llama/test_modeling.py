@@ -600,7 +600,7 @@ GROUPS = torch.arange(6).expand(2, -1)
     "arguments, message",
     [
         ({"group_ids": GROUPS[:, :5]}, "group_ids has shape"),
-        ({"group_ids": GROUPS.float()}, "group_ids has dtype torch.float32; it takes integers"),
+        ({"group_ids": GROUPS.float()}, "group_ids has dtype torch.float32: expected integers"),
         ({"group_ids": GROUPS > 2}, "group_ids has dtype torch.bool"),
         ({"group_ids": GROUPS, "position_ids": GROUPS[:, :3]}, "position_ids has shape"),
         ({"group_ids": GROUPS, "attention_mask": torch.ones(2, 5)}, "attention_mask has shape"),

@@ -796,7 +796,7 @@ ALIGNED = {"position_ids": GROUPS, "target_position_ids": GROUPS + 1}
             "the token before it asks for 7. Decoupled RoPE is not defined",
         ),
         ({"group_ids": GROUPS[:, :5]}, "group_ids has shape"),
-        ({"group_ids": GROUPS.float()}, "group_ids has dtype torch.float32; it takes integers"),
+        ({"group_ids": GROUPS.float()}, "group_ids has dtype torch.float32: expected integers"),
         ({"group_ids": GROUPS, "position_ids": GROUPS[:, :3]}, "position_ids has shape"),
         ({"group_ids": GROUPS, "attention_mask": torch.ones(2, 5)}, "attention_mask has shape"),
         ({"group_ids": GROUPS, "target_position_ids": GROUPS}, "target_group_ids None"),
@@ -834,10 +834,10 @@ def test_a_likelihood_of_groups_is_not_defined(model):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"strategy": "dynamic"}, "strategy='dynamic'; it takes 'groupwise'. Decoupled RoPE is not defined"),
-        ({"strategy": "speculative"}, "strategy='speculative'; it takes 'groupwise'"),
-        ({"strategy": "refine"}, "strategy='refine'; it takes 'groupwise'"),
-        ({"group_size": 2}, "group_size=2; it takes 1. Decoupled RoPE is not defined for groups larger than one"),
+        ({"strategy": "dynamic"}, "strategy='dynamic': expected 'groupwise'. Decoupled RoPE is not defined"),
+        ({"strategy": "speculative"}, "strategy='speculative': expected 'groupwise'"),
+        ({"strategy": "refine"}, "strategy='refine': expected 'groupwise'"),
+        ({"group_size": 2}, "group_size=2: expected 1. Decoupled RoPE is not defined for groups larger than one"),
         ({"order": torch.arange(10).expand(2, -1) // 2}, "order has 2 tokens in a group"),
         ({"max_time": 1.0}, "max_time=1.0"),
     ],

@@ -292,7 +292,7 @@ def test_without_a_mask_token_nothing_is_masked(source, tmp_path):
             call()
     with pytest.raises(ValueError, match="mask_token_id is not set"):
         model.infill(AutoTokenizer.from_pretrained(source), "w1 <blank:2>")
-    with pytest.raises(ValueError, match="mask_token_id=61; it takes an id below vocab_size=61"):
+    with pytest.raises(ValueError, match="mask_token_id=61: expected an id below vocab_size=61"):
         tiny_diffusion(mask_token_id=61)
 
 
@@ -840,7 +840,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     [
         ({"strategy": "groupwise"}, "strategy='groupwise'; masked diffusion takes 'dynamic'"),
         ({"use_cache": True}, "use_cache=True: masked diffusion sees both sides"),
-        ({"steps": 0}, "steps=0; it takes a whole number of at least 1"),
+        ({"steps": 0}, "steps=0: expected a whole number of at least 1"),
         ({"steps": 2, "tokens_per_step": 2}, "steps=2 and tokens_per_step=2 say both"),
         ({"steps": 2, "threshold": 0.5}, "steps=2 and threshold=0.5 say both"),
         ({"group_size": 2}, "group_size=2 has no meaning for strategy='dynamic'"),
@@ -880,7 +880,7 @@ def test_generate_points_to_the_method_that_works(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_samples": 0}, "num_samples=0; it takes a whole number of at least 1"),
+        ({"num_samples": 0}, "num_samples=0: expected a whole number of at least 1"),
         ({"num_samples": 1.5}, "num_samples=1.5"),
         (
             {"given_mask": torch.zeros(1, 6).bool()},
@@ -908,7 +908,7 @@ def test_other_likelihoods_refuse(model):
     ids, groups = tokens(1, 4), torch.arange(4)[None]
     with pytest.raises(ValueError, match="asks for its first token"):
         model.log_likelihood(ids, groups.flip(1))
-    with pytest.raises(ValueError, match=r"group_ids has dtype torch.float32; it takes integers"):
+    with pytest.raises(ValueError, match=r"group_ids has dtype torch.float32: expected integers"):
         model.log_likelihood(ids, groups.float())
     with pytest.raises(ValueError, match="scored_mask has shape"):
         model.log_likelihood(ids, groups, scored_mask=torch.ones(1, 3))
