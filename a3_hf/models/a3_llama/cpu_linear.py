@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 # With 8 to 63 rows, fp32 `linear` on a CPU takes up to three times as long as the transposed product
-# (weight · inputᵀ), which does not repack the weight; with a weight as tall as an lm_head's, from 4 rows on. Below and above
-# there is nothing to gain. `eval/bench_few_rows.py` measures it, `LOG.md` has the figures.
+# (weight · inputᵀ), which does not repack the weight; with a weight as tall as an lm_head's, from 4 rows on. Other row
+# counts gain nothing. Measured by `eval/bench_few_rows.py`; figures in `LOG.md`.
 ROWS, ROWS_OF_TALL, TALL = range(8, 64), range(4, 64), 8
 SMALLEST_WEIGHT = 2**17  # entries
 

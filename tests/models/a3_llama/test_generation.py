@@ -298,7 +298,7 @@ IDS, BLANKS, MASK = problem()
             "it takes strategy='groupwise'",
         ),
         ({"max_new_tokens": 4, "cache_implementation": "quantized"}, "one of dynamic, static"),
-        ({"max_new_tokens": 4, "streamer": object()}, "streamer shows one text: expected a batch of 1, got 3"),
+        ({"max_new_tokens": 4, "streamer": object()}, "streamer with 3 rows: expected a batch of 1"),
         ({"max_new_tokens": 4, "seed": [1, 2]}, "seed holds 2 seeds"),
         ({"max_new_tokens": 4, "generation_config": {"group_size": 2}}, "generation_config is a dict"),
     ],
