@@ -132,9 +132,7 @@ def read_adapter_config(path: str | PathLike) -> A3LoraConfig | None:
         raise ValueError(f"{path} holds an adapter of type {kind!r}: expected LORA or A3's {SLOT_ADAPTER_TYPE}")
     unknown = sorted(set(settings) - {field.name for field in fields(SlotLoraConfig)})
     if unknown:
-        raise ValueError(
-            f"{file} has settings unknown to peft {peft.__version__}: {', '.join(unknown)}. Update peft."
-        )
+        raise ValueError(f"{file} has settings unknown to peft {peft.__version__}: {', '.join(unknown)}. Update peft.")
     config_class = SlotLoraConfig if kind == SLOT_ADAPTER_TYPE else A3LoraConfig
     return config_class(**{**settings, "peft_type": "LORA"})
 

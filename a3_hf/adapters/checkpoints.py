@@ -91,9 +91,7 @@ def load_weights(adapted: PeftModel, path: str | PathLike) -> None:
         raise ValueError(f"{path}: its weights don't fit this base: {error}") from error
     for kind, names in (("missing", keys.missing_keys), ("unexpected", keys.unexpected_keys)):
         if names:
-            raise ValueError(
-                f"{path}: {len(names)} {kind} weights: {', '.join(names[:3])}{', …' if names[3:] else ''}"
-            )
+            raise ValueError(f"{path}: {len(names)} {kind} weights: {', '.join(names[:3])}{', …' if names[3:] else ''}")
 
 
 def load_tokenizer(checkpoint: str | CheckpointInfo, *, base: str | None = None) -> PreTrainedTokenizerBase:

@@ -21,7 +21,9 @@ ADAPTER = "default"  # peft's name for a single adapter
 # Stored as peft_type in adapter_config.json instead of LORA, so that peft rejects the file: it would adapt all rows.
 SLOT_ADAPTER_TYPE = "A3_SLOT_LORA"
 CONTENT_ONLY = ("k_proj", "v_proj")  # slots have no keys and values
-NOT_MERGED = "an adapter with rows: slots can't be merged: content tokens use the same weights. Keep adapter and base apart."
+NOT_MERGED = (
+    "an adapter with rows: slots can't be merged: content tokens use the same weights. Keep adapter and base apart."
+)
 
 
 class SlotLinear(LoraLinear):

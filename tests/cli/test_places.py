@@ -60,7 +60,7 @@ def test_what_is_no_hubs_name_is_no_such_folder(hub, tmp_path, monkeypatch, path
 def test_a_hubs_name_is_asked_for_once_and_the_cache_stands_for_it(hub, tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"'owner/name': there is no such folder .* hub has none: the hub can't be reached$"
+            ValueError, match=r"'owner/name': no such folder .* no such model on the hub: the hub can't be reached$"
         ):
             check_is_there("owner/name")
     monkeypatch.setattr(checkpoint_info.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -50,7 +50,9 @@ def _forward(module: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(rows, module.weight, module.bias)
     products = other_way_round(rows.reshape(-1, rows.shape[-1]), module.weight)
     if module.out_features <= module.in_features:
-        products = products.contiguous()  # attention needs it; wider outputs go to element-wise operations, in any layout
+        products = (
+            products.contiguous()
+        )  # attention needs it; wider outputs go to element-wise operations, in any layout
     if module.bias is not None:
         products = products + module.bias
     return products.unflatten(0, rows.shape[:-1])

@@ -42,7 +42,9 @@ class SlotNoise:
     def __init__(self, config: A3GenerationConfig, canvas: Canvas):
         self.row_seeds = _row_seeds(config.seed, canvas)
         self.seeds = torch.tensor(self.row_seeds, dtype=torch.long, device=canvas.sequences.device)
-        place = canvas.blank_mask.long().cumsum(dim=1)  # the number of a blank in its row, from 1; 0 for the padding column
+        place = canvas.blank_mask.long().cumsum(
+            dim=1
+        )  # the number of a blank in its row, from 1; 0 for the padding column
         self.place = torch.nn.functional.pad(place, (0, 1))
 
     def uniform(self, columns: torch.Tensor, step: int, purpose: int) -> torch.Tensor:

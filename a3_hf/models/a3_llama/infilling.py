@@ -163,7 +163,9 @@ class A3InfillingMixin:
         special = special_token_ids(tokenizer, self.config.vocab_size)
         overrides["suppress_tokens"] = sorted({*(config.suppress_tokens or []), *special})
         if config.seed is None and any(not isinstance(one, int) for template in templates for one in template.lengths):
-            overrides["seed"] = int(torch.randint(2**62, ()))  # the chosen candidate and the final text use the same draws
+            overrides["seed"] = int(
+                torch.randint(2**62, ())
+            )  # the chosen candidate and the final text use the same draws
         silent = {name: value for name, value in overrides.items() if name not in OBSERVERS}
 
         def fill_candidates(seed, candidates):
@@ -202,7 +204,7 @@ class A3InfillingMixin:
     ) -> None:
         if config.max_new_tokens is not None:
             raise ValueError(
-                f"max_new_tokens={config.max_new_tokens}: expected None for a text with blanks. End the text with <blank:N> or "
+                f"max_new_tokens={config.max_new_tokens}: expected None for a text with blanks. End it with <blank:N> or "
                 "<blank:auto>, or call generate_any_order."
             )
         copies = config.num_return_sequences or 1
@@ -262,7 +264,7 @@ class A3InfillingMixin:
 
 
 def _spaced(hook: Callable | None, is_spaced: torch.Tensor, begins: torch.Tensor) -> Callable:
-    """Returns a logits hook that calls `hook`, then allows only tokens in `begins` (V,) at columns `is_spaced` (texts, S + 1)."""
+    """Returns a logits hook: after `hook`, only tokens in `begins` (V,) are allowed at columns `is_spaced` (texts, S + 1)."""
 
     def spaced(step: int, columns: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if hook is not None:

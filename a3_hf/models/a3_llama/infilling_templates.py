@@ -41,8 +41,8 @@ class Template:
     def __post_init__(self):
         if not self.lengths or len(self.pieces) != len(self.lengths) + 1:
             raise ValueError(
-                f"pieces has {len(self.pieces)} texts and lengths {len(self.lengths)} blanks: expected at least one blank, and "
-                "a text (which may be empty) before, between and after blanks"
+                f"pieces has {len(self.pieces)} texts and lengths {len(self.lengths)} blanks: expected at least one blank, "
+                "and a text (which may be empty) before, between and after blanks"
             )
         for piece in self.pieces:
             if not isinstance(piece, str):
@@ -119,7 +119,9 @@ class Template:
                     f"spans holds ({start}, {end}): expected 0 ≤ start < end ≤ {len(text)}, the text's length"
                 )
             if start < position:
-                raise ValueError(f"spans overlap: ({start}, {end}) starts before {position}, the end of the previous span")
+                raise ValueError(
+                    f"spans overlap: ({start}, {end}) starts before {position}, the end of the previous span"
+                )
             pieces.append(text[position:start])
             position = end
         return cls((*pieces, text[position:]), (length,) * len(spans))

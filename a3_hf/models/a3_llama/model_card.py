@@ -24,8 +24,8 @@ def build_card(name: str, *, use: str = USE, report: str = "", **metadata) -> Mo
     """Returns a model card: metadata, how to use the model, and a report of its training.
 
     Args:
-        name: the model's name, a hub id or a folder's name: expected the place of `{name}` in `use`.
-        use: Markdown that says how to use the model.
+        name: the model's name, a hub id or a folder's name; replaces `{name}` in `use`.
+        use: Markdown on how to use the model.
         report: Markdown with the model's base, recipe and losses.
         metadata: fields of `huggingface_hub.ModelCardData`, such as `base_model`, `license` and `tags`; None leaves one out.
     """

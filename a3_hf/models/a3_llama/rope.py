@@ -16,15 +16,15 @@ class FixedRotaryEmbedding(LlamaRotaryEmbedding):
         super().__init__(config)
         if self.rope_type == "longrope":
             raise ValueError(
-                "rope_type='longrope': it turns all positions of a pass by other angles where the pass is long, so that no "
-                "cached state lasts: expected one of default, linear, dynamic, yarn, llama3"
+                "rope_type='longrope': expected one of default, linear, dynamic, yarn, llama3. Its angles depend on the "
+                "length of a pass, which invalidates cached keys."
             )
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if "dynamic" in self.rope_type and int(position_ids.max()) >= self.original_max_seq_len:
             raise ValueError(
-                f"position_ids reach {int(position_ids.max())} with rope_type='dynamic': expected positions, including those of "
-                f"slots, below {self.original_max_seq_len} (max_position_embeddings), where its angles start to depend on the "
+                f"position_ids reach {int(position_ids.max())} with rope_type='dynamic': expected positions, including those "
+                f"of slots, below {self.original_max_seq_len} (max_position_embeddings), where its angles start to depend on the "
                 "length of a pass"
             )
         return super().forward(x, position_ids)

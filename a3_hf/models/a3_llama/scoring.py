@@ -85,7 +85,7 @@ class A3ScoringMixin:
             )
         if num_orders * ids.shape[1] > MOST_POSITIONS:
             raise ValueError(
-                f"num_orders={num_orders}: expected at most {MOST_POSITIONS // ids.shape[1]} for a text of {ids.shape[1]} tokens"
+                f"num_orders={num_orders}: expected at most {MOST_POSITIONS // ids.shape[1]} for {ids.shape[1]} tokens"
             )
         ids = ids.expand(num_orders, -1)
         group_ids = GroupOrder.infilling(

@@ -78,7 +78,7 @@ def test_what_the_model_writes_is_what_is_shown(model, tokenizer):
     [
         ("no blank here", "holds no blank marker"),
         ("The <blank:0> dog", "length 0"),
-        ("The <blank:3 dog", "marker '<blank:3 dog'; a marker reads <blank:N>"),
+        ("The <blank:3 dog", "marker '<blank:3 dog': expected <blank:N>"),
         ("The <blank> dog", "marker '<blank>'"),
         ("The <blank:x> dog <blank:2>", "marker '<blank:x>'"),
         ("The <blank:-2> dog", "marker '<blank:-2>'"),

@@ -53,28 +53,28 @@ INFILLS = [
     ([["<blank:2>"]], {}, "text is a list"),
     ("<blank:0>", {}, "length 0"),
     ("<blank:00>", {}, "length 0"),
-    ("<blank:-1>", {}, "'<blank:-1>'; a marker reads"),
-    ("<blank:1.5>", {}, "'<blank:1.5>'; a marker reads"),
-    ("<blank:1..>", {}, "'<blank:1..>'; a marker reads"),
+    ("<blank:-1>", {}, "'<blank:-1>': expected <blank:N>"),
+    ("<blank:1.5>", {}, "'<blank:1.5>': expected <blank:N>"),
+    ("<blank:1..>", {}, "'<blank:1..>': expected <blank:N>"),
     ("<blank:3..1>", {}, "the range 3..1"),
     ("<blank:0..0>", {}, "the range 0..0"),
-    ("<blank: 3>", {}, "a marker reads"),
-    ("<blank:3", {}, "a marker reads"),
-    ("<blank:AUTO>", {}, "a marker reads"),
-    ("<blank>", {}, "a marker reads"),
+    ("<blank: 3>", {}, "holds the blank marker .*: expected <blank:N>"),
+    ("<blank:3", {}, "holds the blank marker .*: expected <blank:N>"),
+    ("<blank:AUTO>", {}, "holds the blank marker .*: expected <blank:N>"),
+    ("<blank>", {}, "holds the blank marker .*: expected <blank:N>"),
     ("<blank:99999999999>", {}, "99999999999 tokens at most, take 100000000000 positions"),
     ("a <blank:1..99999999999> b", {}, "more than the model's context"),
-    (f"<blank:{HUGE}>", {}, "a marker reads"),
+    (f"<blank:{HUGE}>", {}, "holds the blank marker .*: expected <blank:N>"),
     ("<blank:64> and <blank:64>", {}, "more than the model's context"),
     ("<blank:auto>", {"auto_lengths": (1, 10**12)}, "more than the model's context"),
     ("<blank:auto>", {"auto_lengths": (0, 3)}, "auto_lengths has the range 0..3"),
     ("<blank:auto>", {"auto_lengths": (3, 1)}, "auto_lengths has the range 3..1"),
     ("<blank:2>", {"auto_lengths": (3, 1)}, "auto_lengths has the range 3..1"),
     ("<blank:auto>", {"auto_lengths": 4}, "auto_lengths=4: expected two numbers"),
-    ("<blank:auto>", {"auto_lengths": (1, 2, 3)}, "it takes two numbers"),
+    ("<blank:auto>", {"auto_lengths": (1, 2, 3)}, "expected two numbers"),
     ("<blank:auto>", {"auto_lengths": (1.0, 2.0)}, "auto_lengths has the range 1.0..2.0"),
     ("<blank:auto>", {"auto_lengths": "1..4"}, "auto_lengths='1..4'"),
-    ("<blank:2>", {"max_new_tokens": 4}, "max_new_tokens=4: a text with blanks is not gone on from"),
+    ("<blank:2>", {"max_new_tokens": 4}, "max_new_tokens=4: expected None for a text with blanks"),
     ("<blank:auto>", {"generation_config": A3GenerationConfig(max_new_tokens=4)}, "max_new_tokens=4"),
     ("<blank:2>", {"max_new_tokens": 4, "forced_eos_token_id": 1}, "max_new_tokens=4"),
     ("<blank:2>", {"forced_eos_token_id": 1}, "forced_eos_token_id"),
@@ -198,9 +198,10 @@ def test_templates_refuse(fields, message):
 
 def test_templates_of_unknown_lengths_and_other_things_are_refused(model, tokenizer, refuses):
     refuses(
-        lambda: model.fill_templates(tokenizer, [Template.parse("<blank:auto>")]), "every length a number or a range"
+        lambda: model.fill_templates(tokenizer, [Template.parse("<blank:auto>")]),
+        "expected a Template whose lengths are numbers or ranges",
     )
-    refuses(lambda: model.fill_templates(tokenizer, ["<blank:2>"]), "it takes Template")
+    refuses(lambda: model.fill_templates(tokenizer, ["<blank:2>"]), "expected a Template")
     refuses(lambda: model.fill_templates(tokenizer, []), "templates is empty")
 
 
