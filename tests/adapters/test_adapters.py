@@ -607,7 +607,8 @@ def test_wrong_settings_are_refused(parsed, text, message):
         (LoraArguments(target=["layers.7.mlp.up_proj"]), "'layers.7.mlp.up_proj' matches no linear layer"),
         (
             LoraArguments(target=["q_proj", "v_proj"], rows="slots"),
-            "lora.target='v_proj' makes keys or values, which slots don't have: with rows: slots, expected q_proj, o_proj, gate_proj",
+            "lora.target='v_proj' makes keys or values, which slots don't have: with rows: slots, expected q_proj, "
+            "o_proj, gate_proj",
         ),
     ],
 )

@@ -24,8 +24,8 @@ class FixedRotaryEmbedding(LlamaRotaryEmbedding):
         if "dynamic" in self.rope_type and int(position_ids.max()) >= self.original_max_seq_len:
             raise ValueError(
                 f"position_ids reach {int(position_ids.max())} with rope_type='dynamic': expected positions, including those "
-                f"of slots, below {self.original_max_seq_len} (max_position_embeddings), where its angles start to depend on the "
-                "length of a pass"
+                f"of slots, below {self.original_max_seq_len} (max_position_embeddings), where its angles start to depend on "
+                "the length of a pass"
             )
         return super().forward(x, position_ids)
 

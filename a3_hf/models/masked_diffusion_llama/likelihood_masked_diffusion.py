@@ -29,8 +29,8 @@ class DiffusionLikelihoodMixin:
         seed: int = 0,
     ) -> torch.FloatTensor:
         """Returns a Monte Carlo lower bound on log p(open tokens | given tokens), by LLaDA's estimator (not in the paper):
-        mask l of the L open tokens, l uniform in 1..L, and take L/l times the log-probability of the masked ones. Its expectation
-        is `exact_bound`. The l of a row's samples are spread evenly over 1..L, which lowers the variance.
+        mask l of the L open tokens, l uniform in 1..L, and take L/l times the log-probability of the masked ones. Its
+        expectation is `exact_bound`. The l of a row's samples are spread evenly over 1..L, which lowers the variance.
 
         A row's value depends only on its text and the seed, up to rounding.
 

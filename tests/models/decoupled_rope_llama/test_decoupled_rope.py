@@ -789,7 +789,8 @@ ALIGNED = {"position_ids": GROUPS, "target_position_ids": GROUPS + 1}
                 "target_position_ids": GROUPS[:, 2:4],
                 "target_group_ids": GROUPS[:, 2:3].expand(2, 2),
             },
-            "holds 3 at row 0, slot 1: expected 2, which the token before it predicts. Decoupled RoPE is not defined for groups",
+            "holds 3 at row 0, slot 1: expected 2, which the token before it predicts. Decoupled RoPE is not defined "
+            "for groups",
         ),
         (
             {"group_ids": GROUPS, "target_position_ids": GROUPS[:, :2] + 6, "target_group_ids": GROUPS[:, :2] * 0 + 9},
