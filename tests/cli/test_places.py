@@ -28,7 +28,7 @@ def hub(monkeypatch):
         raise ConnectionError("the hub can't be reached\nmore")
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
-    checkpoint_info._ask_the_hub.cache_clear()
+    checkpoint_info._check_is_on_hub.cache_clear()
     return asked
 
 
