@@ -1,4 +1,4 @@
-"""LoRA adapters on all rows or on the query slots alone: settings, layers, loading, merging."""
+"""LoRA adapters for A3, on all rows or on query slots only: settings, layers, loading, merging."""
 
 from .checkpoints import load_model, load_tokenizer, merge
 

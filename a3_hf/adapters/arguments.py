@@ -6,19 +6,19 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LoraArguments:
-    """A recipe's `lora: {r: 16, …}`: low-rank adapters are trained instead of all weights (not in the paper).
+    """Settings of `lora: {r: 16, …}` in a recipe, which trains low-rank adapters instead of all weights (not in the paper).
 
     Args:
         r: rank.
         alpha: the adapters' output is scaled by alpha / r.
         dropout: dropout of an adapter's input in training.
-        target: linear layers of the decoder, by the ends of their names (`q_proj`, `layers.3.mlp.up_proj`), or
-            `"all-linear"`: all that `rows` allows.
-        rows: `"all"` adapts both streams; `"slots"` adapts the query slots only, so that the content stream remains the LLaMA
-            bit for bit.
+        target: name suffixes of the decoder's linear layers (`q_proj`, `layers.3.mlp.up_proj`), or `"all-linear"`: every
+            layer that `rows` allows.
+        rows: `"all"` adapts both streams; `"slots"` adapts query slots only, so the content stream equals the LLaMA bit for
+            bit.
 
     Raises:
-        ValueError: a number out of range, no target, or a duplicate.
+        ValueError: a number out of range, no target, or a duplicate target.
     """
 
     r: int = 16
@@ -29,14 +29,14 @@ class LoraArguments:
 
     def __post_init__(self):
         if self.r < 1:
-            raise ValueError(f"lora.r={self.r}: takes 1 or more")
+            raise ValueError(f"lora.r={self.r}: expected 1 or more")
         if not self.alpha > 0:
-            raise ValueError(f"lora.alpha={self.alpha}: takes a number above 0")
+            raise ValueError(f"lora.alpha={self.alpha}: expected a number above 0")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout={self.dropout}: takes 0 or more, and less than 1")
+            raise ValueError(f"lora.dropout={self.dropout}: expected 0 or more, and less than 1")
         if self.rows not in ("all", "slots"):
-            raise ValueError(f"lora.rows={self.rows!r}: takes 'all' or 'slots'")
+            raise ValueError(f"lora.rows={self.rows!r}: expected 'all' or 'slots'")
         if self.target != "all-linear" and (isinstance(self.target, str) or not self.target):
-            raise ValueError(f"lora.target={self.target!r}: takes a list of names, or 'all-linear'")
+            raise ValueError(f"lora.target={self.target!r}: expected a list of names, or 'all-linear'")
         if self.target != "all-linear" and len(set(self.target)) < len(self.target):
-            raise ValueError(f"lora.target={self.target!r}: a name comes twice")
+            raise ValueError(f"lora.target={self.target!r}: expected each name once")

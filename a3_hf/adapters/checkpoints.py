@@ -1,4 +1,4 @@
-"""Models and tokenizers loaded from checkpoints: whole models, and low-rank adapters put into their base."""
+"""Loading of models and tokenizers from checkpoints: full models, and LoRA adapters attached to their base."""
 
 import copy
 from os import PathLike
@@ -27,47 +27,48 @@ def load_model(
     architecture: str | None = None,
     **settings: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Loads a whole model of `a3_hf.models.auto.ARCHITECTURES`, or an adapter of A3 put into its base. An adapted model has
+    """Loads a full model of `a3_hf.models.auto.ARCHITECTURES`, or an A3 adapter attached to its base. An adapted model has
     all methods of `A3LlamaForCausalLM`.
 
     Args:
-        checkpoint: a folder, a hub id, or what `CheckpointInfo.read` found there.
-        base: the adapter's base, where it was moved since training.
-        trainable: train the adapter further, all else frozen.
-        architecture: what a LLaMA checkpoint becomes, or what another must be; None: A3 for a LLaMA, else the checkpoint's.
-        **settings: those of `from_pretrained` (`dtype`, `attn_implementation`, …), for the base.
+        checkpoint: a folder, a hub id, or the result of `CheckpointInfo.read`.
+        base: the adapter's base, if it has moved since training.
+        trainable: leave the adapter trainable; all other weights are frozen.
+        architecture: architecture to convert a LLaMA to, or that any other checkpoint must have. None: A3 for a LLaMA, else
+            the checkpoint's.
+        **settings: arguments of the base's `from_pretrained` (`dtype`, `attn_implementation`, …).
 
     Raises:
-        ValueError: nothing to load (see `CheckpointInfo.read`), weights that don't fit the base, or another architecture.
+        ValueError: no checkpoint (see `CheckpointInfo.read`), weights that don't fit the base, or another architecture.
     """
     info = _read(checkpoint, base)
     if info.adapter_config is None:
         architecture = architecture or info.architecture
-        info.model_config(architecture)  # its check
+        info.model_config(architecture)  # raises if the architecture does not match
         return ARCHITECTURES[architecture].model.from_pretrained(info.path, **settings)
     if architecture not in (None, "a3"):
-        raise ValueError(f"{info.path} holds an adapter, which belongs to architecture 'a3', not {architecture!r}")
+        raise ValueError(f"architecture={architecture!r}: expected 'a3', as {info.path} holds an adapter")
     start = info.slot_start_settings(settings.pop("slot_start", None))
-    if "config" in settings:  # from_pretrained takes it from there
+    if "config" in settings:  # from_pretrained reads slot_start from the config
         settings["config"].update(start)
         start = {}
     return attach_adapter(A3LlamaForCausalLM.from_pretrained(info.base, **settings, **start), info, trainable=trainable)
 
 
 def attach_adapter(model: A3LlamaForCausalLM, adapter: str | CheckpointInfo, *, trainable: bool = False) -> PeftModel:
-    """Puts a stored adapter into its base, `model`.
+    """Loads a stored adapter and attaches it to its base, `model`.
 
     Raises:
-        ValueError: no adapter, one that is not LoRA, or one whose `slot_start` or weights don't fit the model.
+        ValueError: no adapter, an adapter other than LoRA, or a `slot_start` or weights that don't fit the model.
     """
     stored = adapter.adapter_config if isinstance(adapter, CheckpointInfo) else read_adapter_config(adapter)
     path = adapter.path if isinstance(adapter, CheckpointInfo) else adapter
     if stored is None:
-        raise ValueError(f"path={path!r} holds no adapter (adapter_config.json)")
+        raise ValueError(f"path={path!r} holds no adapter (no adapter_config.json)")
     if stored.slot_start not in (None, model.config.slot_start):
         raise ValueError(
-            f"path={path!r} holds an adapter trained with slot_start={stored.slot_start!r}, and the model has "
-            f"{model.config.slot_start!r}; load its base with slot_start={stored.slot_start!r}"
+            f"path={path!r} holds an adapter trained with slot_start={stored.slot_start!r}, but the model has "
+            f"{model.config.slot_start!r}. Load its base with slot_start={stored.slot_start!r}."
         )
     config = copy.deepcopy(stored)
     config.slot_start = model.config.slot_start
@@ -82,24 +83,22 @@ def load_weights(adapted: PeftModel, path: str | PathLike) -> None:
     """Loads the weights at `path` into a model's adapters and its `query_embed`.
 
     Raises:
-        ValueError: weights of other layers or other shapes.
+        ValueError: the weights' names or shapes don't match.
     """
     try:
         keys = adapted.load_adapter(str(path), ADAPTER, is_trainable=adapted.training)
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights don't fit this base: {error}") from error
-    for problem, names in (("lacks", keys.missing_keys), ("has, and the base lacks,", keys.unexpected_keys)):
+    for kind, names in (("missing", keys.missing_keys), ("unexpected", keys.unexpected_keys)):
         if names:
-            raise ValueError(
-                f"{path}: it {problem} {len(names)} weights: {', '.join(names[:3])}{', …' if names[3:] else ''}"
-            )
+            raise ValueError(f"{path}: {len(names)} {kind} weights: {', '.join(names[:3])}{', …' if names[3:] else ''}")
 
 
 def load_tokenizer(checkpoint: str | CheckpointInfo, *, base: str | None = None) -> PreTrainedTokenizerBase:
     """Loads a checkpoint's tokenizer; for an adapter without one, its base's.
 
     Raises:
-        ValueError: no checkpoint or no tokenizer there, or a base given for a whole model.
+        ValueError: no checkpoint, no tokenizer, or a base given for a full model.
     """
     info = _read(checkpoint, base)
     has_own = info.adapter_config is None or Path(info.path, "tokenizer_config.json").is_file()
@@ -111,41 +110,44 @@ def load_tokenizer(checkpoint: str | CheckpointInfo, *, base: str | None = None)
 
 
 def merge(path: str, output: str | PathLike, *, base: str | None = None) -> None:
-    """Writes an adapter and its base as one plain A3 checkpoint, with the tokenizer.
+    """Merges an adapter into its base and saves the result, with the tokenizer, as a plain A3 checkpoint.
 
     Args:
         output: a new or empty folder.
         base: as in `load_model`.
 
     Raises:
-        ValueError: no adapter, one with `rows: slots`, a folder that is not empty, or what `load_model` refuses.
+        ValueError: no adapter, one with `rows: slots`, a folder that is not empty, or an error of `load_model`.
     """
     info = CheckpointInfo.read(path, base=base)
     if info.adapter_config is None:
-        raise ValueError(f"{path!r} holds no adapter (no adapter_config.json): nothing to merge")
+        raise ValueError(f"path={path!r} holds no adapter (no adapter_config.json): nothing to merge")
     if isinstance(info.adapter_config, SlotLoraConfig):
         raise ValueError(f"{path}: {NOT_MERGED}")
     if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
-        raise ValueError(f"output={str(output)!r} exists already; give a folder that is new or empty")
+        raise ValueError(f"output={str(output)!r} exists: expected a new or empty folder")
     tokenizer = load_tokenizer(info)
     load_model(info).merge_and_unload(safe_merge=True).save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
 def check_start(info: CheckpointInfo, lora: LoraArguments | None, config: LlamaConfig) -> None:
-    """Checks, without weights, that a run with `lora` can start from a checkpoint whose base has `config`. From an adapter, a
-    run with the same `lora` trains it further, and a run without merges it first.
+    """Checks, without loading weights, that a run with `lora` can start from this checkpoint. From an adapter, a run with
+    the same `lora` continues training it; a run without `lora` merges it first.
+
+    Args:
+        config: configuration of the checkpoint's base.
 
     Raises:
-        ValueError: a target that matches nothing; adapters that differ from `lora`; no `lora` and adapters that can't be
-            merged; adapters on another architecture than A3.
+        ValueError: a target that matches nothing; an adapter that differs from `lora`; no `lora`, and an adapter that can't
+            be merged; adapters on an architecture other than A3.
     """
     stored = info.adapter_config
     if config.model_type != A3LlamaConfig.model_type:
         if lora is not None or stored is not None:
             raise ValueError(
-                f"lora: adapters are for architecture 'a3'; a model of type {config.model_type!r} is trained with all its "
-                "weights"
+                f"lora: expected architecture 'a3'. A model of type {config.model_type!r} can only be trained with all its "
+                "weights."
             )
         return
     if lora is not None:
@@ -153,23 +155,24 @@ def check_start(info: CheckpointInfo, lora: LoraArguments | None, config: LlamaC
     if stored is not None and lora is not None:
         check_same(info.path, lora, config)
     elif isinstance(stored, SlotLoraConfig):
-        raise ValueError(f"model_name_or_path={info.path!r}, without lora: {NOT_MERGED}")
+        raise ValueError(f"model_name_or_path={info.path!r} without lora: {NOT_MERGED}")
 
 
 def check_same(path: str | PathLike, lora: LoraArguments | None, config: LlamaConfig) -> None:
-    """Checks that the weights at `path` are of the kind that `lora` describes; dropout may differ.
+    """Checks that the checkpoint at `path` has the adapter settings of `lora` (dropout may differ), or is a full model if
+    `lora` is None.
 
     Raises:
-        ValueError: they differ; the message says in what.
+        ValueError: they differ; the message lists the differences.
     """
     stored = read_adapter_config(path)
-    is_whole = stored is None and Path(path, "config.json").is_file()  # a sharded checkpoint has neither file
+    is_whole = stored is None and Path(path, "config.json").is_file()  # a sharded checkpoint has neither config file
     if stored is None and (lora is None or not is_whole):
         return
     if stored is None or lora is None:
-        has, wants = ("whole models", "adapters") if stored is None else ("adapters", "a whole model (it has no lora)")
+        has, wants = ("a full model", "adapters") if stored is None else ("adapters", "a full model (no lora)")
         raise ValueError(
-            f"{path} holds {has} where the recipe trains {wants}; set lora as it was there, or start elsewhere"
+            f"{path} holds {has}, but the recipe trains {wants}. Set lora to the checkpoint's settings, or use another folder."
         )
     settings = {
         "r": (stored.r, lora.r),
@@ -177,9 +180,9 @@ def check_same(path: str | PathLike, lora: LoraArguments | None, config: LlamaCo
         "rows": ("slots" if isinstance(stored, SlotLoraConfig) else "all", lora.rows),
         "target": (sorted(stored.target_modules), sorted(_target_names(lora, config))),
     }
-    changed = [f"{name} is {old!r} there and {new!r} here" for name, (old, new) in settings.items() if old != new]
+    changed = [f"lora.{name}={new!r}: expected {old!r}" for name, (old, new) in settings.items() if old != new]
     if changed:
-        raise ValueError(f"{path} holds other adapters than lora says: {'; '.join(changed)}")
+        raise ValueError(f"{path} holds adapters that differ from lora. {'; '.join(changed)}")
 
 
 def load_to_train(
@@ -194,18 +197,18 @@ def load_to_train(
     """Loads the model that a run with `lora` trains, starting from a checkpoint that `check_start` accepts.
 
     Args:
-        seed: seeds fresh adapters, so that a restarted run starts from the same ones.
-        finished: a checkpoint of this run with the weights to load instead.
-        architecture: what is trained; `"a3"` with `lora`.
-        **settings: those of `from_pretrained`.
+        seed: seed of new adapters' weights, so that a restarted run initialises them identically.
+        finished: a checkpoint of this run from which to load the weights instead.
+        architecture: architecture to train; `"a3"` with `lora`.
+        **settings: arguments of `from_pretrained`.
 
     Raises:
-        ValueError: what `attach`, `load_model` or `load_weights` refuses.
+        ValueError: an error of `attach`, `load_model` or `load_weights`.
     """
     if lora is None:
         model = load_model(info if finished is None else str(finished), architecture=architecture, **settings)
         if isinstance(model, PeftModel):
-            model = model.merge_and_unload().requires_grad_(True)  # peft had frozen them
+            model = model.merge_and_unload().requires_grad_(True)  # peft froze the weights
         return model
     start = info.slot_start_settings(settings.pop("slot_start", None))
     model = A3LlamaForCausalLM.from_pretrained(info.base, **settings, **start)
@@ -217,7 +220,7 @@ def load_to_train(
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Settings of a base held in 4 bits (QLoRA's NF4, quantised twice), multiplied in `dtype`."""
+    """Returns bitsandbytes settings of a 4-bit base (QLoRA's NF4, double quantisation), computing in `dtype`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -1,4 +1,4 @@
-"""LoRA layers on all rows or on the query slots alone, attached to a model."""
+"""LoRA layers on all rows or on query slots only, and their attachment to a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,13 @@ from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
 
 from .arguments import LoraArguments
 
-ADAPTER = "default"  # peft's name of the only adapter
-# Stored in adapter_config.json in place of LORA, so that peft refuses the file: it would adapt all rows.
+ADAPTER = "default"  # peft's name for a single adapter
+# Stored as peft_type in adapter_config.json instead of LORA, so that peft rejects the file: it would adapt all rows.
 SLOT_ADAPTER_TYPE = "A3_SLOT_LORA"
 CONTENT_ONLY = ("k_proj", "v_proj")  # slots have no keys and values
-NOT_MERGED = "an adapter with rows: slots can't be merged: content tokens pass the same weights; use it beside its base"
+NOT_MERGED = (
+    "an adapter with rows: slots can't be merged: content tokens use the same weights. Keep adapter and base apart."
+)
 
 
 class SlotLinear(LoraLinear):
@@ -32,7 +34,7 @@ class SlotLinear(LoraLinear):
         result = self.base_layer(x)
         if self.num_slots == 0 or self.disable_adapters:
             return result
-        # Counted from the end: the last layer may have no content rows.
+        # Slots are counted from the end, as the last layer may have no content rows.
         slots = x[:, -self.num_slots :]
         content, adapted = result[:, : -self.num_slots], result[:, -self.num_slots :]
         for name in self.active_adapters:
@@ -47,14 +49,14 @@ class SlotLinear(LoraLinear):
 
 @dataclass
 class A3LoraConfig(LoraConfig):
-    # Identical to LoraConfig except: it stores the `slot_start` of the model that the adapter was trained in. None: an adapter
-    # saved before this was stored.
+    # Identical to LoraConfig except: it stores the `slot_start` of the adapter's base. None: the adapter was saved before
+    # `slot_start` was stored.
     slot_start: str | None = None
 
 
 @dataclass
 class SlotLoraConfig(A3LoraConfig):
-    # Identical to A3LoraConfig except: linear layers become `SlotLinear`, and the type in the file is `SLOT_ADAPTER_TYPE`.
+    # Identical to A3LoraConfig except: linear layers become `SlotLinear`, and the saved type is `SLOT_ADAPTER_TYPE`.
     def __post_init__(self):
         super().__post_init__()
         self._register_custom_module({nn.Linear: SlotLinear})
@@ -64,12 +66,12 @@ class SlotLoraConfig(A3LoraConfig):
 
 
 class _LoadedByA3Alone:
-    """Registered with peft for `SLOT_ADAPTER_TYPE`: raises, where peft and transformers would adapt all rows."""
+    """Config class that peft finds for `SLOT_ADAPTER_TYPE`: it raises, as peft and transformers would adapt all rows."""
 
     def __init__(self, **settings):
         raise ValueError(
-            f"an adapter of type {SLOT_ADAPTER_TYPE} acts on the query slots of an A3 model only, which peft and the Auto "
-            "classes can't do: load it by a3_hf.adapters.checkpoints.load_model(path)"
+            f"an adapter of type {SLOT_ADAPTER_TYPE} acts on an A3 model's query slots only, which peft and the Auto classes "
+            "don't support. Load it by a3_hf.adapters.checkpoints.load_model(path)."
         )
 
     @classmethod
@@ -81,11 +83,11 @@ PEFT_TYPE_TO_CONFIG_MAPPING[SLOT_ADAPTER_TYPE] = _LoadedByA3Alone
 
 
 def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
-    """Puts fresh adapters, drawn from the global generator and without effect yet, into a model. All else is frozen except
-    `query_embed`, which is trained and saved with them. Trained weights are in fp32, whatever the base's type.
+    """Attaches new adapters, initialised from torch's global generator and with zero output, to a model. Only the adapters
+    and `query_embed` are trained and saved; trained weights are in fp32, whatever the base's dtype.
 
     Raises:
-        ValueError: a target that `target_names` refuses.
+        ValueError: an error of `target_names`.
     """
     kind = SlotLoraConfig if lora.rows == "slots" else A3LoraConfig
     return wrap_model(
@@ -102,17 +104,18 @@ def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
 
 
 def wrap_model(model: A3LlamaForCausalLM, config: A3LoraConfig) -> PeftModel:
+    """Returns the model with the adapters that `config` describes; trainable weights are in fp32."""
     adapted = get_peft_model(model, config, adapter_name=ADAPTER)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # in bfloat16 most steps of an optimiser would be rounded away
+            parameter.data = parameter.data.float()  # in bfloat16, most optimiser updates would be rounded to zero
     if isinstance(config, SlotLoraConfig):
         _check_slots_alone(adapted)
         model.model.content_is_frozen = True
     for layer in model.model.layers:
         linears = [module for module in layer.modules() if isinstance(module, SlotLinear)]
         if linears:
-            # On attention, not on the layer or the model: gradient checkpointing runs it once more before the others.
+            # A hook on attention, not on the layer or the model: gradient checkpointing recomputes it first.
             layer.self_attn.register_forward_pre_hook(partial(_count_slots, linears), with_kwargs=True)
     return adapted
 
@@ -126,8 +129,8 @@ def _check_slots_alone(adapted: PeftModel) -> None:
     }
     if others or not any(isinstance(module, SlotLinear) for module in adapted.modules()):
         raise RuntimeError(
-            f"peft {peft.__version__} made {', '.join(sorted(others)) or 'no layer'} where rows: slots takes SlotLinear: "
-            "LoraConfig._register_custom_module has no effect there, and adapters would act on content tokens"
+            f"peft {peft.__version__} made {', '.join(sorted(others)) or 'no layer'}: rows: slots expects SlotLinear. "
+            "LoraConfig._register_custom_module has no effect in this peft, so adapters would act on content tokens"
         )
 
 
@@ -138,10 +141,10 @@ def _count_slots(linears: Sequence[SlotLinear], attention: nn.Module, args: tupl
 
 
 def target_names(model: nn.Module, lora: LoraArguments) -> list[str]:
-    """Returns the target of `lora` in a model for peft: ends of names of linear layers.
+    """Returns peft's `target_modules` for `lora` in a model: name suffixes of linear layers.
 
     Raises:
-        ValueError: a target that matches no linear layer of the decoder, or makes keys or values with `rows: slots`.
+        ValueError: a target that matches no linear layer of the decoder, or with `rows: slots` a key or value projection.
     """
     linears = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in f".{name}"
@@ -155,12 +158,12 @@ def target_names(model: nn.Module, lora: LoraArguments) -> list[str]:
         matched = [name for name in linears if f".{name}".endswith(f".{target}")]
         if not matched:
             raise ValueError(
-                f"lora.target: {target!r} matches no linear layer of the decoder; there are {', '.join(kinds)}, in all "
-                f"layers or in one ({linears[0]!r})"
+                f"lora.target={target!r} matches no linear layer of the decoder: expected {', '.join(kinds)}, or a name "
+                f"in one layer ({linears[0]!r})"
             )
         if lora.rows == "slots" and matched[0].endswith(CONTENT_ONLY):
             raise ValueError(
-                f"lora.target: {target!r} makes keys or values, which only content has; with rows: slots it takes "
+                f"lora.target={target!r} makes keys or values, which slots don't have: with rows: slots, expected "
                 f"{', '.join(kinds)}"
             )
     return lora.target

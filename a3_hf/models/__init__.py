@@ -1,1 +1,1 @@
-"""Models: A3 and the controls it is compared with."""
+"""Models: A3, and the controls that it is compared with."""

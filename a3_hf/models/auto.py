@@ -1,4 +1,4 @@
-"""The architectures that a LLaMA can become: A3, Decoupled RoPE, masked diffusion, or the LLaMA itself as the control."""
+"""Architectures that a LLaMA can be converted to: A3 and its controls (Decoupled RoPE, masked diffusion, plain LLaMA)."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Classes of a model, and whether it is trained under the orders of a curriculum or by a loss of its own."""
+    """Classes of a model, and whether a curriculum of orders trains it (otherwise, its own loss)."""
 
     config: type[LlamaConfig]
     model: type[PreTrainedModel]

@@ -103,7 +103,7 @@ def test_generate_stops_at_the_end_of_text(checkpoint, tmp_path):
     [
         (["infill", "MODEL", "no blank"], "no blank marker"),
         (["infill", "MODEL", "the <blank:3>", "--strategy", "luck"], "groupwise, dynamic"),
-        (["infill", "MODEL", "the <blank:3>", "--tokens-per-step", "2"], "no meaning for strategy='groupwise'"),
+        (["infill", "MODEL", "the <blank:3>", "--tokens-per-step", "2"], "no effect with strategy='groupwise'"),
         (["infill", "MODEL", "the <blank:auto>", "--auto-lengths", "few"], "auto_lengths='few': expected LEAST..MOST"),
         (["infill", "MODEL", "the <blank:auto>", "--auto-lengths", "9..2"], "the range 9..2"),
         (["infill", "MODEL", "the <blank:2>", "--html", "no/such/folder.html"], "html='no/such/folder.html'"),

@@ -28,7 +28,7 @@ def hub(monkeypatch):
         raise ConnectionError("the hub can't be reached\nmore")
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
-    checkpoint_info._ask_the_hub.cache_clear()
+    checkpoint_info._check_is_on_hub.cache_clear()
     return asked
 
 
@@ -60,7 +60,7 @@ def test_what_is_no_hubs_name_is_no_such_folder(hub, tmp_path, monkeypatch, path
 def test_a_hubs_name_is_asked_for_once_and_the_cache_stands_for_it(hub, tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"'owner/name': there is no such folder .* hub has none: the hub can't be reached$"
+            ValueError, match=r"'owner/name': no such folder .* no such model on the hub: the hub can't be reached$"
         ):
             check_is_there("owner/name")
     monkeypatch.setattr(checkpoint_info.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -141,7 +141,7 @@ def test_the_diagram_is_drawn(tmp_path):
         ({"settings": {"strategy": "refine"}}, "refine.* writes tokens again"),
         ({"settings": {"order": "spiral"}}, "order='spiral' is not known; it takes one of left_to_right"),
         ({"settings": {"do_sample": True}}, "do_sample=True"),
-        ({"settings": {"criterion": "margin"}}, "no meaning for strategy='groupwise'"),
+        ({"settings": {"criterion": "margin"}}, "no effect with strategy='groupwise'"),
         ({"documents": []}, "documents is empty"),
         ({"documents": [""]}, "document 1 is empty"),
     ],

@@ -165,7 +165,7 @@ def test_calibration(run, tmp_path):
         (["needle", "MODEL", "--haystack", "no-such-hay.txt"], "haystack='no-such-hay.txt' can't be read"),
         (["calibration", "MODEL", "TEXT", "--shape", "round"], "shape='round' is not known"),
         (["calibration", "MODEL", "TEXT", "--strategy", "refine"], "writes tokens again"),
-        (["calibration", "MODEL", "TEXT", "--group_size", "2", "--threshold", "0.5"], "no meaning for strategy="),
+        (["calibration", "MODEL", "TEXT", "--group_size", "2", "--threshold", "0.5"], "no effect with strategy="),
         (["calibration", "MODEL", "TEXT", "--plot", "plot.svg"], "plot='plot.svg': expected a file that ends in .png"),
         (["calibration", "MODEL", "TEXT", "--max_length", "500"], "max_length=500 is above the model's context"),
     ],
@@ -180,7 +180,7 @@ def test_mistakes_are_said_in_a_line(run, arguments, message):
 def test_a_base_that_is_no_llama(run, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     outcome = run("ppl", "MODEL", "TEXT", "--base", tmp_path)
-    assert outcome.exit_code == 2 and "model type 'a3_llama'; architecture 'llama' takes a LLaMA" in outcome.stderr
+    assert outcome.exit_code == 2 and "model type 'a3_llama': architecture 'llama' expects a LLaMA" in outcome.stderr
 
 
 def test_a_tokenizer_without_bos(run, source, tmp_path):

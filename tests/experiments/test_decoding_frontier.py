@@ -240,7 +240,7 @@ def test_what_is_refused(a3, tokenizer, judge, stories, tmp_path):
         ({"strategies": {}}, "strategies is empty"),
         ({"strategies": {"one": 4}}, "'one' is 4"),
         ({"strategies": {"one": {"seed": 4}}}, "'one' has 'seed': expected strategy"),
-        ({"strategies": {"one": {"threshold": 0.5}}}, "'one': threshold=0.5 has no meaning for strategy='groupwise'"),
+        ({"strategies": {"one": {"threshold": 0.5}}}, "'one': threshold=0.5 has no effect with strategy='groupwise'"),
         ({"judge": str(tmp_path / "none")}, "none' can't be loaded"),
         ({"data_dir": str(tmp_path)}, "cloze_test_val__spring2016.csv"),
     ):

@@ -107,7 +107,7 @@ def test_a_llama_stays_one_only_where_it_is_said(source, tmp_path):
     assert type(load_model(str(source), architecture="llama")) is LlamaForCausalLM
     load_model(str(source), architecture="masked_diffusion").save_pretrained(tmp_path / "diffusion")
     assert type(load_model(str(tmp_path / "diffusion"))) is MaskedDiffusionLlamaForCausalLM
-    with pytest.raises(ValueError, match="'llama' takes a LLaMA"):
+    with pytest.raises(ValueError, match="'llama' expects a LLaMA"):
         load_model(str(tmp_path / "diffusion"), architecture="llama")
     with pytest.raises(ValueError, match="masked_diffusion_llama"):
         load_model(str(tmp_path / "diffusion"), architecture="a3")
@@ -120,7 +120,7 @@ def test_a_llama_stays_one_only_where_it_is_said(source, tmp_path):
         (["--curriculum", "{stages: [{name: ar}]}"], "curriculum has no effect"),
         (["--content_loss_weight", "2"], "content_loss_weight=2.0 has no effect"),
         (["--loss", "chunked"], "loss='chunked' has no effect"),
-        (["--lora", "{r: 2}"], "lora: adapters are for architecture 'a3'"),
+        (["--lora", "{r: 2}"], "lora: expected architecture 'a3'"),
     ],
 )
 def test_settings_without_effect_are_refused(source, tmp_path, architecture, overrides, message):

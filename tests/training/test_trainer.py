@@ -381,7 +381,7 @@ def test_settings_that_orders_do_not_go_with_are_refused(tmp_path):
 def test_an_attention_that_drops_masks_is_refused_before_training(tmp_path):
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="'sdpa' or 'flex_attention'"):
+    with pytest.raises(ValueError, match="'sdpa', 'flex_attention' or 'eager'"):
         make_trainer(tmp_path, rows([6] * 4), model=model)
 
 

@@ -79,7 +79,7 @@ def test_the_steps_of_epochs_are_those_that_are_made(epochs, accumulation, steps
 
 def test_adapters_on_other_rows_than_the_slots_are_an_error(monkeypatch):
     monkeypatch.setattr(SlotLoraConfig, "_register_custom_module", lambda self, mapping: None)
-    with pytest.raises(RuntimeError, match=r"peft \d.* made Linear where rows: slots takes SlotLinear"):
+    with pytest.raises(RuntimeError, match=r"peft \d.* made Linear: rows: slots expects SlotLinear"):
         attach(A3LlamaForCausalLM(tiny_config()), LoraArguments(r=2, rows="slots"))
 
 

@@ -1,1 +1,1 @@
-"""A3 on LLaMA. Imports torch, transformers and this folder only: a saved checkpoint carries these files."""
+"""A3 on LLaMA. These files are saved with every checkpoint, so they import only torch, transformers and each other."""

@@ -1,4 +1,4 @@
-"""Attention and the last layer, as a difference from transformers' LLaMA: keys and values come from content tokens alone."""
+"""Attention and last layer, as a difference from transformers' LLaMA: keys and values come from content tokens only."""
 
 import torch
 from torch import nn
@@ -13,8 +13,8 @@ from .rope import apply_rotary
 
 
 class A3LlamaAttention(LlamaAttention):
-    # Identical to LlamaAttention except: keys and values come from the first `content_length` rows only, and there is one
-    # mask for all rows, or one for content and one for slots. With `slots_only` queries, masks and output are the slots'.
+    # Identical to LlamaAttention except: keys and values come from the first `content_length` rows only, and the mask is
+    # one for all rows, or a pair for content and slots. With `slots_only`, queries, masks and output are of slots only.
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -26,7 +26,7 @@ class A3LlamaAttention(LlamaAttention):
         frozen_content: FrozenContent | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # `position_ids` go no further: a flash kernel would take positions that don't ascend for several packed texts.
+        # `position_ids` stop here: flash attention would treat non-ascending positions as several packed texts.
         cache = take_cache(kwargs)
         heads = (-1, self.head_dim)
         content_states = hidden_states[:, :content_length]
@@ -71,8 +71,8 @@ class A3LlamaAttention(LlamaAttention):
 
 
 class A3LlamaLastLayer(LlamaDecoderLayer):
-    # Identical to LlamaDecoderLayer except: with `slots_only` content rows end at their keys and values, and the output
-    # (B, Q, D) is the slots'.
+    # Identical to LlamaDecoderLayer except: with `slots_only`, only keys and values are computed of content rows, and the
+    # output (B, Q, D) is of slots.
     def forward(
         self, hidden_states: torch.Tensor, content_length: int, slots_only: bool = False, **kwargs
     ) -> torch.Tensor:
@@ -96,8 +96,8 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # Identical to LLaMA's except: a boolean mask is obeyed, and a row that sees nothing gets zeros (as from `sdpa`)
-    # instead of the average of everything, which would leak.
+    # Identical to LLaMA's except: boolean masks work, and a row that sees nothing gets zeros (as from `sdpa`) instead of
+    # the average of all values, which would leak.
     if attention_mask is None or attention_mask.dtype != torch.bool:
         return llama_eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))

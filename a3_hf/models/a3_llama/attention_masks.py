@@ -1,4 +1,4 @@
-"""Who sees whom: the rule of the two streams, and its form for each attention implementation."""
+"""Attention masks: the visibility rule of the two streams, and its form for each attention implementation."""
 
 from typing import NamedTuple
 
@@ -12,29 +12,31 @@ from .caching import CACHE
 from .orders import ContentTokens, QuerySlots
 
 DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
-# These have no causal flag: a causal mask has to be written out.
+# These ignore `is_causal`: a causal mask must be an explicit tensor or BlockMask.
 MATERIALISED_IMPLEMENTATIONS = ("eager", "flex_attention")
 
 
 class AttentionMask(NamedTuple):
-    """What a run of rows may see of the keys.
+    """Attention mask of consecutive rows.
 
-    `mask` is a boolean tensor (B or 1, 1, rows or 1, keys), True where a row sees a key; LLaMA's own mask (additive for
-    `eager`, 2D for `flash_attention_2`); a `BlockMask` for `flex_attention`; or None. Under None, `is_causal` decides
-    between the plain causal triangle and everything. `of_slots` is the slots' part of a `BlockMask`, where it has been made
-    beforehand."""
+    Attributes:
+        mask: a boolean tensor (B or 1, 1, rows or 1, keys), True where a row sees a key; LLaMA's mask (additive for `eager`,
+            2D for `flash_attention_2`); a `BlockMask` for `flex_attention`; or None.
+        is_causal: if `mask` is None: True for the causal triangle, False for full visibility.
+        of_slots: the slots' part of a `BlockMask`, if precomputed.
+    """
 
     mask: torch.Tensor | BlockMask | None
     is_causal: bool = False
     of_slots: BlockMask | None = None
 
 
-# One mask for all rows of a pass (content tokens, then query slots), or two: the content's, then the slots'.
+# One mask for all rows of a pass (content tokens, then query slots), or two: content, then slots.
 AttentionMasks = tuple[AttentionMask, ...]
 
 
 def sees(row_group: torch.Tensor, row_is_slot: torch.Tensor, key_group: torch.Tensor) -> torch.Tensor:
-    """The rule (paper §1): content sees content of groups up to its own, a slot sees content of earlier groups only."""
+    """True where a row sees a key (paper §1): content sees groups up to its own, a slot sees earlier groups only."""
     return torch.where(row_is_slot, key_group < row_group, key_group <= row_group)
 
 
@@ -47,21 +49,21 @@ def group_attention_mask(
     num_cached: int = 0,
     num_keys: int | None = None,
 ) -> AttentionMasks:
-    """The mask of one pass from the groups of its content (B, C) and slots (B, Q), as `implementation` takes it.
+    """Builds the mask of one pass from the groups of its content (B, C) and slots (B, Q).
 
     Args:
         implementation: `"eager"`, `"sdpa"` or `"flex_attention"`.
         content: with `document_ids`, a row sees keys of its own document only; not with a cache.
         key_mask: (B, num_cached + C), False where a key is padding. None: no padding.
-        num_cached: keys that come from the cache, before those of this pass; every row sees them.
-        num_keys: width of the keys when it is more than num_cached + C (a static cache); nobody sees the surplus.
+        num_cached: number of keys from the cache, which precede those of this pass; every row sees them.
+        num_keys: number of keys if more than num_cached + C (a static cache); no row sees the extra ones.
 
     Returns:
         One `AttentionMask` over C + Q rows.
 
     Raises:
-        ValueError: an implementation that can't express groups (flash attention takes plain causal masks only and drops
-            any other in silence, which would let a slot see its own token).
+        ValueError: an implementation that can't express groups (flash attention silently drops any mask but a causal one,
+            so a slot would see its own token).
     """
     _check_can_mask(implementation)
     group_ids, document_ids = content.group_ids, content.document_ids
@@ -99,9 +101,7 @@ def group_attention_mask(
 
 
 class MaskCache:
-    """The mask of batches in which every row has the same groups, as equal groups in generation order have: made once, and
-    again when the groups change.
-    """
+    """Caches the mask of batches whose rows all have the same groups, e.g. groups of one size in generation order."""
 
     def __init__(self):
         self._made_for: tuple | None = None
@@ -109,9 +109,7 @@ class MaskCache:
         self._masks: AttentionMasks | None = None
 
     def masks(self, implementation: str, content: ContentTokens, key_mask: torch.Tensor) -> AttentionMasks | None:
-        """As `group_attention_mask` with a slot for each token, one mask for all rows; None where rows differ or hold
-        padding.
-        """
+        """Returns `group_attention_mask` with one slot per token, shared by all rows; None if rows differ or hold padding."""
         groups = content.group_ids[:1]
         if not ((content.group_ids == groups).all() & key_mask.all()):
             return None
@@ -126,13 +124,13 @@ class MaskCache:
 
 
 def groups_of(group_ids: torch.Tensor, target_group_ids: torch.Tensor) -> tuple[ContentTokens, QuerySlots]:
-    """Content (B, C) and slots (B, Q) of which only the groups matter, as in masks."""
+    """Returns content (B, C) and slots (B, Q) with these groups and placeholder positions, to build masks from."""
     return ContentTokens(None, group_ids, group_ids), QuerySlots(target_group_ids, target_group_ids)
 
 
 def singleton_attention_mask(implementation: str, length: int, device: torch.device) -> AttentionMasks:
-    """Masks of `length` singletons in generation order, where content row t and slot row t both see content 0..t: the
-    slot at row t predicts rank t + 1. Both are plain causal, so every kernel can take them, flash attention included.
+    """Returns masks of `length` singletons in generation order: content row t and slot row t both see content 0..t, and
+    slot t predicts rank t + 1. Both masks are causal, so every kernel supports them, flash attention included.
     """
     if implementation in MATERIALISED_IMPLEMENTATIONS:
         ranks = torch.arange(length, device=device)[None]
@@ -143,8 +141,8 @@ def singleton_attention_mask(implementation: str, length: int, device: torch.dev
 def prompt_attention_mask(
     implementation: str, content_length: int, num_slots: int, key_mask: torch.Tensor | None, device: torch.device
 ) -> AttentionMasks:
-    """Masks of the first decoding step: given tokens as singletons in storage order, slots that see all of them.
-    `key_mask` (B, C) is False at padding, None where there is none.
+    """Returns masks of the first decoding step: given tokens are singletons in storage order, and slots see all of them.
+    `key_mask` (B, C) is False at padding; None: no padding.
     """
     if key_mask is None and implementation not in MATERIALISED_IMPLEMENTATIONS:
         return AttentionMask(None, is_causal=True), AttentionMask(None)
@@ -154,8 +152,8 @@ def prompt_attention_mask(
 
 
 def all_visible_mask(implementation: str, num_rows: int, key_mask: torch.Tensor | None) -> AttentionMasks:
-    """Masks of a decoding step: the content of this pass is one group and the slots belong to a later one, so that every row
-    sees every key that is not padding. `key_mask` (B, keys) is False at padding, None where there is none.
+    """Returns masks of a decoding step in which every row sees every key that is not padding: content is one group, and
+    slots belong to a later one. `key_mask` (B, keys) is False at padding; None: no padding.
     """
     if key_mask is None:
         return (AttentionMask(None),)
@@ -178,14 +176,14 @@ def all_visible_mask(implementation: str, num_rows: int, key_mask: torch.Tensor 
 def next_token_mask(
     implementation: str, content_mask, rows: torch.Tensor, content_length: int, num_keys: int
 ) -> AttentionMasks:
-    """Masks of LLaMA's causal contract: slot j sees just what content row `rows[j]` sees, itself included, because it
-    predicts the token after it.
+    """Returns masks of LLaMA's causal contract: slot j predicts the token after content row `rows[j]`, and sees exactly
+    what that row sees, itself included.
 
     Args:
-        content_mask: what transformers' `create_causal_mask` returned for the content rows.
-        rows: (Q,) ascending content rows, each the one whose view a slot repeats.
+        content_mask: result of transformers' `create_causal_mask` for the content rows.
+        rows: (Q,) ascending indices of content rows.
         content_length: C, the number of content rows.
-        num_keys: width of the keys; more than C with a cache.
+        num_keys: number of keys; more than C with a cache.
     """
     if isinstance(content_mask, BlockMask):
         batch_size, _, _, width = content_mask.shape
@@ -219,11 +217,11 @@ def pass_masks(
     key_mask: torch.Tensor | None,
     cache: Cache | None,
 ) -> tuple[AttentionMasks, ContentTokens, QuerySlots]:
-    """The masks of a pass of the model, and its content (B, C) and slots (B, Q) with the groups that the masks follow.
+    """Returns the masks of a pass, and its content (B, C) and slots (B, Q) with missing groups filled in.
 
     Args:
-        rows: (Q,) the content rows after each of which a slot predicts the next token, in LLaMA's causal contract.
-        key_mask: (B, cached + C), 0 at padding, or what transformers' `create_causal_mask` takes besides.
+        rows: (Q,) with LLaMA's causal contract: indices of content rows, each followed by a slot for the next token.
+        key_mask: (B, cached + C), 0 at padding, or another mask that transformers' `create_causal_mask` accepts.
     """
     batch_size, content_length = inputs_embeds.shape[:2]
     num_keys, num_cached, implementation = content_length, 0, config._attn_implementation
@@ -253,7 +251,7 @@ def pass_masks(
 
 
 def slots_attention_mask(masks: AttentionMasks, content_length: int) -> AttentionMasks:
-    """What the slots alone may see, of the masks of a whole pass."""
+    """Returns the slots' part of the masks of a whole pass."""
     mask, is_causal, of_slots = masks[-1]
     if of_slots is not None:
         return (AttentionMask(of_slots),)
@@ -287,7 +285,7 @@ def content_attention_mask(masks: AttentionMasks, content_length: int) -> Attent
 def sees_something(
     content: ContentTokens, slots: QuerySlots, key_mask: torch.Tensor | None, num_cached: int
 ) -> torch.Tensor:
-    """(B, Q), True where a slot sees at least one content token. Arguments as in `group_attention_mask`."""
+    """Returns (B, Q), True where a slot sees at least one content token. Arguments as in `group_attention_mask`."""
     group_ids = content.group_ids
     if content.document_ids is not None:
         masks = group_attention_mask("sdpa", content, slots, key_mask=key_mask)
@@ -305,6 +303,6 @@ def _check_can_mask(implementation: str) -> None:
     if implementation not in (*DENSE_IMPLEMENTATIONS, "flex_attention"):
         raise ValueError(
             f"attn_implementation={implementation!r} can't express groups or padding of any-order passes: it would drop the "
-            "mask and let a slot see the token it is to predict. Use 'sdpa' or 'flex_attention' ('eager' works too); a plain "
-            "causal kernel serves left-to-right use, model(input_ids) and model.generate, alone."
+            "mask, and a slot would see the token that it predicts. Use 'sdpa', 'flex_attention' or 'eager'. Causal-only "
+            "kernels support model(input_ids) and model.generate only."
         )

@@ -1,4 +1,4 @@
-"""The key/value cache under the installed transformers' word for it, and the checks that a pass filled it."""
+"""The key/value cache: its keyword in the installed transformers, and checks that a pass filled it."""
 
 import inspect
 from dataclasses import fields
@@ -10,28 +10,28 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-PAGED = "PagedAttentionCache"  # the class of continuous batching's
-CACHE_WORDS = ("past_key_values", "cache")  # up to transformers 5.23, and from 5.24 on
+PAGED = "PagedAttentionCache"  # class name of continuous batching's cache
+CACHE_WORDS = ("past_key_values", "cache")  # keyword up to transformers 5.23, and from 5.24 on
 
 
 def _installed_word() -> str:
-    """The word under which the installed transformers hands a cache to LLaMA's layers and returns it in outputs, found by
-    looking at both, not at the version.
+    """Returns the keyword for the cache in LLaMA's layers and outputs in the installed transformers, found by inspecting
+    their signatures rather than the version.
 
     Raises:
-        ImportError: there is no such word among `CACHE_WORDS`, or the places disagree.
+        ImportError: layers and outputs don't share exactly one keyword of `CACHE_WORDS`.
     """
     places = {"BaseModelOutputWithPast": {field.name for field in fields(BaseModelOutputWithPast)}}
     for layer in (LlamaDecoderLayer, LlamaAttention):
         parameters = inspect.signature(layer.forward).parameters
-        if "hidden_states" in parameters:  # not replaced by a patch with (*args, **kwargs)
+        if "hidden_states" in parameters:  # not monkey-patched with (*args, **kwargs)
             places[f"{layer.__name__}.forward"] = set(parameters)
     words = [word for word in CACHE_WORDS if all(word in names for names in places.values())]
     if len(words) != 1:
         found = "; ".join(f"{place} has {', '.join(sorted(names))}" for place, names in places.items())
         raise ImportError(
-            f"transformers {transformers.__version__} hands on the key/value cache under none of the words that a3_hf knows, "
-            f"{' and '.join(CACHE_WORDS)}: {found}. Install a version that this a3_hf was tested with"
+            f"transformers {transformers.__version__} passes the key/value cache under none of the keywords that a3_hf knows, "
+            f"{' and '.join(CACHE_WORDS)}: {found}. Install a version that this a3_hf was tested with."
         )
     return words[0]
 
@@ -41,26 +41,26 @@ OTHER_WORD = next(word for word in CACHE_WORDS if word != CACHE)
 
 
 class BothWordsMixin:
-    """For outputs: the cache is read under both words, whichever of them is the field."""
+    """Mixin for outputs: the cache can be read under both keywords, whichever of them is the field."""
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(CACHE if key == OTHER_WORD else key)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only for names that are no attribute.
+        # Called only if `name` is not an attribute.
         if name == OTHER_WORD:
             return getattr(self, CACHE)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 class NoPagedCacheMixin:
-    """For models that can't be run by transformers' continuous batching, whose errors would end in empty texts."""
+    """Mixin for models without support for transformers' continuous batching, which would return empty texts on errors."""
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Raises a ValueError: continuous batching keeps its paged cache where this model has no place for it."""
+        """Raises a ValueError: the model does not support a paged cache."""
         raise ValueError(
-            f"{type(self).__name__} takes no part in transformers' continuous batching (generate_batch and the like); use "
-            "generate or generate_any_order on a padded batch"
+            f"{type(self).__name__} does not support transformers' continuous batching (generate_batch). Use generate or "
+            "generate_any_order on a padded batch."
         )
 
     generate_batch = init_continuous_batching
@@ -69,57 +69,57 @@ class NoPagedCacheMixin:
 def one_cache(
     past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any], *, takes_paged: bool = False
 ) -> Cache | None:
-    """The cache that a caller gave under either word.
+    """Returns the cache that a caller passed under either keyword.
 
     Args:
         others: the caller's other keyword arguments.
-        takes_paged: that of continuous batching, which is no `Cache`, is handed on as well.
+        takes_paged: also accept continuous batching's cache, which is not a `Cache`.
 
     Raises:
-        ValueError: both words at once, a cache under a third, or what is no cache.
+        ValueError: both keywords at once, a cache under any other keyword, or an object that is not a cache.
     """
     if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two words for the same; give one of them")
+        raise ValueError("past_key_values and cache are the same argument: expected one of them")
     refuse_other_words(others)
     cache = cache if past_key_values is None else past_key_values
     is_paged = takes_paged and type(cache).__name__ == PAGED
     if cache is not None and not isinstance(cache, Cache) and not is_paged:
-        raise ValueError(f"past_key_values is a {type(cache).__name__}; it takes a transformers Cache")
+        raise ValueError(f"past_key_values is a {type(cache).__name__}: expected a transformers Cache")
     return cache
 
 
 def take_cache(kwargs: dict[str, Any]) -> Cache | None:
-    """Takes the cache out of what a decoder layer hands to attention.
+    """Pops the cache from the keyword arguments that a decoder layer passes to attention.
 
     Raises:
-        RuntimeError: the layer hands nothing on under `CACHE`.
-        ValueError: there is a cache under another word.
+        RuntimeError: the layer passes no argument `CACHE`.
+        ValueError: a cache under another keyword.
     """
     refuse_other_words({name: value for name, value in kwargs.items() if name != CACHE})
     if CACHE not in kwargs:
         raise RuntimeError(
-            f"transformers {transformers.__version__}: LlamaDecoderLayer hands attention no argument {CACHE!r}, but "
-            f"{', '.join(sorted(kwargs))}; a3_hf can't tell where the key/value cache is"
+            f"transformers {transformers.__version__}: LlamaDecoderLayer passes attention no argument {CACHE!r}, but "
+            f"{', '.join(sorted(kwargs))}; a3_hf can't find the key/value cache"
         )
     return kwargs.pop(CACHE)
 
 
 def refuse_other_words(arguments: dict[str, Any]) -> None:
-    """Raises a ValueError for a cache among arguments that no word of ours covers: nobody would read it."""
+    """Raises a ValueError for a cache under an unknown keyword, which would be ignored."""
     for name, value in arguments.items():
         if isinstance(value, Cache):
             raise ValueError(
-                f"{name} holds a {type(value).__name__}; a cache is given as {' or '.join(CACHE_WORDS)} (transformers "
+                f"{name} is a {type(value).__name__}: expected a cache as {' or '.join(CACHE_WORDS)} (transformers "
                 f"{transformers.__version__})"
             )
 
 
 def check_filled(cache: Cache, length: int | torch.Tensor, *, last_layer: int) -> None:
-    """Whether the first and the last layer of the cache hold `length` tokens after a pass. A static cache counts on its
-    device: on a GPU, and in a compiled graph, it is not asked.
+    """Checks that the first and last layer of the cache hold `length` tokens after a pass. Skipped for a static cache on a
+    GPU or in a compiled graph, whose length is a tensor.
 
     Raises:
-        RuntimeError: they don't, so that the next pass would see too little or too much.
+        RuntimeError: they don't, so the next pass would see too few or too many tokens.
     """
     for layer in {0, last_layer}:
         held = cache.get_seq_length(layer)
@@ -128,7 +128,7 @@ def check_filled(cache: Cache, length: int | torch.Tensor, *, last_layer: int) -
         if int(held) == int(length):
             continue
         raise RuntimeError(
-            f"after the pass, layer {layer} of the cache holds {int(held)} tokens where it takes {int(length)}. Either "
-            "activation (gradient) checkpointing in training mode dropped the cache: give none there (use_cache=False), or "
-            f"call eval(); or the layers of transformers {transformers.__version__} no longer hand it on as a3_hf expects"
+            f"after the pass, layer {layer} of the cache holds {int(held)} tokens: expected {int(length)}. Either activation "
+            "(gradient) checkpointing in training mode dropped the cache: pass use_cache=False or call eval(). Or the layers "
+            f"of transformers {transformers.__version__} no longer pass it as a3_hf expects."
         )

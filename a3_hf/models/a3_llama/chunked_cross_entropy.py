@@ -1,6 +1,4 @@
-"""Cross entropy of labels that stand where they are predicted: from logits, or from hidden states, where the logits are made,
-used and dropped a few rows at a time.
-"""
+"""Cross entropy of labels that are not shifted: from logits, or from hidden states with logits made in chunks of rows."""
 
 from typing import Any, NamedTuple
 
@@ -9,20 +7,20 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 IGNORED_LABEL = -100
-# Numbers of fp32 logits that exist at one time: products of fewer rows take longer, above all on a GPU.
+# Number of fp32 logits held at once; smaller chunks are slower, above all on a GPU.
 LOGITS_AT_ONCE = {"cpu": 2**24}
 LOGITS_AT_ONCE_ELSEWHERE = 2**27
 
 
 class ChunkedLoss(NamedTuple):
-    """`loss` () carries the gradient; `token_losses` (…) are each row's own, fp32, 0 where ignored, without gradient."""
+    """`loss` () with gradient; `token_losses` (…) of each row, in nats, fp32, without gradient, 0 where ignored."""
 
     loss: torch.Tensor
     token_losses: torch.Tensor
 
 
 class HeadOutput(NamedTuple):
-    """Logits (…, V) or, with a chunked loss, `token_losses` (…); and the loss (), where there are labels."""
+    """Logits (…, V) or, with a chunked loss, `token_losses` (…); and the loss (), if there are labels."""
 
     logits: torch.Tensor | None = None
     loss: torch.Tensor | None = None
@@ -38,13 +36,12 @@ def apply_head(
     is_shifted: bool,
     chunked: bool,
 ) -> HeadOutput:
-    """What a causal LM makes of hidden states (…, D) and labels (…; None: no loss).
+    """Applies `model.lm_head` and the loss to hidden states (…, D) and labels (…; None: no loss).
 
     Args:
-        keywords: further keywords of the forward; `num_items_in_batch` divides the loss.
-        is_shifted: labels are those of the input, and transformers' own loss shifts them; else each label belongs to the
-            state in its place.
-        chunked: `chunked_cross_entropy`, without logits; needs labels that are not shifted.
+        keywords: further keyword arguments of the forward; `num_items_in_batch` divides the loss.
+        is_shifted: True: transformers' loss shifts the labels; False: each label belongs to the state at its index.
+        chunked: use `chunked_cross_entropy`, without logits; needs labels, not shifted.
     """
     num_items = keywords.get("num_items_in_batch")
     if chunked:
@@ -62,10 +59,10 @@ def apply_head(
 def slot_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, *, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """The mean cross entropy () of logits (…, V), in fp32 or fp64, under labels (…), none of them shifted; −100 is ignored.
+    """Returns the mean cross entropy (), fp32 or fp64, of logits (…, V) and labels (…), not shifted; −100 is ignored.
 
     Args:
-        num_items: what the sum over labels is divided by; None: by the number of labels that are not −100.
+        num_items: divisor of the sum over labels; None: the number of labels that are not −100.
     """
     reduction = "mean" if num_items is None else "sum"
     loss = nn.functional.cross_entropy(
@@ -85,30 +82,29 @@ def chunked_cross_entropy(
     num_items: torch.Tensor | int | None = None,
     rows_at_once: int | None = None,
 ) -> ChunkedLoss:
-    """The mean cross entropy of `head(hidden_states)`, where (…, V) logits never exist all at once (not specified in the
-    paper). Its gradients are made along with it, while a chunk's logits are at hand: no product is done twice, and what is
-    kept for the backward pass is one gradient (…, D) and one (V, D).
+    """Returns the mean cross entropy of `head(hidden_states)` without holding all logits (…, V) at once (not specified in
+    the paper). Gradients are computed in the forward pass, chunk by chunk, so no matrix product is repeated; one gradient
+    (…, D) and one (V, D) are kept for the backward pass.
 
-    Under autocast products are in its type, otherwise in that of the weight; softmax and sums are in fp32.
+    Products are in the autocast dtype, or else the weight's; softmax and sums are in fp32.
 
     Args:
         hidden_states: (…, D).
         head: an `nn.Linear` (D → V) without bias; its weight may be tied.
         labels: (…) integers below V; −100 is ignored.
-        num_items: what the sum over labels is divided by; None: by the number of labels that are not −100.
-        rows_at_once: rows of logits that exist at one time; None: as suits the device.
+        num_items: divisor of the sum over labels; None: the number of labels that are not −100.
+        rows_at_once: rows of logits held at once; None: chosen by device.
 
     Raises:
-        ValueError: shapes that don't match, or a head that is not a plain linear one (an adapter on it, say): its product
-            is not that with one weight.
+        ValueError: shapes that don't match, or a head that is not a plain `nn.Linear` (e.g. one with an adapter).
     """
     if type(head) is not nn.Linear or head.bias is not None:
         raise ValueError(
-            f"the chunked loss takes a head that is an nn.Linear without bias, got {type(head).__name__}; "
-            "use the plain loss, or leave lm_head out of the adapter's targets"
+            f"lm_head is a {type(head).__name__}: the chunked loss expects an nn.Linear without bias. Use the plain loss, or "
+            "leave lm_head out of the adapter's targets."
         )
     if labels.shape != hidden_states.shape[:-1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; it takes {tuple(hidden_states.shape[:-1])}")
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: expected {tuple(hidden_states.shape[:-1])}")
     weight, labels_in_line = head.weight, labels.reshape(-1).to(hidden_states.device)
     if rows_at_once is None:
         at_once = LOGITS_AT_ONCE.get(hidden_states.device.type, LOGITS_AT_ONCE_ELSEWHERE)
@@ -144,9 +140,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 token_losses[rows] = ((normaliser - logits.gather(1, target)).squeeze(1)).masked_fill(~scored, 0.0)
                 if not (wants_hidden or wants_weight):
                     continue
-                share = (scored / divisor)[:, None]
-                gradient = logits.sub_(normaliser).exp_().mul_(share)
-                gradient = gradient.scatter_add_(1, target, -share).to(dtype)
+                scale = (scored / divisor)[:, None]
+                gradient = logits.sub_(normaliser).exp_().mul_(scale)
+                gradient = gradient.scatter_add_(1, target, -scale).to(dtype)
                 if wants_hidden:
                     hidden_gradient[rows] = gradient @ weight
                 if wants_weight:
@@ -159,7 +155,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, loss_gradient, _):
         if ctx.gradients is None:
-            raise RuntimeError("the chunked loss keeps its gradients for one backward pass; compute the loss again")
+            raise RuntimeError("the chunked loss keeps its gradients for one backward pass. Compute the loss again.")
         hidden_gradient, weight_gradient = ctx.gradients
         ctx.gradients = None
         if hidden_gradient is not None:
@@ -170,7 +166,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """`total` (fp32) += `left` · `right`, in their type."""
+    """Adds `left` · `right`, computed in their dtype, to `total` (fp32)."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:

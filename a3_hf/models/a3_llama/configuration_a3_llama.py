@@ -1,4 +1,4 @@
-"""The configuration: LLaMA's, under the model type `a3_llama`."""
+"""Configuration of A3 on LLaMA (model type `a3_llama`)."""
 
 from transformers import LlamaConfig
 
@@ -17,16 +17,15 @@ def check_suffix_template(suffix_template: str | None) -> None:
 class A3LlamaConfig(LlamaConfig):
     """Configuration of an A3 any-order LLaMA. Identical to `LlamaConfig` except:
 
-    - `model_type` is `"a3_llama"`, and a `config.json` of model type `"llama"` is read as one of ours, so that a plain
-      LLaMA checkpoint loads as it is;
-    - any other model type raises a `ValueError` that names those two;
-    - `slot_start`, what a query slot starts as: `"left_token"` (the default; not in the paper), the embedding of the token to
-      the left of the asked one wherever the slot may see it, and `query_embed` elsewhere, all slots being rotated by the
-      position of that token: from left to right a slot is then what LLaMA's own last row is, and its logits are LLaMA's
-      before any training. Or `"query_embed"` (the paper's), one learnt vector for all, which means nothing before training.
-      A checkpoint of type `"a3_llama"` that doesn't say was saved when `"query_embed"` was the default, and has that;
-    - `suffix_template`, words with `{suffix}` in them that `infill` puts in front of a text, with what stands after its last
-      blank in place of `{suffix}` (not in the paper): a LLaMA has learnt from text on its left. None: the suffix stays at its
+    - `model_type` is `"a3_llama"`; a `config.json` of model type `"llama"` is accepted too, so plain LLaMA checkpoints load
+      directly. Any other model type raises a `ValueError`.
+    - `slot_start` is the input embedding of a query slot. `"left_token"` (default; not in the paper): the embedding of the
+      token to the left of the predicted one if the slot sees it, else `query_embed`; RoPE uses the left token's position.
+      From left to right, a slot's logits then equal LLaMA's before any training. `"query_embed"` (the paper's): one learnt
+      vector for all slots, useless before training. Checkpoints of type `"a3_llama"` without the field get `"query_embed"`,
+      the default when they were saved.
+    - `suffix_template`: words with `{suffix}` in them (not in the paper). `infill` puts them in front of a text, with the text
+      after the last blank in place of `{suffix}`, because a LLaMA has learnt from text on its left. None: the suffix stays in
       place.
     """
 
@@ -38,12 +37,12 @@ class A3LlamaConfig(LlamaConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.slot_start not in SLOT_STARTS:
-            raise ValueError(f"slot_start={self.slot_start!r}; it takes {' or '.join(map(repr, SLOT_STARTS))}")
+            raise ValueError(f"slot_start={self.slot_start!r}: expected {' or '.join(map(repr, SLOT_STARTS))}")
         check_suffix_template(self.suffix_template)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # The Auto classes come here with what a file holds; `get_config_dict` has told LLaMA's from ours.
+        # The Auto classes pass a file's content; `get_config_dict` has already converted a LLaMA's.
         if config_dict.get("model_type") == cls.model_type and "slot_start" not in config_dict:
             config_dict = {**config_dict, "slot_start": "query_embed"}
         return super().from_dict(config_dict, **kwargs)
@@ -55,8 +54,8 @@ class A3LlamaConfig(LlamaConfig):
         if model_type not in LOADABLE_MODEL_TYPES:
             raise ValueError(
                 f"pretrained_model_name_or_path={str(pretrained_model_name_or_path)!r} holds a checkpoint of model type "
-                f"{model_type!r}; A3 loads checkpoints of model type {' or '.join(map(repr, LOADABLE_MODEL_TYPES))} "
-                "(LLaMA 2 and 3.x, TinyLlama, SmolLM2, …)"
+                f"{model_type!r}: A3 expects {' or '.join(map(repr, LOADABLE_MODEL_TYPES))} (LLaMA 2 and 3.x, TinyLlama, "
+                "SmolLM2, …)"
             )
         if model_type != cls.model_type:
             start = {"slot_start": config_dict.get("slot_start", cls.slot_start)}

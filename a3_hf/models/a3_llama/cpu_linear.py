@@ -1,4 +1,4 @@
-"""What makes decoding on a CPU faster and leaves its values as they are."""
+"""Faster fp32 linear layers for decoding on a CPU, with the same results up to rounding."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,19 +7,18 @@ from functools import partial
 import torch
 from torch import nn
 
-# With 8 to 63 rows, fp32 `linear` on a CPU takes up to three times as long as the same product the other way round
-# (weight · inputᵀ), which does not repack the weight; with a weight as tall as an lm_head's, from 4 rows on. Below and above
-# there is nothing to gain. `eval/bench_few_rows.py` measures it, `LOG.md` has the figures.
+# With 8 to 63 rows, fp32 `linear` on a CPU takes up to three times as long as the transposed product
+# (weight · inputᵀ), which does not repack the weight; with a weight as tall as an lm_head's, from 4 rows on. Other row
+# counts gain nothing. Measured by `eval/bench_few_rows.py`; figures in `LOG.md`.
 ROWS, ROWS_OF_TALL, TALL = range(8, 64), range(4, 64), 8
 SMALLEST_WEIGHT = 2**17  # entries
 
 
 @contextmanager
 def fast_on_cpu(model: nn.Module) -> Iterator[None]:
-    """Within it, the plain fp32 `nn.Linear`s of a model on a CPU multiply few rows the other way round (the same values
-    but for rounding), and nothing is kept for autograd, not even version counters. Where a weight lies elsewhere or is
-    sharded, nothing is changed, and linears that something else has taken over (adapters, quantisation, hooks on
-    `forward`) stay as they are. What is made within it are inference tensors.
+    """Context manager in which the plain fp32 `nn.Linear`s of a CPU model use the transposed product for few rows (the same
+    values up to rounding), in inference mode. It does nothing if any weight is sharded or not on the CPU, and it skips
+    linears that are modified (adapters, quantisation, a patched `forward`). Tensors made in it are inference tensors.
     """
     plain = all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in model.parameters())
     linears = [
@@ -41,7 +40,7 @@ def fast_on_cpu(model: nn.Module) -> Iterator[None]:
 
 
 def other_way_round(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`linear` of rows (n, in) with a weight (out, in): (n, out), which lies in memory as (out, n)."""
+    """Returns `linear` of rows (n, in) with a weight (out, in) as weight · rowsᵀ: (n, out), stored in memory as (out, n)."""
     return torch.mm(weight, rows.t().contiguous()).t()
 
 
@@ -51,7 +50,9 @@ def _forward(module: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(rows, module.weight, module.bias)
     products = other_way_round(rows.reshape(-1, rows.shape[-1]), module.weight)
     if module.out_features <= module.in_features:
-        products = products.contiguous()  # attention needs it; what is wide feeds element-wise operations, as it lies
+        products = (
+            products.contiguous()
+        )  # attention needs it; wider outputs go to element-wise operations, in any layout
     if module.bias is not None:
         products = products + module.bias
     return products.unflatten(0, rows.shape[:-1])

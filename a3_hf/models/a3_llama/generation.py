@@ -1,4 +1,4 @@
-"""Any-order generation: blanks in, tokens, their order and their exact log-probabilities out."""
+"""Any-order generation: fills blanks, and returns tokens, their order and their exact log-probabilities."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,24 +23,23 @@ from .orders import PADDING_GROUP, GroupOrder
 
 @dataclass(repr=False)
 class A3GenerateOutput(BriefOutput):
-    """What `generate_any_order` returns. B counts `num_return_sequences` copies of each row, side by side.
+    """Output of `generate_any_order`. B counts `num_return_sequences` adjacent copies of each row.
 
     Attributes:
-        sequences: (B, S) tokens, the given ones unchanged.
-        commit_step: (B, S) the step, from 0, at which a token was written; −1 where it was given, and behind the end of a
-            continuation.
-        log_probs: (B, S) log-probability of each written token under the model (before temperature and the like), given
-            what was written before it; 0 elsewhere. They are `log_likelihood(sequences, group_ids, group_ids >= 0)` where
-            something was written (but for `dynamic` without a cache, whose passes belong to no one order): every token that a
-            written one has seen is returned.
-        group_ids: (B, S) the order of `log_probs`, as `log_likelihood` takes it: given tokens first, then what was
-            written; −1 at padding and behind the end.
-        num_forward_passes: passes of the model, shared by all rows, but for those that check a caller's cache.
+        sequences: (B, S) tokens, including the given ones.
+        commit_step: (B, S) the step, from 0, at which a token was written; −1 at given tokens, padding and after the end of
+            a continuation.
+        log_probs: (B, S) log-probability of each written token under the model (before temperature etc.), given what was
+            written before it; 0 elsewhere. At written tokens, equal to `log_likelihood(sequences, group_ids, group_ids >=
+            0)`, except for `dynamic` without a cache, whose passes match no single order.
+        group_ids: (B, S) the order of `log_probs`, in `log_likelihood`'s format: given tokens first, then written ones; −1
+            at padding and after the end.
+        num_forward_passes: passes of the model, shared by all rows, without those that check a caller's cache.
         tokens_per_forward: written tokens per row and pass, on average.
-        cache, past_key_values: two words for the cache of the columns before the first blank, to be passed in with the same
-            prompt again; None without a cache or with a static one.
-        logits: (B, S, V) the model's logits of each written token when it was written, 0 elsewhere; with `output_logits`.
-        history: (B, S) the text after each step, −1 where it is open; with `output_history`.
+        cache, past_key_values: two names for the cache of the columns before the first blank, reusable with the same
+            prompt; None without a cache or with a static one.
+        logits: (B, S, V) the model's logits when each token was written, 0 elsewhere; with `output_logits`.
+        history: one (B, S) per step: the text after it, −1 at open blanks; with `output_history`.
     """
 
     sequences: torch.LongTensor | None = None
@@ -59,12 +58,12 @@ class A3GenerateOutput(BriefOutput):
 
 
 class A3GenerationMixin:
-    """`generate_any_order` for a model whose forward takes content tokens, slots and prepared masks."""
+    """Mixin with `generate_any_order`, for a model whose forward takes content tokens, slots and prepared masks."""
 
-    encoder_class = ForwardRunner  # what runs the passes
+    encoder_class = ForwardRunner  # runs the forward passes
 
     def check_generation(self, config: A3GenerationConfig) -> None:
-        """Raises a ValueError for settings that this kind of model has no meaning for; A3 takes all that a config does."""
+        """Raises a ValueError for settings that this model does not support; A3 supports all."""
 
     @torch.no_grad()
     def generate_any_order(
@@ -85,42 +84,41 @@ class A3GenerationMixin:
     ) -> A3GenerateOutput:
         """Fills blanks in any order (paper §1: Algorithms 1 and 2; §3: ASSD; the exact cache is not in the paper).
 
-        Given tokens are encoded as singletons in text order, as LLaMA was trained. A row's result does not depend on the
+        Given tokens are encoded as singletons in text order, as in LLaMA's training. A row's result does not depend on the
         other rows or on padding.
 
-        The continuation ends at its EOS (`eos_token_id`, by default the model's own), and nothing is written behind it. In an
-        order that is not left to right, tokens may stand behind a place already, and others have seen them; to take them back
-        would make `log_probs` those of another text. Therefore an EOS is chosen only where no token stands behind it: what is
-        returned is what was seen. Of tokens written in one pass, which have not seen each other, those behind an EOS are not
-        written. (So from right to left a text ends in its last column or has no end: such an order decides the length first.)
+        The continuation ends at its EOS (`eos_token_id`, by default the model's), and nothing is written after it. An EOS is
+        only allowed where no token stands after it yet: removing tokens that others have seen would make `log_probs` wrong.
+        (So from right to left, an EOS can only stand in the last column.) If one pass writes an EOS and later columns, the
+        later ones are dropped: no token has seen them.
 
-        1. Encode the given tokens and ask the first slots, in one pass.
+        1. Encode the given tokens and predict the first slots, in one pass.
         2. Choose a token at each slot, and commit some or all of them.
-        3. Until nothing is open: encode the tokens just committed and ask the next slots, in one pass.
+        3. Until nothing is open: encode the tokens just committed and predict the next slots, in one pass.
 
         Args:
             input_ids: (B, S) tokens; those under `blank_mask` are ignored.
             blank_mask: (B, S), True where a token is to be written.
-            max_new_tokens: appends this many blanks at the right, the continuation.
+            max_new_tokens: number of blanks appended on the right (the continuation).
             generation_config: the settings; `overrides` are fields of `A3GenerationConfig` that replace its own.
-            attention_mask: (B, S), 0 at padding, on whichever side.
-            past_key_values, cache: two words for the cache of the first columns of `input_ids`, from an earlier output or
-                from `model(...)`; left as it is. A batch of 1 serves all rows. It is compared with this model: its shape, the
-                first layer's keys of every token (the text), and in every layer the states of the first and the last token
-                of each row, encoded again (the weights and adapters that are on). States in between are not.
-            logits_processor: processors of one's own, applied after the config's. They are called with one row per slot:
-                the row's text turned so that it ends just before the slot (see `SlotProcessors`).
-            logits_hook: `logits_hook(step, columns, logits)` gets the columns (B, Q) asked and their logits (B, Q, V),
-                and returns those to choose from. `log_probs` remain the model's own.
-            commit_hook: `commit_hook(step, sequences, committed)` sees the tokens (B, S) after each step and which of
-                them it wrote (B, S).
-            streamer: a streamer of transformers, for one text (see `Observers`).
+            attention_mask: (B, S), 0 at padding, on either side.
+            past_key_values, cache: two names for a cache of the first columns of `input_ids`, from an earlier output or
+                `model(...)`; not modified. A batch of 1 serves all rows. Checked against this model: shapes, the first
+                layer's keys of every token (text), and all layers' states of each row's first and last token (weights and
+                active adapters), which are encoded again. Other states are not checked.
+            logits_processor: extra processors, applied after the config's. They are called with one row per slot: the
+                row's text rotated so that it ends just before the slot (see `SlotProcessors`).
+            logits_hook: `logits_hook(step, columns, logits)` gets the predicted columns (B, Q) and their logits (B, Q, V),
+                and returns the logits to choose from. `log_probs` remain the model's.
+            commit_hook: `commit_hook(step, sequences, committed)` gets the tokens (B, S) after each step, and a mask (B, S)
+                of those that it wrote.
+            streamer: a transformers streamer, for one text (see `Observers`).
 
         Raises:
             ValueError: shapes that don't match; no blank, a blank at padding, a row without a given token; a text longer
-                than the model's context; a cache of another model, of another text or of more than the prompt; and what
-                `A3GenerationConfig` refuses.
-            NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds what was committed before.
+                than the model's context; a cache of another model or text, or of more than the prompt; settings that
+                `A3GenerationConfig` rejects.
+            NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds the tokens committed before.
         """
         cache = one_cache(past_key_values, cache, overrides)
         check_callables(logits_processor, logits_hook, commit_hook)
@@ -128,11 +126,11 @@ class A3GenerationMixin:
         self.check_generation(config)
         deadline = config.deadline()
         if cache is not None and (not config.use_cache or config.cache_implementation == "static"):
-            raise ValueError("past_key_values needs use_cache=True and no static cache")
+            raise ValueError("past_key_values: expected use_cache=True and no static cache")
         canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
         config.check_vocabulary(self.config.vocab_size, has_blanks=canvas.has_blanks_inside())
         chance = SlotNoise(config, canvas)
-        # A draft that is written again is no stream: `refine` shows its streamer the end alone.
+        # `refine` rewrites tokens, so its streamer gets the final text only.
         shows_drafts = config.strategy != "refine"
         observers = Observers(
             canvas,
@@ -184,25 +182,25 @@ class A3GenerationMixin:
 
 
 def check_callables(logits_processor, logits_hook, commit_hook) -> None:
-    """Raises a ValueError for a hook that can't be called, or processors that are no list of such."""
+    """Raises a ValueError for hooks that are not callable, or processors that are not a list of callables."""
     for name, hook in (("logits_hook", logits_hook), ("commit_hook", commit_hook)):
         if hook is not None and not callable(hook):
-            raise ValueError(f"{name} is a {type(hook).__name__}; it takes a function")
+            raise ValueError(f"{name} is a {type(hook).__name__}: expected a function")
     if logits_processor is not None and not (
         isinstance(logits_processor, list) and all(callable(one) for one in logits_processor)
     ):
         raise ValueError(
-            f"logits_processor={logits_processor!r}; it takes a LogitsProcessorList, or a list of processors"
+            f"logits_processor={logits_processor!r}: expected a LogitsProcessorList, or a list of processors"
         )
 
 
 def complete(
     model, decoder: Decoder, fill: Callable[[], None], output: Callable[[], A3GenerateOutput]
 ) -> A3GenerateOutput:
-    """Runs `fill` to its end and returns what `output` makes of the canvas then.
+    """Runs `fill`, then returns `output()`.
 
     Raises:
-        NonFiniteLogitsError: with the output of what was committed before the logits were NaN.
+        NonFiniteLogitsError: the logits are NaN; its `output` holds the tokens committed before.
     """
     canvas = decoder.canvas
     decoder.observers.start()
@@ -225,7 +223,7 @@ def complete(
 def make_output(
     decoder: Decoder, *, group_ids: torch.Tensor, extra_passes: int = 0, cache: Cache | None = None
 ) -> A3GenerateOutput:
-    """What is on the decoder's canvas, with the order `group_ids` (B, S) of its log-probabilities."""
+    """Returns the output for the decoder's canvas; `group_ids` (B, S) is the order of its log-probabilities."""
     canvas, history = decoder.canvas, decoder.observers.history
     passes = decoder.runner.passes + extra_passes
     written = canvas.commit_step[:, :-1] >= 0
@@ -253,7 +251,7 @@ def _make_runner(model, canvas: Canvas, config: A3GenerationConfig, steps, promp
             wants = config.compile_config is not None or canvas.sequences.device.type == "cuda"
             if wants and not config.disable_compile:
                 compile_config = config.compile_config or CompileConfig()
-    else:  # rows go on at their own pace
+    else:  # rows may commit different numbers of tokens per step
         paced = config.threshold is None and config.entropy_budget is None and config.strategy != "speculative"
         ragged = ragged or (is_batch and not paced)
     return model.encoder_class(
@@ -269,14 +267,14 @@ def _make_runner(model, canvas: Canvas, config: A3GenerationConfig, steps, promp
 
 
 def _group_ids(canvas: Canvas, config: A3GenerationConfig, steps, last_step: int | None) -> torch.Tensor:
-    """(B, S) the order of the log-probabilities: given tokens one by one, then what was written. `last_step` is the one that
-    wrote all that was open at once.
+    """Returns (B, S) the order of the log-probabilities: given tokens one by one, then written ones. `last_step` is the step
+    that wrote all remaining blanks at once (`max_time`); None: none did.
     """
     written, given = canvas.commit_step[:, :-1] >= 0, canvas.given_mask
     if config.strategy == "refine":
         return GroupOrder.infilling(written, attention_mask=written | given).group_ids
     groups = canvas.commit_step[:, :-1]
-    if config.strategy == "speculative":  # tokens of one pass are one after the other
+    if config.strategy == "speculative":  # each token is a group of its own, also within one pass
         rank = torch.zeros_like(canvas.sequences)
         path = steps[:, :, 0]
         groups = rank.scatter_(1, path, torch.arange(path.shape[1], device=path.device).expand_as(path))[:, :-1]

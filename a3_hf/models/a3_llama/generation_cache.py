@@ -1,4 +1,4 @@
-"""A key/value cache that grows in place: a step costs its own tokens, not a copy of all before."""
+"""A key/value cache with preallocated memory: appending tokens does not copy the earlier ones."""
 
 import torch
 from transformers import DynamicCache
@@ -6,8 +6,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Identical to `DynamicLayer` except: `keys` and `values` are views of tensors with room for `first_room` tokens, which
-    double when they are full, instead of being joined anew at every step.
+    """Identical to `DynamicLayer` except: `keys` and `values` are views of preallocated tensors (`first_room` tokens, doubled
+    when full), instead of being concatenated at every step.
     """
 
     def __init__(self, first_room: int):
@@ -35,21 +35,19 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _has_room(self, total: int, batch_size: int) -> bool:
-        """Whether the next tokens can be written behind `keys`: these are still the room's beginning, and it is long
-        enough.
-        """
+        """True if `keys` still start at the preallocated tensor's start, and it has room for `total` tokens."""
         if self.room is None or self.room[0].shape[2] < total or self.room[0].shape[0] != batch_size:
             return False
         return self.keys.numel() == 0 or self.keys.data_ptr() == self.room[0].data_ptr()
 
 
 def preallocated_cache(num_layers: int, first_room: int) -> Cache:
-    """An empty cache of `PreallocatedLayer`s, with room for `first_room` tokens."""
+    """Returns an empty cache of `PreallocatedLayer`s, with room for `first_room` tokens."""
     return Cache(layers=[PreallocatedLayer(first_room) for _ in range(num_layers)])
 
 
 def first_tokens(cache: Cache, length: int) -> DynamicCache:
-    """A cache of its own with the first `length` tokens."""
+    """Returns a new cache with the first `length` tokens."""
     kept = DynamicCache()
     for index, layer in enumerate(cache.layers):
         kept.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)

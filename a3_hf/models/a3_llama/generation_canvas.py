@@ -1,4 +1,4 @@
-"""The text being filled, and the passes of the model over it."""
+"""The canvas: token, position and bookkeeping tensors of the text being filled."""
 
 from dataclasses import dataclass
 
@@ -12,27 +12,27 @@ from .likelihood import token_log_probs
 
 @dataclass
 class Canvas:
-    """Tensors (B, S + 1): the last column is a bin, to which slots and tokens that pad ragged rows point, so that every
-    step is a rectangle.
+    """State of the text being filled, (B, S + 1) unless noted. Column S is the padding column: a dummy write target for
+    padding in ragged batches, so that per-step tensors are rectangular.
     """
 
     sequences: torch.Tensor
     position_ids: torch.Tensor
     commit_step: torch.Tensor
     log_probs: torch.Tensor
-    by_position: torch.Tensor  # (B, S) the column of each position, the bin behind the row's last
+    by_position: torch.Tensor  # (B, S) the column of each position; the padding column after the row's last position
     given_mask: torch.Tensor  # (B, S)
     blank_mask: torch.Tensor  # (B, S)
-    new_from: int  # the first column of the continuation; S where there is none
-    eos_token_ids: torch.Tensor  # (n,), ends the continuation; none where there is no continuation
+    new_from: int  # the first column of the continuation; S without a continuation
+    eos_token_ids: torch.Tensor  # (n,) tokens that end the continuation; empty without a continuation
     end: torch.Tensor  # (B,) the last column of each row's continuation; S − 1 until an EOS is written
-    logits: torch.Tensor | None = None  # (B, S + 1, V), if asked for
+    logits: torch.Tensor | None = None  # (B, S + 1, V), with `output_logits`
     failed_step: torch.Tensor | None = None  # () the first step with NaN logits; −1: none
     excluded_step: torch.Tensor | None = None  # () the first step that wrote a token of probability 0; −1: none
 
     @classmethod
     def prepare(cls, model, input_ids, blank_mask, attention_mask, config: A3GenerationConfig) -> "Canvas":
-        """The canvas of rows (B, S), each `num_return_sequences` times side by side, with the continuation behind them."""
+        """Creates a canvas from rows (B, S): each repeated `num_return_sequences` times, with its continuation appended."""
         input_ids, real, blank = checked_rows(model.config, input_ids, blank_mask, attention_mask, config)
         new_from = input_ids.shape[1]
         if config.max_new_tokens is not None:
@@ -69,11 +69,11 @@ class Canvas:
         return self.given_mask.shape[1]
 
     def has_blanks_inside(self) -> bool:
-        """Whether blanks stand before the continuation."""
+        """True if there are blanks before the continuation."""
         return bool(self.blank_mask[:, : self.new_from].any())
 
     def is_ragged(self) -> bool:
-        """Whether rows have padding, or differ in how many tokens are given or blank, so that steps need padding."""
+        """True if rows have padding or different numbers of blanks, so that steps need padding."""
         if not (self.given_mask | self.blank_mask).all():
             return True
         return int(self.blank_mask.sum(dim=1).min()) != int(self.blank_mask.sum(dim=1).max())
@@ -83,21 +83,24 @@ class Canvas:
         return self.given_mask | (self.commit_step[:, :-1] >= 0)
 
     def columns_at(self, positions: torch.Tensor) -> torch.Tensor:
-        """(B, …) the columns at which `positions` (B, …) of the rows' texts stand, the bin where there is no such position."""
+        """Returns (B, …) the columns of `positions` (B, …); the padding column for positions outside the row's text."""
         inside = (positions >= 0) & (positions < self.pad_column)
         places = positions.clamp(0, self.pad_column - 1).flatten(1)
         return self.by_position.gather(1, places).view_as(positions).masked_fill(~inside, self.pad_column)
 
     def is_over(self, columns: torch.Tensor) -> torch.Tensor:
-        """(B, n), True where `columns` stand behind the end of the row's continuation."""
+        """Returns (B, n), True where `columns` are after the end of the row's continuation."""
         return columns > self.end[:, None]
 
     def commit(
         self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor, step: int
     ) -> None:
-        """Writes `tokens` (B, n) at columns `index` (B, n), the bin swallowing padding. `logits` (B, n, V) are the model's
-        own, `scores` (B, n, V) those from which the tokens were chosen. Where an EOS is among them, those behind it are
-        left unwritten: nothing has seen them yet.
+        """Writes `tokens` (B, n) at columns `index` (B, n). Tokens after an EOS among them are dropped: no token has seen
+        them yet.
+
+        Args:
+            logits: (B, n, V) the model's logits.
+            scores: (B, n, V) processed logits, from which the tokens were chosen.
         """
         if self.eos_token_ids.numel():
             is_end = torch.isin(tokens, self.eos_token_ids) & (index >= self.new_from) & (index != self.pad_column)
@@ -117,17 +120,17 @@ class Canvas:
             setattr(self, name, torch.where(is_new, step, first))
 
     def materialize(self) -> None:
-        """Turns what was made in inference mode into ordinary tensors, of use in training as well."""
+        """Replaces inference tensors by ordinary ones, usable with autograd."""
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor) and value.is_inference():
                 setattr(self, name, value.clone())
 
     def close(self, pad_token_id: int) -> None:
-        """Puts `pad_token_id` where nothing was written."""
+        """Writes `pad_token_id` into blanks that were not filled."""
         self._clear(pad(self.blank_mask, (0, 1)) & (self.commit_step < 0), pad_token_id)
 
     def rollback(self, step: int) -> None:
-        """Opens what was written at `step` or later."""
+        """Reopens the blanks that were written at `step` or later."""
         blank = pad(self.blank_mask, (0, 1))
         self._clear(blank & ((self.commit_step >= step) | (self.commit_step < 0)), 0)
 
@@ -140,12 +143,12 @@ class Canvas:
 
 
 def columns_of(mask: torch.Tensor, pad_column: int) -> torch.Tensor:
-    """(B, n) the columns at which `mask` (B, S) is True, in text order, padded with the bin."""
+    """Returns (B, n) the columns where `mask` (B, S) is True, in text order, padded with the padding column."""
     columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     return pack(columns, mask, pad_column)[:, : int(mask.sum(dim=1).max())]
 
 
 def pack(columns: torch.Tensor, keep: torch.Tensor, pad_column: int) -> torch.Tensor:
-    """Moves the kept entries of each row to its front, in order; the rest become the bin."""
+    """Returns each row with its kept entries first, in order, and the padding column in the remaining places."""
     first = (~keep).long().argsort(dim=1, stable=True)
     return columns.masked_fill(~keep, pad_column).gather(1, first)

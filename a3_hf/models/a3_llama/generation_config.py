@@ -1,4 +1,4 @@
-"""Settings of any-order generation, checked when they are made."""
+"""Settings of any-order generation, validated on construction."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ from .input_validation import check_integers
 from .orders import ORDERS
 
 DYNAMIC_OPTIONS = ("criterion", "criterion_temperature", "tokens_per_step", "threshold", "entropy_budget", "window")
-# The options of each strategy; giving one to another strategy is an error.
+# Options of each strategy; any other strategy's option is an error.
 OPTIONS_OF = {
     "groupwise": ("order", "group_size", "span_length"),
     "dynamic": DYNAMIC_OPTIONS,
@@ -22,7 +22,7 @@ OPTIONS_OF = {
 }
 STRATEGIES = tuple(OPTIONS_OF)
 OWN_OPTIONS = tuple(dict.fromkeys(option for options in OPTIONS_OF.values() for option in options))
-# Fields of transformers' GenerationConfig that are obeyed, by their own names.
+# Supported fields of transformers' GenerationConfig.
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff")
 PROCESSOR_OPTIONS = ("repetition_penalty", "bad_words_ids", "suppress_tokens", "forced_eos_token_id")
 SHARED_OPTIONS = (
@@ -45,8 +45,7 @@ SHARED_OPTIONS = (
 )
 INERT_OPTIONS = ("bos_token_id", "transformers_version")
 MOST = sys.float_info.max
-# The least and the most that each number may be, and what a message says. Below a temperature of 1e-30 fp32 has no room for
-# logits.
+# Minimum and maximum of each number, and their description in messages. Below a temperature of 1e-30, fp32 logits overflow.
 NUMBERS = {
     "temperature": (1e-30, MOST, "a finite number, at least 1e-30 (do_sample=False takes the likeliest token)"),
     "top_k": (0, MOST, "a whole number, at least 0 (0: off)"),
@@ -62,52 +61,51 @@ NUMBERS = {
 
 
 class A3GenerationConfig(GenerationConfig):
-    """Settings of `generate_any_order`. Identical to `GenerationConfig` except: the fields below, and a field that
-    any-order generation does not support raises instead of being ignored. Fields of `GenerationConfig` that it takes:
+    """Settings of `generate_any_order`. Identical to `GenerationConfig` except: it adds the fields below, and an unsupported
+    field raises instead of being ignored. Supported fields of `GenerationConfig`:
     `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`, `epsilon_cutoff`, `repetition_penalty`,
     `bad_words_ids`, `suppress_tokens`, `forced_eos_token_id`, `max_new_tokens`, `max_time`, `num_return_sequences`
     (with `do_sample`), `eos_token_id`, `pad_token_id`, `output_logits`, `use_cache`, `cache_implementation` (`"static"`,
-    with strategy `groupwise`; compiled on a GPU, and on a CPU where `compile_config` is given), `disable_compile`.
+    with strategy `groupwise`; compiled on a GPU, and on a CPU with `compile_config`), `disable_compile`.
 
     Args:
-        strategy: `"groupwise"` (paper, Algorithm 1: groups fixed beforehand), `"dynamic"` (Algorithm 2: at every step ask
-            the open blanks and commit the best), `"speculative"` (ASSD, paper §3: writes what one token at a time in the
-            same order would, exactly, in fewer passes) or `"refine"` (not in the paper: `dynamic`, then rounds in which
-            the least likely tokens are written again).
+        strategy: `"groupwise"` (paper, Algorithm 1: predefined groups), `"dynamic"` (Algorithm 2: each step predicts all
+            open blanks and commits the best), `"speculative"` (ASSD, paper §3: the exact distribution of one token at a
+            time in the same order, in fewer passes) or `"refine"` (not in the paper: `dynamic`, then rounds that rewrite
+            the least likely tokens).
         order: groupwise, speculative. `"left_to_right"` (default), `"right_to_left"`, `"random"`, `"spans"` (needs
             `span_length`), or a tensor (B, S) of group ids, lower = earlier (S counts `max_new_tokens`).
         group_size: groupwise. Tokens written per pass, 1 by default.
-        span_length: with `order="spans"`.
+        span_length: tokens per span, with `order="spans"`.
         criterion: dynamic, refine. What is committed first: `"confidence"` (default), `"entropy"` (default with
             `entropy_budget`), `"margin"` or `"random"`.
-        criterion_temperature: dynamic, refine. Gumbel noise of this scale on the criterion, so that which blanks are
-            committed is sampled in proportion to exp(criterion / temperature); not with `threshold`.
+        criterion_temperature: dynamic, refine. Scale of Gumbel noise on the criterion, so that blanks are committed with
+            probability proportional to exp(criterion / temperature); not with `threshold`.
         tokens_per_step: dynamic, refine. Tokens committed per pass, 1 by default.
-        threshold: instead of `tokens_per_step`. Commit every blank whose largest probability exceeds it (and the best one
-            always); in (0, 1].
+        threshold: instead of `tokens_per_step`. Commit every blank whose largest probability exceeds it, and always the
+            best one; in (0, 1].
         entropy_budget: instead of `tokens_per_step`. Commit blanks, best first, while the sum of their entropies (nats)
-            stays within it (and the best one always).
-        window: dynamic, refine. Only the next `window` open blanks, in text order, are asked and compete.
-        draft: speculative. `"model"` (default: from slots of the same pass) or `"ngram"` (what followed the same words
-            earlier in the text).
+            stays within it, and always the best one.
+        window: dynamic, refine. Only the next `window` open blanks, in text order, are predicted.
+        draft: speculative. `"model"` (default: from slots of the same pass) or `"ngram"` (the continuation of the same
+            tokens elsewhere in the text).
         draft_tokens: speculative. Drafts checked per pass, 4 by default.
-        refine_rounds: refine. 4 by default.
-        refine_fraction: refine. Share of the written tokens that a round opens again, 0.25 by default; in (0, 1].
-        use_cache: True by default: committed groups stay in the key/value cache, exactly. False encodes everything again
-            each step (the same result), but for `dynamic` and `refine`, which then take the paper's variant: all filled
-            tokens encoded as one bidirectional group.
-        eos_token_id: an id or several. None: with `max_new_tokens`, those of the model's own `generation_config`, as in
-            `generate`; `[]` for none. The continuation (the columns of `max_new_tokens`) ends at the first EOS written:
-            nothing is written behind it, where `pad_token_id` stands in the end, with commit step −1. An EOS is never written
-            where a given or written token stands behind it, as in blanks with text around: a text does not end in its middle.
-            So nothing that another token has seen is taken back, whatever the order.
-        max_time: seconds, checked before each pass. When they have passed, the continuation ends with its last token
-            written, and what is open before that is written in one last pass.
-        bad_words_ids: as in `generate`, against the text on both sides. A sequence of several ids needs a strategy that
-            writes one token at a time.
+        refine_rounds: refine. Number of rounds, 4 by default.
+        refine_fraction: refine. Fraction of the written tokens that a round reopens, 0.25 by default; in (0, 1].
+        use_cache: True (default): committed groups stay in the key/value cache, exactly. False encodes the whole text at
+            each step, with the same result, except that `dynamic` and `refine` then encode all filled tokens as one
+            bidirectional group (the paper's variant).
+        eos_token_id: one id or several. None: with `max_new_tokens`, those of the model's `generation_config`, as in
+            `generate`; `[]`: none. The continuation (the columns of `max_new_tokens`) ends at the first EOS; columns after
+            it get `pad_token_id` and commit step −1. An EOS is never written before a given or written token, so no token
+            that others have seen is ever removed.
+        max_time: seconds, checked before each pass. After that, the continuation ends with its last written token, and
+            blanks before it are filled in one final pass.
+        bad_words_ids: as in `generate`, matched against the text on both sides. Sequences of several ids need a strategy
+            that writes one token at a time.
         output_history: also return the text after each step.
-        seed: of sampling and random orders: an integer (a row's draws come from it, the row's own text and how many equal
-            rows stand before it, not from its neighbours or padding) or a list with one per row. None: from torch's
+        seed: seed of sampling and random orders: an integer (a row's draws depend on it, the row's text and the number of
+            equal rows before it, not on other rows or padding) or a list with one per row. None: drawn from torch's
             global generator.
 
     Raises:
@@ -130,31 +128,31 @@ class A3GenerationConfig(GenerationConfig):
         unknown = sorted(set(kwargs) - set(GenerationConfig().__dict__))
         if unknown:
             raise ValueError(
-                f"{unknown[0]}={kwargs[unknown[0]]!r} is not an option of any-order generation; it takes "
+                f"{unknown[0]}={kwargs[unknown[0]]!r} is not an option of any-order generation: expected one of "
                 f"{', '.join((*SHARED_OPTIONS, *OWN_OPTIONS))}"
             )
         super().__init__(**kwargs)
 
     def validate(self, *args, **kwargs) -> None:
-        """As transformers' own, after the checks of any-order generation: its comparisons take numbers for granted."""
+        """Runs the checks of any-order generation, then transformers', which assume that values are numbers."""
         self.check_any_order()
         super().validate(*args, **kwargs)
 
     def check_any_order(self) -> None:
-        """Raises a ValueError for what any-order generation would otherwise ignore."""
+        """Raises a ValueError for invalid values, and for options that any-order generation would ignore."""
         _check_choice("strategy", self.strategy, STRATEGIES)
         mine = OPTIONS_OF[self.strategy]
         for option in OWN_OPTIONS:
             if getattr(self, option) is not None and option not in mine:
                 raise ValueError(
-                    f"{option}={getattr(self, option)!r} has no meaning for strategy={self.strategy!r}, which takes "
+                    f"{option}={getattr(self, option)!r} has no effect with strategy={self.strategy!r}: expected one of "
                     f"{', '.join(mine)}"
                 )
         for option, value in self.__dict__.items():
             known = option in (*SHARED_OPTIONS, *INERT_OPTIONS, *OWN_OPTIONS) or option.startswith("_")
             if not known and value is not None and value is not False:
                 raise ValueError(
-                    f"{option}={value!r} is not supported by any-order generation, which takes "
+                    f"{option}={value!r} is not supported by any-order generation: expected one of "
                     f"{', '.join((*SHARED_OPTIONS, *mine))}"
                 )
         for option in (
@@ -173,33 +171,32 @@ class A3GenerationConfig(GenerationConfig):
         self._check_commit_rules()
         if self.draft is not None:
             _check_choice("draft", self.draft, DRAFTS)
-        _check_share("refine_fraction", self.refine_fraction)
+        _check_fraction("refine_fraction", self.refine_fraction)
         if self.forced_eos_token_id is not None and self.max_new_tokens is None:
-            raise ValueError("forced_eos_token_id ends a continuation; it needs max_new_tokens")
+            raise ValueError("forced_eos_token_id needs max_new_tokens")
         if self.writes_in_parallel():
             self.check_single_bad_words(
-                "one token a step (group_size=1, tokens_per_step=1, speculative; no max_time, after which all that is open "
-                "is written together)"
+                "one token a step (group_size=1, tokens_per_step=1 or strategy='speculative', without max_time)"
             )
         self._check_cache()
 
     def check_single_bad_words(self, remedy: str) -> None:
-        """Raises a ValueError for bad words of several tokens, which tokens written together could complete unseen."""
+        """Raises a ValueError for bad words of several tokens, which tokens written in one pass could complete unseen."""
         if any(len(words) > 1 for words in self.bad_words_ids or []):
             raise ValueError(
-                "bad_words_ids holds a sequence of several tokens, which tokens written together could complete unseen; it "
-                f"takes single tokens here, or {remedy}"
+                "bad_words_ids holds a sequence of several tokens, which tokens written in one pass could complete unseen: "
+                f"expected single tokens, or {remedy}"
             )
 
     def check_vocabulary(self, vocab_size: int, *, has_blanks: bool, never: tuple[int, ...] = ()) -> None:
-        """Whether all token ids are of a vocabulary, and something is left to write.
+        """Checks that all token ids are in the vocabulary, and that some token can be written.
 
         Args:
-            has_blanks: blanks stand before given text or a continuation, where no EOS is written.
-            never: ids that the model itself never writes.
+            has_blanks: there are blanks before given text or a continuation, where EOS is excluded.
+            never: ids that the model never writes.
 
         Raises:
-            ValueError: an id outside 0 .. `vocab_size` − 1, or no token left.
+            ValueError: an id outside 0 .. `vocab_size` − 1, or no token that can be written.
         """
         forced = self.forced_eos_token_id
         ids = {
@@ -214,7 +211,7 @@ class A3GenerationConfig(GenerationConfig):
                 if not 0 <= token_id < vocab_size:
                     none = "; [] for none" if name == "eos_token_id" else ""
                     raise ValueError(
-                        f"{name} holds {token_id}; it takes ids of the model's vocabulary, 0 to {vocab_size - 1}{none}"
+                        f"{name} holds {token_id}: expected ids of the model's vocabulary, 0 to {vocab_size - 1}{none}"
                     )
         left_out = {
             *never,
@@ -223,24 +220,24 @@ class A3GenerationConfig(GenerationConfig):
         }
         if len(left_out | set(ids["eos_token_id"] if has_blanks else ())) == vocab_size:
             raise ValueError(
-                f"suppress_tokens and bad_words_ids leave none of the model's {vocab_size} tokens to write"
-                f"{' (EOS is not written into blanks)' if has_blanks else ''}; leave at least one"
+                f"suppress_tokens and bad_words_ids exclude all of the model's {vocab_size} tokens"
+                f"{' (EOS is not written into blanks)' if has_blanks else ''}: expected at least one left"
             )
 
     def _check_values(self) -> None:
-        """What transformers' processors take without a word, or refuse after the passes before them."""
+        """Checks values that transformers' processors accept silently, or reject only during generation."""
         for option, (at_least, at_most, takes) in NUMBERS.items():
             value = getattr(self, option)
             if value is None:
                 continue
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not at_least <= value <= at_most:
-                raise ValueError(f"{option}={value!r}; it takes {takes}")
+                raise ValueError(f"{option}={value!r}: expected {takes}")
         if self.top_k is not None and not isinstance(self.top_k, int):
-            raise ValueError(f"top_k={self.top_k!r}; it takes {NUMBERS['top_k'][2]}")
+            raise ValueError(f"top_k={self.top_k!r}: expected {NUMBERS['top_k'][2]}")
         for option in ("do_sample", "use_cache", "output_logits", "output_history"):
             if getattr(self, option) not in (None, True, False):
-                raise ValueError(f"{option}={getattr(self, option)!r}; it takes True or False")
+                raise ValueError(f"{option}={getattr(self, option)!r}: expected True or False")
         forced = self.forced_eos_token_id
         for option, ids in (
             ("eos_token_id", list(self.eos_token_ids())),
@@ -249,15 +246,15 @@ class A3GenerationConfig(GenerationConfig):
             ("suppress_tokens", self.suppress_tokens),
         ):
             if ids is not None and not _are_ids(ids):
-                raise ValueError(f"{option}={getattr(self, option)!r}; it takes token ids, whole numbers")
+                raise ValueError(f"{option}={getattr(self, option)!r}: expected token ids, whole numbers")
         words = self.bad_words_ids
         if words is not None and not (
             isinstance(words, (list, tuple)) and all(each and _are_ids(each) for each in words)
         ):
-            raise ValueError(f"bad_words_ids={words!r}; it takes a list of lists of token ids")
+            raise ValueError(f"bad_words_ids={words!r}: expected a list of lists of token ids")
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [0 if self.seed is None else self.seed]
         if not _are_ids(list(seeds)):
-            raise ValueError(f"seed={self.seed!r}; it takes a whole number, or a list with one per row")
+            raise ValueError(f"seed={self.seed!r}: expected a whole number, or a list with one per row")
 
     def _check_order(self) -> None:
         if isinstance(self.order, torch.Tensor):
@@ -266,26 +263,23 @@ class A3GenerationConfig(GenerationConfig):
             _check_choice("order", self.order, ORDERS)
         if (self.span_length is not None) != (isinstance(self.order, str) and self.order == "spans"):
             raise ValueError(
-                f"span_length={self.span_length} with order={self.order!r}; order='spans' needs it, others don't take it"
+                f"span_length={self.span_length} with order={self.order!r}: expected with order='spans' only"
             )
         if isinstance(self.order, torch.Tensor) and self.group_size is not None:
-            raise ValueError("group_size has no meaning where order gives the group of every token")
+            raise ValueError("group_size has no effect if order is a tensor of groups. Leave it out.")
 
     def _check_commit_rules(self) -> None:
         if self.criterion is not None:
             _check_choice("criterion", self.criterion, CRITERIA)
         rules = [rule for rule in ("tokens_per_step", "threshold", "entropy_budget") if getattr(self, rule) is not None]
         if len(rules) > 1:
-            raise ValueError(f"{' and '.join(rules)} are two rules for what to commit; give one")
-        _check_share("threshold", self.threshold)
+            raise ValueError(f"{' and '.join(rules)} exclude each other: expected one of them")
+        _check_fraction("threshold", self.threshold)
         if self.criterion_temperature is not None:
             if self.threshold is not None or self.criterion == "random":
-                raise ValueError("criterion_temperature has no meaning with threshold or criterion='random'")
+                raise ValueError("criterion_temperature has no effect with threshold or criterion='random'")
         if self.window is not None and self.window < (self.tokens_per_step or 1):
-            raise ValueError(
-                f"window={self.window} is smaller than the step, tokens_per_step={self.tokens_per_step}; it takes at "
-                "least that"
-            )
+            raise ValueError(f"window={self.window}: expected at least tokens_per_step={self.tokens_per_step}")
 
     def _check_cache(self) -> None:
         if self.cache_implementation is None:
@@ -293,11 +287,11 @@ class A3GenerationConfig(GenerationConfig):
         _check_choice("cache_implementation", self.cache_implementation, ("dynamic", "static"))
         if self.cache_implementation == "static" and (self.strategy != "groupwise" or not self.use_cache):
             raise ValueError(
-                "cache_implementation='static' needs steps of one shape: it takes strategy='groupwise' with use_cache=True"
+                "cache_implementation='static' needs steps of one shape: expected strategy='groupwise' and use_cache=True"
             )
 
     def writes_in_parallel(self) -> bool:
-        """Whether tokens may be written together, without seeing each other."""
+        """True if one pass may write several tokens, which don't see each other."""
         if self.max_time is not None:
             return True
         if self.strategy == "groupwise":
@@ -307,16 +301,16 @@ class A3GenerationConfig(GenerationConfig):
         return (self.tokens_per_step or 1) > 1 or self.threshold is not None or self.entropy_budget is not None
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The end-of-text tokens, as a tuple."""
+        """Returns the end-of-text tokens as a tuple."""
         ids = self.eos_token_id
         return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
 
     def deadline(self) -> float:
-        """The `time.perf_counter()` at which `max_time`, from now, is over."""
+        """Returns the `time.perf_counter()` at which `max_time` ends, counted from now."""
         return math.inf if self.max_time is None else time.perf_counter() + self.max_time
 
     def filler(self, model_config: PreTrainedConfig) -> int:
-        """The token that stands behind the end of a continuation."""
+        """Returns the token that pads a continuation after its end."""
         candidates = (self.pad_token_id, model_config.pad_token_id, *self.eos_token_ids(), 0)
         return next(token_id for token_id in candidates if token_id is not None and token_id >= 0)
 
@@ -327,11 +321,11 @@ def resolve_config(
     overrides: dict[str, Any],
     models_own: GenerationConfig | None,
 ) -> A3GenerationConfig:
-    """A config in which `max_new_tokens` and `overrides` replace the fields of `config`. Where neither says anything of
-    `eos_token_id`, a continuation has that of the model's own config; an override of None is none.
+    """Returns `config` with fields replaced by `max_new_tokens` and `overrides`. If neither sets `eos_token_id`, a
+    continuation uses that of `models_own`; an override of None means no EOS.
     """
     if config is not None and not isinstance(config, A3GenerationConfig):
-        raise ValueError(f"generation_config is a {type(config).__name__}; it takes an A3GenerationConfig")
+        raise ValueError(f"generation_config is a {type(config).__name__}: expected an A3GenerationConfig")
     fields = {} if config is None else {name: value for name, value in config.__dict__.items() if value is not None}
     fields = {name: value for name, value in fields.items() if not name.startswith("_")}
     fields.update(overrides)
@@ -339,25 +333,25 @@ def resolve_config(
         fields["max_new_tokens"] = max_new_tokens
     ids = None if models_own is None else models_own.eos_token_id
     if "eos_token_id" not in fields and ids is not None and fields.get("max_new_tokens") is not None:
-        # Negative ids mean none there, as in `generate`.
+        # As in `generate`, negative ids mean no EOS.
         fields["eos_token_id"] = [token_id for token_id in (ids if isinstance(ids, list) else [ids]) if token_id >= 0]
     return A3GenerationConfig(**fields)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; it takes one of {', '.join(choices)}")
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")
 
 
 def _check_count(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name}={value!r}; it takes a whole number of at least 1")
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
 
 
-def _check_share(name: str, value: Any) -> None:
+def _check_fraction(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (is_number and 0.0 < value <= 1.0):
-        raise ValueError(f"{name}={value!r}; it takes a number in (0, 1]")
+        raise ValueError(f"{name}={value!r}: expected a number in (0, 1]")
 
 
 def _are_ids(ids: Any) -> bool:

@@ -1,4 +1,4 @@
-"""State and steps that all decoding strategies share: noise, processors, commits."""
+"""State and operations shared by all decoding strategies: noise, logits processing, commits."""
 
 import math
 import time
@@ -20,52 +20,54 @@ from .generation_sampling import (
 )
 from .orders import seed_of
 
-SAMPLE, CRITERION, ACCEPT, RESIDUAL = range(4)  # purposes of chance
-FINITE_CHECK_EVERY = 32  # steps, on devices where looking costs a wait
+SAMPLE, CRITERION, ACCEPT, RESIDUAL = range(4)  # purposes of noise
+FINITE_CHECK_EVERY = 32  # steps, on devices where reading a value synchronises
 
 
 class NonFiniteLogitsError(ValueError):
-    """The model gave NaN logits. `step` is the first step at which it did, `output` what was committed before."""
+    """The model's logits are NaN. `step` is the first such step; `output` holds the tokens committed before it."""
 
     def __init__(self, step: int):
         super().__init__(
-            f"the model's logits are NaN at step {step}; what was committed before is in this error's `output`. Half "
-            "precision without the range for this model is the usual cause: try bfloat16 or float32"
+            f"the model's logits are NaN at step {step}; this error's `output` holds the tokens committed before. Usually "
+            "float16 overflowed: try bfloat16 or float32."
         )
         self.step = step
         self.output = None
 
 
 class SlotNoise:
-    """Every blank's own random numbers, whatever the batch and padding."""
+    """Random numbers of every blank, independent of batch and padding."""
 
     def __init__(self, config: A3GenerationConfig, canvas: Canvas):
         self.row_seeds = _row_seeds(config.seed, canvas)
         self.seeds = torch.tensor(self.row_seeds, dtype=torch.long, device=canvas.sequences.device)
-        place = canvas.blank_mask.long().cumsum(dim=1)  # the number of a blank in its row, from 1; 0 for the bin
+        place = canvas.blank_mask.long().cumsum(
+            dim=1
+        )  # the number of a blank in its row, from 1; 0 for the padding column
         self.place = torch.nn.functional.pad(place, (0, 1))
 
     def uniform(self, columns: torch.Tensor, step: int, purpose: int) -> torch.Tensor:
-        """(B, n) numbers in [0, 1) for the canvas `columns` (B, n)."""
+        """Returns (B, n) numbers in [0, 1) for the canvas `columns` (B, n)."""
         return uniform_noise(self.seeds, self.place.gather(1, columns), step, purpose)
 
     def afresh(self) -> "SlotNoise":
-        """Other numbers for the same blanks, for another round."""
+        """Returns noise with other numbers for the same blanks, for another round."""
         again = copy(self)
         again.seeds = self.seeds + 1
         return again
 
     def order_generators(self) -> list[torch.Generator]:
-        """A generator per row, for random orders."""
+        """Returns one generator per row, for random orders."""
         return [torch.Generator().manual_seed(seed) for seed in self.row_seeds]
 
 
 def _row_seeds(seed, canvas: Canvas) -> list[int]:
-    """A number per row, from the seed, the row's own text and the number of equal rows before it."""
+    """Returns one seed per row, from the seed, the row's text and the number of equal rows before it."""
     batch_size = canvas.sequences.shape[0]
     if isinstance(seed, (list, tuple)):
         if len(seed) != batch_size:
-            raise ValueError(f"seed holds {len(seed)} seeds; it takes an integer or one per row, {batch_size}")
+            raise ValueError(f"seed holds {len(seed)} seeds: expected an integer, or {batch_size}, one per row")
         return [seed_of(one) for one in seed]
     if seed is None:
         seed = int(torch.randint(2**62, ()))
@@ -80,10 +82,10 @@ def _row_seeds(seed, canvas: Canvas) -> list[int]:
 
 
 class Decoder:
-    """One canvas being filled: asks the model, chooses tokens, commits them.
+    """Fills one canvas: runs the model, chooses tokens, commits them.
 
     Args:
-        deadline: `time.perf_counter()` after which no further pass but a last one starts.
+        deadline: `time.perf_counter()` after which only one final pass starts.
         step: the number of the first step.
     """
 
@@ -105,33 +107,36 @@ class Decoder:
         self.logits_hook, self.deadline, self.step = logits_hook, deadline, step
         self.first_step = step
         self.has_ended = False  # an EOS ended the continuation of some row
-        self.last_step: int | None = None  # the step that wrote all that was open, if time was up
+        self.last_step: int | None = None  # the step that wrote all remaining blanks after the deadline
 
     def uniform(self, columns: torch.Tensor, purpose: int) -> torch.Tensor:
-        """(B, n) this step's random numbers for `columns` (B, n)."""
+        """Returns (B, n) this step's random numbers for `columns` (B, n)."""
         return self.chance.uniform(columns, self.step - self.first_step, purpose)
 
     def out_of_time(self) -> bool:
         return time.perf_counter() > self.deadline
 
     def logits_of(self, content: torch.Tensor, slots: torch.Tensor, **groups) -> torch.Tensor:
-        """The model's logits (B, Q, V). The content of the first pass, the given tokens, is one token a group."""
+        """Returns the model's logits (B, Q, V). By default, the first pass's content (given tokens) is singletons."""
         return self.runner.forward(content, slots, **groups or {"singletons": self.runner.passes == 0})
 
     def processed(self, logits: torch.Tensor, slots: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits after the hook and the processors, before the sampling ones."""
+        """Applies the logits hook and all processors except the sampling ones."""
         if self.logits_hook is not None:
             logits = self.logits_hook(self.step, slots, logits)
         return self.processors.process(logits, slots, self.canvas.known()[:, None] if known is None else known)
 
     def widths_known(self) -> bool:
-        """Whether each step takes a fixed number and no row can end early, so that nothing is read back from the device."""
+        """True if each step commits a fixed number of tokens and no row ends early, so no value is read from the device."""
         config = self.config
         return config.threshold is None and config.entropy_budget is None and not self.canvas.eos_token_ids.numel()
 
     def select(self, scores: torch.Tensor, slots: torch.Tensor, tokens_per_step: int | torch.Tensor) -> torch.Tensor:
-        """(B, Q) bool: the slots to commit by the config's criterion, from processed logits; `tokens_per_step`, of all rows or
-        (B, 1), holds where no threshold nor budget does.
+        """Returns (B, Q) bool, the slots to commit by the config's criterion.
+
+        Args:
+            scores: (B, Q, V) processed logits.
+            tokens_per_step: one number, or (B, 1); used without threshold and entropy budget.
         """
         threshold, entropy_budget = self.config.threshold, self.config.entropy_budget
         criterion = self.config.criterion or ("confidence" if entropy_budget is None else "entropy")
@@ -152,17 +157,15 @@ class Decoder:
         )
 
     def warped(self, scores: torch.Tensor) -> torch.Tensor:
-        """Processed logits after the sampling processors, if anything is sampled."""
+        """Applies the sampling processors to processed logits, if `do_sample`."""
         return self.processors.warp(scores) if self.config.do_sample else scores
 
     def choose(self, scores: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """(B, Q) a token for each slot, from warped logits."""
+        """Returns (B, Q) a token for each slot, from warped logits."""
         return choose_tokens(scores, self.uniform(slots, SAMPLE) if self.config.do_sample else None)
 
     def commit(self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> None:
-        """Writes tokens (B, n) at columns `index` (B, n); `logits` (B, n, V) are the model's own, `scores` (B, n, V) what the
-        tokens were chosen from.
-        """
+        """Writes tokens to the canvas and reports the step. Arguments as in `Canvas.commit`."""
         canvas = self.canvas
         canvas.commit(index, tokens, logits, scores, self.step)
         if logits.device.type == "cpu" or (self.step + 1) % FINITE_CHECK_EVERY == 0:
@@ -174,31 +177,31 @@ class Decoder:
         self.step += 1
 
     def check_finite(self) -> None:
-        """Whether all that was written could be.
+        """Checks the tokens written so far.
 
         Raises:
             NonFiniteLogitsError: the model's logits were NaN.
-            ValueError: nothing was left to choose from.
+            ValueError: the processors excluded all tokens.
         """
         failed, excluded = self.canvas.failed_step, self.canvas.excluded_step
-        if int(torch.maximum(failed, excluded)) < 0:  # one look, which on a GPU is a wait
+        if int(torch.maximum(failed, excluded)) < 0:  # a single read, which on a GPU synchronises
             return
         if int(failed) >= 0:
             raise NonFiniteLogitsError(int(failed))
         raise ValueError(
-            f"suppress_tokens, bad_words_ids, logits_processor or logits_hook leave no token to write at step {int(excluded)} "
-            "(an EOS does not count where text stands behind it); leave at least one"
+            f"suppress_tokens, bad_words_ids, logits_processor or logits_hook exclude all tokens at step {int(excluded)} "
+            "(an EOS is excluded if text stands after it): expected at least one left"
         )
 
     def mask_finished(self, columns: torch.Tensor) -> torch.Tensor:
-        """`columns` (B, n), the bin in place of those behind the end of a continuation."""
+        """Replaces `columns` (B, n) after the end of a row's continuation by the padding column."""
         if not self.has_ended:
             return columns
         return columns.masked_fill(self.canvas.is_over(columns), self.canvas.pad_column)
 
     def fill_remaining(self, content: torch.Tensor) -> None:
-        """Time is up: the continuation ends with its last written token, which what was written later has seen, and what is
-        open before that is written in one pass.
+        """Ends the continuation after its last written token, and fills all blanks before it in one pass (after the
+        deadline). `content` (B, C) are columns not yet encoded.
         """
         canvas = self.canvas
         columns = torch.arange(canvas.pad_column, device=canvas.end.device)

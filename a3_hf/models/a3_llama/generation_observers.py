@@ -1,4 +1,4 @@
-"""What looks on while a text is filled: a streamer, a hook, the history."""
+"""Observers of generation: a streamer, a commit hook, the history."""
 
 from collections.abc import Callable
 
@@ -6,34 +6,34 @@ import torch
 
 
 class Observers:
-    """Called after each step; none of them changes the text.
+    """Reports each step to a streamer and a hook, and keeps the history; never changes the text.
 
     Args:
-        streamer: transformers' own: `put` gets the tokens up to the first open blank as they become certain, in text
-            order; a `TextDiffusionStreamer` also gets, by `put_draft`, what stands behind it so far. One text only.
+        streamer: a transformers streamer. `put` gets new tokens before the first open blank, in text order; a
+            `TextDiffusionStreamer` also gets the tokens after it, by `put_draft`. One text only.
         commit_hook: `commit_hook(step, sequences, committed)`: (B, S) tokens, and (B, S) True where this step wrote.
         output_history: keep the text after each step.
 
     Raises:
-        ValueError: what is no streamer, or one with more than one row.
+        ValueError: not a streamer, or a streamer with more than one row.
     """
 
     def __init__(self, canvas, *, streamer=None, commit_hook: Callable | None = None, output_history: bool = False):
         if streamer is not None and canvas.sequences.shape[0] > 1:
-            raise ValueError(f"streamer shows one text; it takes a batch of 1, got {canvas.sequences.shape[0]}")
+            raise ValueError(f"streamer with {canvas.sequences.shape[0]} rows: expected a batch of 1")
         if streamer is not None and not callable(getattr(streamer, "put", None)):
-            raise ValueError(f"streamer is a {type(streamer).__name__}; it takes a streamer of transformers (put, end)")
+            raise ValueError(f"streamer is a {type(streamer).__name__}: expected a transformers streamer (put, end)")
         self.canvas, self.streamer, self.commit_hook = canvas, streamer, commit_hook
         self.history: list[torch.Tensor] | None = [] if output_history else None
         self.streamed = -1  # columns handed to the streamer; −1: not even the prompt
 
     def start(self) -> None:
-        """The prompt goes to the streamer."""
+        """Sends the prompt to the streamer."""
         if self.streamer is not None:
             self._stream()
 
     def after_step(self, step: int) -> None:
-        """Shows what `step` wrote."""
+        """Reports the tokens that `step` wrote."""
         canvas = self.canvas
         if self.commit_hook is not None:
             self.commit_hook(step, canvas.sequences[:, :-1], canvas.commit_step[:, :-1] == step)
@@ -43,7 +43,7 @@ class Observers:
             self._stream()
 
     def finish(self) -> None:
-        """Everything written has been shown."""
+        """Ends the stream."""
         if self.streamer is not None:
             self.streamer.end()
 

@@ -1,4 +1,4 @@
-"""What happens to logits between the model and the choice of tokens: transformers' processors, at slots anywhere."""
+"""Logits processing between the model and the choice of tokens: transformers' processors, at slots of any position."""
 
 import torch
 from transformers import LogitsProcessorList
@@ -7,7 +7,7 @@ from transformers.generation import logits_process
 from .generation_config import A3GenerationConfig
 from .generation_sampling import at_least_float32
 
-# in the order in which `generate` applies them
+# In `generate`'s order of application.
 WARPERS = {
     "temperature": logits_process.TemperatureLogitsWarper,
     "top_k": logits_process.TopKLogitsWarper,
@@ -19,14 +19,13 @@ WARPERS = {
 
 
 class SlotProcessors:
-    """The processors that a config asks for, applied to the logits of slots.
+    """Applies a config's processors to the logits of slots.
 
-    Those that look at the text so far (`repetition_penalty`, and the caller's own) get, for each slot, the row turned so
-    that it ends just before the slot: what stands after the slot, then what stands before it, by position. Places not yet
-    written hold the row's first given token (BOS), and so does what fills a shorter row, in front.
+    Processors that read the text so far (`repetition_penalty` and the caller's) get, for each slot, the row rotated to end
+    just before the slot: the text after the slot, then the text before it, by position. Open blanks, and left padding of
+    shorter rows, hold the row's first given token (BOS).
 
-    An EOS is left out wherever a given or written token stands behind it, and before the continuation: a text does not end
-    in its middle.
+    An EOS is excluded before the continuation, and wherever a given or written token stands after the slot.
     """
 
     def __init__(self, config: A3GenerationConfig, canvas, own_processors: LogitsProcessorList | None):
@@ -44,16 +43,16 @@ class SlotProcessors:
         self.warpers = LogitsProcessorList()
         for name, warper in WARPERS.items():
             value = getattr(config, name)
-            # transformers writes 1.0 and 0 for "off" into saved configs
+            # saved configs may hold these values for "off"
             off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0}.get(name)
             if config.do_sample and value is not None and value != off:
                 self.warpers.append(warper(value))
 
     def process(self, logits: torch.Tensor, slots: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """Logits (B, Q, V) after all processors but the sampling ones, at the columns `slots` (B, Q).
+        """Applies all processors except the sampling ones to logits (B, Q, V) of the columns `slots` (B, Q).
 
         Args:
-            known: (B, 1, S) or (B, Q, S), where the canvas holds tokens that a slot may look at.
+            known: (B, 1, S) or (B, Q, S), True at tokens that a slot sees.
         """
         if len(self.contextual):
             context = self._contexts(slots, known)
@@ -74,15 +73,15 @@ class SlotProcessors:
         return logits
 
     def warp(self, logits: torch.Tensor) -> torch.Tensor:
-        """The sampling processors (temperature, top-k, …) on logits (B, Q, V)."""
+        """Applies the sampling processors (temperature, top-k, …) to logits (B, Q, V)."""
         if not len(self.warpers) or not logits.numel():
             return logits
         logits = at_least_float32(logits)
-        logits = logits - logits.amax(dim=-1, keepdim=True)  # 0 at the likeliest stays 0 under any temperature
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # the maximum, 0, can't overflow at any temperature
         return self.warpers(None, logits.flatten(0, 1)).view_as(logits)
 
     def _last_known(self, known: torch.Tensor) -> torch.Tensor:
-        """(B, 1) or (B, Q) the last column that holds a token, or else the first of the continuation."""
+        """Returns (B, 1) or (B, Q) the last column that holds a token, but at least the continuation's first."""
         columns = torch.arange(self.canvas.pad_column, device=known.device)
         return torch.where(known, columns, -1).amax(dim=-1).clamp_min(self.canvas.new_from)
 
@@ -90,18 +89,16 @@ class SlotProcessors:
         canvas = self.canvas
         width = canvas.pad_column
         length = (canvas.given_mask | canvas.blank_mask).sum(dim=1)[:, None, None]  # of each row
-        turn = torch.arange(width - 1, device=slots.device) - (
-            width - length
-        )  # (B, 1, S − 1), negative where it is filled
+        turn = torch.arange(width - 1, device=slots.device) - (width - length)  # (B, 1, S − 1), negative: left padding
         position = canvas.position_ids.gather(1, slots)[..., None] + 1 + turn
         columns = canvas.columns_at(torch.where(turn >= 0, position % length, -1))  # (B, Q, S − 1)
         first = canvas.sequences.gather(1, canvas.given_mask.long().argmax(dim=1, keepdim=True))
         text = torch.where(known, canvas.sequences[:, None, :-1], first[..., None])
-        text = torch.cat([text, first[..., None].expand(-1, text.shape[1], -1)], dim=2)  # the bin
+        text = torch.cat([text, first[..., None].expand(-1, text.shape[1], -1)], dim=2)  # adds the padding column
         return text.expand(-1, slots.shape[1], -1).gather(2, columns)
 
     def _without(self, words: list[int], logits, slots, known) -> torch.Tensor:
-        """Forbids each token of `words` where all the others stand around it."""
+        """Excludes each token of `words` at slots where the other tokens of `words` already surround it."""
         canvas = self.canvas
         text = torch.nn.functional.pad(canvas.sequences[:, None, :-1].masked_fill(~known, -1), (0, 1), value=-1)
         text = text.expand(-1, slots.shape[1], -1)

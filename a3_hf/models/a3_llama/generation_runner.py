@@ -1,4 +1,4 @@
-"""Forward passes over the text being filled, and their key/value cache."""
+"""Forward passes over the text being filled, with their key/value cache."""
 
 import math
 
@@ -12,17 +12,17 @@ from .generation_cache import first_tokens, preallocated_cache
 from .generation_canvas import Canvas, columns_of
 from .rope import apply_rotary
 
-PRODUCTS_PER_LAYER = 7  # matrix products that round, of a decoder layer
+PRODUCTS_PER_LAYER = 7  # matrix products of a decoder layer, each with a rounding error
 
 
 class ForwardRunner:
-    """Runs the passes: encodes content columns of a canvas, once each, and asks slots.
+    """Runs forward passes: encodes content columns of a canvas, each once, and predicts slots.
 
     Args:
-        ragged: some columns are the bin, so that keys need a mask.
-        one_group: without a cache, all that is known is encoded as one bidirectional group (the paper's dynamic variant).
+        ragged: some columns are the padding column, so keys need a mask.
+        one_group: without a cache, encode all known tokens as one bidirectional group (the paper's dynamic variant).
         static_width: the number of keys of a static cache; None: the cache grows.
-        prompt_cache: the content of the canvas's first columns, from an earlier pass; left as it is.
+        prompt_cache: cache of the canvas's first columns, from an earlier pass; not modified.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class ForwardRunner:
                 self._take(prompt_cache)
 
     def given_columns(self) -> torch.Tensor:
-        """(B, n) the given columns not yet encoded: those before every row's first blank as they stand (so that a cache
-        lines up with `input_ids`), then the others, packed.
+        """Returns (B, n) the given columns not yet encoded: those before any row's first blank in place (so a cache aligns
+        with `input_ids`), then the others without gaps.
         """
         lead, taken = self.lead, self.encoded.shape[1]
         columns = torch.arange(lead, device=self.encoded.device).expand(self.encoded.shape[0], -1)
@@ -78,10 +78,11 @@ class ForwardRunner:
         singletons: bool = False,
         slot_groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, Q, V) at the columns `slots` (B, Q), given all content so far and `content` (B, C), new.
+        """Encodes the new columns `content` (B, C) and returns logits (B, Q, V) of the columns `slots` (B, Q), given all
+        content so far.
 
         Args:
-            singletons: the new content is a group per column, in the order given; otherwise one group.
+            singletons: each new column is a group, in the order given; otherwise all are one group.
             slot_groups: (Q,) with `singletons`: slot q sees the first `slot_groups[q]` columns of `content`. None: all.
         """
         num_new, num_slots, device = content.shape[1], slots.shape[1], content.device
@@ -141,9 +142,9 @@ class ForwardRunner:
     def _left_tokens(
         self, content: torch.Tensor, slots: torch.Tensor, slot_groups: torch.Tensor | None
     ) -> torch.Tensor:
-        """(B, Q) the token at the position left of each slot's where the slot sees it, and −1 elsewhere."""
+        """Returns (B, Q) the token to the left of each slot if the slot sees it, else −1."""
         num_new, last = content.shape[1], torch.iinfo(content.dtype).max
-        # The first of the new columns that must be seen for a column to be: none for those of earlier passes.
+        # Index of each column in `content`; −1 if an earlier pass encoded it, `last` if none has.
         needed = torch.full_like(self.canvas.sequences, last)
         needed.scatter_(1, content, torch.arange(num_new, device=content.device).expand_as(content))
         needed.scatter_(1, self.encoded, -1)
@@ -153,8 +154,8 @@ class ForwardRunner:
         return self.canvas.sequences.gather(1, left).masked_fill(~is_visible, -1)
 
     def evict(self, fallen: torch.Tensor, surplus: int) -> None:
-        """Takes back columns of the last pass's content: `fallen` (B, C), True where a draft didn't stand; the last
-        `surplus` columns did so in no row.
+        """Removes rejected drafts, `fallen` (B, C), from the last pass's content. Its last `surplus` columns, rejected in
+        every row, are cropped; the others are masked.
         """
         num_new = fallen.shape[1]
         self.encoded[:, -num_new:] = self.encoded[:, -num_new:].masked_fill(fallen, self.canvas.pad_column)
@@ -164,7 +165,7 @@ class ForwardRunner:
                 self.cache.crop(-surplus)
 
     def compact(self) -> None:
-        """Moves each row's keys and values together, so that forgotten ones don't pile up in a batch."""
+        """Removes evicted keys and values from the cache, so that they don't accumulate in a batch."""
         keep = self.encoded != self.canvas.pad_column
         keep[:, : self.lead] = True
         width = int(keep.sum(dim=1).max())
@@ -180,19 +181,19 @@ class ForwardRunner:
                 setattr(layer, name, states.gather(2, where))
 
     def prompt_cache(self) -> Cache | None:
-        """The cache of the columns before the first blank."""
+        """Returns the cache of the columns before the first blank, or None."""
         if self.cache is None or self.width is not None or self.lead == 0:
             return None
         return first_tokens(self.cache, self.lead)
 
     def _take(self, cache: Cache) -> None:
-        """Starts from a cache of the canvas's first columns, after checking that it is one."""
+        """Copies a cache of the canvas's first columns, after checking it."""
         canvas, config, length = self.canvas, self.model.config, cache.get_seq_length()
         batch_size, lead = canvas.sequences.shape[0], self.lead
         if length > lead:
             raise ValueError(
-                f"past_key_values holds {length} tokens, but only the first {lead} columns of input_ids are given before a "
-                "blank; it takes a cache of those columns or of fewer"
+                f"past_key_values holds {length} tokens: expected at most {lead}, the columns of input_ids before the first "
+                "blank"
             )
         heads, dim = config.num_key_value_heads, getattr(config, "head_dim", None)
         dim = dim or config.hidden_size // config.num_attention_heads
@@ -200,7 +201,7 @@ class ForwardRunner:
         fitting = {(rows, heads, length, dim) for rows in {1, batch_size}}
         if len(cache.layers) != config.num_hidden_layers or len(shapes) != 1 or not shapes <= fitting:
             raise ValueError(
-                f"past_key_values has {len(cache.layers)} layers of shape {sorted(shapes)}; this model takes "
+                f"past_key_values has {len(cache.layers)} layers of shape {sorted(shapes)}: expected "
                 f"{config.num_hidden_layers} of {(batch_size, heads, length, dim)} (or a batch of 1)"
             )
         columns = torch.arange(length, device=canvas.sequences.device).expand(batch_size, -1)
@@ -214,8 +215,8 @@ class ForwardRunner:
         if different.any():
             row, column = different.nonzero()[0].tolist()
             raise ValueError(
-                f"past_key_values does not belong to input_ids: it differs at row {row}, column {column} (another text, "
-                "other positions or another model)"
+                f"past_key_values does not match input_ids at row {row}, column {column} (another text, other positions or "
+                "another model)"
             )
         self._check_states(cache)
         for index, layer in enumerate(cache.layers):
@@ -223,8 +224,8 @@ class ForwardRunner:
             self.cache.update(*states, index)
 
     def _check_states(self, cache: Cache) -> None:
-        """Encodes the first and the last token of each row again, and compares what they leave in every layer. The first sees
-        itself alone, the last all of the cache, and both go through all weights that decide what a cache holds.
+        """Encodes the first and last token of each row again, and compares their keys and values in every layer. The first
+        sees only itself, the last sees the whole cache; together they depend on all weights that a cache depends on.
 
         Raises:
             ValueError: they differ.
@@ -250,13 +251,13 @@ class ForwardRunner:
                     if wrong.any():
                         row = int(wrong.nonzero()[0])
                         raise ValueError(
-                            f"past_key_values was not made by this model as it is now: the {name} of layer {index} at row "
-                            f"{row}, column {int(columns[row])}, are others (other weights, or adapters that were on or off, "
-                            "or a prompt that was not encoded from left to right); make it again"
+                            f"past_key_values does not match this model: the {name} of layer {index} at row {row}, column "
+                            f"{int(columns[row])}, differ (other weights or active adapters, or a prompt not encoded from "
+                            "left to right). Compute it again."
                         )
 
     def _encode_again(self, columns: torch.Tensor, cache: Cache, key_mask: torch.Tensor) -> None:
-        """Appends the states of `columns` (B, 1) to `cache`, of which they see the keys under `key_mask` (B, cached + 1)."""
+        """Encodes `columns` (B, 1) and appends their states to `cache`; they see the keys in `key_mask` (B, cached + 1)."""
         position_ids = self.canvas.position_ids.gather(1, columns)
         self.model.model(
             input_ids=self.canvas.sequences.gather(1, columns),
@@ -269,7 +270,7 @@ class ForwardRunner:
 
 
 def _first_layer_keys(body, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """(B, H, C, D / H) the first layer's keys of content (B, C), which depend on ids and positions alone."""
+    """Returns (B, H, C, D / H) the first layer's keys of content (B, C), which depend only on ids and positions."""
     layer, embeds = body.layers[0], body.embed_tokens(input_ids)
     cos, sin = body.rotary_emb(embeds, position_ids=position_ids)
     keys = layer.self_attn.k_proj(layer.input_layernorm(embeds))
@@ -277,13 +278,13 @@ def _first_layer_keys(body, input_ids: torch.Tensor, position_ids: torch.Tensor)
 
 
 def _cache_tolerance(dtype: torch.dtype, layer: int) -> float:
-    """Relative error up to which states of a layer count as those of the same tokens, computed in another batch shape:
-    independent roundings add up as the square root of their number. At least 1e-3, far above fp32's.
+    """Returns the relative error allowed between a layer's states of the same tokens in another batch shape: rounding errors
+    add up as the square root of their number. At least 1e-3, far above fp32's.
     """
     return max(1e-3, 4 * torch.finfo(dtype).eps * math.sqrt(PRODUCTS_PER_LAYER * (layer + 1)))
 
 
 def _relative_error(states: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """(B,) how far states (B, H, 1, D / H) are from others, as a share of their norm."""
+    """Returns (B,) the distance of states (B, H, 1, D / H) from expected ones, as a fraction of the latter's norm."""
     states, expected = states.float().flatten(1), expected.float().flatten(1)
     return (states - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,26 +1,26 @@
-"""Choices of a decoding step: which token at each slot, and which to commit. Pure tensor functions."""
+"""Choices of a decoding step, as pure tensor functions: the token at each slot, and the slots to commit."""
 
 import torch
 
 CRITERIA = ("confidence", "entropy", "margin", "random")
 DRAFTS = ("model", "ngram")
-NGRAM_LENGTH = 3  # the longest run of left neighbours that an n-gram draft looks up
+NGRAM_LENGTH = 3  # maximum number of left neighbours that an n-gram draft matches
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    """Half precision becomes fp32; fp32 and fp64 stay."""
+    """Casts half precision to fp32; leaves fp32 and fp64 unchanged."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def uniform_noise(seeds: torch.Tensor, places: torch.Tensor, step: int, purpose: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1), each a function of its own coordinates alone, so that neither batch nor padding nor
-    device changes a draw and nothing is copied between devices. (A hash in the manner of splitmix64 of the counters.)
+    """Returns uniform numbers in [0, 1), each a hash (splitmix64-style) of its own arguments only, so a draw depends neither
+    on batch, padding nor device.
 
     Args:
         seeds: (B,) int64, one per row.
         places: (B, n) int64, e.g. the blank's number in its row.
         step: the decoding step.
-        purpose: tells apart the draws of one step.
+        purpose: distinguishes the draws of one step.
 
     Returns:
         (B, n) float64.
@@ -31,24 +31,23 @@ def uniform_noise(seeds: torch.Tensor, places: torch.Tensor, step: int, purpose:
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    # shifts are made logical by masking off the copies of the sign; products wrap
+    # Masks make the right shifts logical (int64 copies the sign bit); products wrap.
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def choose_tokens(scores: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
-    """One token per slot.
+    """Returns (…) one token per slot, which depends only on that slot's scores and random number.
 
     Args:
         scores: (…, V) logits after the processors (−inf where a token is excluded).
-        uniform: (…) numbers in [0, 1) that decide the draw, by the inverse of the cumulative distribution; None: greedy.
-            A slot's token depends on its own number and scores alone, never on its neighbours.
+        uniform: (…) numbers in [0, 1) for inverse transform sampling; None: greedy.
     """
     if uniform is None:
         return scores.argmax(dim=-1)
     cumulative = at_least_float32(scores).softmax(dim=-1).cumsum(dim=-1)
-    # scaled by the rounded total, so that the draw stays below it; right=True skips tokens of probability zero
+    # Scaled by the rounded total, so that the draw stays below it; right=True skips tokens of probability zero.
     threshold = uniform.to(cumulative.dtype)[..., None] * cumulative[..., -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     last = (cumulative < cumulative[..., -1:]).sum(dim=-1)  # the last token of positive probability
@@ -56,10 +55,10 @@ def choose_tokens(scores: torch.Tensor, uniform: torch.Tensor | None) -> torch.T
 
 
 def commit_scores(logits: torch.Tensor, criterion: str, uniform: torch.Tensor | None = None) -> torch.Tensor:
-    """How much each slot deserves to be committed now, higher first (paper §1, Algorithm 2; `margin` from §3).
+    """Returns the commit score of each slot, (B, Q); the highest are committed first (paper §1, Algorithm 2; `margin`: §3).
 
     Args:
-        logits: (B, Q, V), before temperature and the like.
+        logits: (B, Q, V), before temperature etc.
         criterion: `"confidence"` (log of the largest probability), `"entropy"` (minus the entropy, in nats), `"margin"`
             (the largest probability minus the second), or `"random"`.
         uniform: (B, Q) noise for `"random"`.
@@ -86,14 +85,15 @@ def slots_to_commit(
     entropy: torch.Tensor | None = None,
     entropy_budget: float | None = None,
 ) -> torch.Tensor:
-    """(B, Q) bool, the slots to commit, by one of three rules: the best `tokens_per_step`; every one whose `confidence`
-    (B, Q), its largest probability, is above `threshold`; or the best, one after the other, while the sum of their
-    `entropy` (B, Q; nats) stays within `entropy_budget` (paper §3, entropy budget). At least the best one in any case, as
-    long as one is open.
+    """Returns (B, Q) bool, the slots to commit by one of three rules; always the best one, if any is open.
 
     Args:
         scores: (B, Q) from `commit_scores`; ties go to the earlier slot.
-        is_open: (B, Q), False at slots that ask for nothing (ragged rows).
+        is_open: (B, Q), False at slots that are padding (ragged rows).
+        tokens_per_step: rule 1: commit this many, best first.
+        confidence, threshold: rule 2: commit slots whose largest probability, `confidence` (B, Q), exceeds `threshold`.
+        entropy, entropy_budget: rule 3 (paper §3): commit slots, best first, while the sum of their `entropy` (B, Q; nats)
+            stays within `entropy_budget`.
     """
     by_score = scores.masked_fill(~is_open, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = by_score.argsort(dim=-1)
@@ -113,19 +113,19 @@ def accept_drafts(
     accept_noise: torch.Tensor | None,
     residual_noise: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The accept rule of speculative sampling (paper §3, ASSD): a draft x drawn from p stands with probability
-    min(1, q(x) / p(x)); the first that falls is replaced by a draw from max(q − p, 0), normalised. What stands then
-    follows q, whatever p is.
+    """Applies the accept rule of speculative sampling (paper §3, ASSD): a draft x drawn from p is accepted with probability
+    min(1, q(x) / p(x)); the first rejected one is replaced by a draw from max(q − p, 0), normalised. The resulting tokens
+    follow q for any p.
 
     Args:
         target: (B, D, V) logits q of the sequential model at each draft, given the drafts before it.
-        draft: (B, D, V) logits p that the drafts were drawn from; None: they are certain (p is 1 at the draft).
+        draft: (B, D, V) logits p that the drafts were drawn from; None: p is 1 at the draft.
         tokens: (B, D) the drafts.
-        is_draft: (B, D), False behind a row's last draft.
-        accept_noise, residual_noise: (B, D) numbers in [0, 1). None: greedy, a draft stands if it is the likeliest token.
+        is_draft: (B, D), False after a row's last draft.
+        accept_noise, residual_noise: (B, D) numbers in [0, 1). None: greedy; a draft is accepted if it is the likeliest.
 
     Returns:
-        (B,) how many drafts stand, and (B,) the token that replaces the first that falls (of no meaning where none does).
+        (B,) the number of accepted drafts, and (B,) the replacement of the first rejected one (arbitrary if none is).
     """
     if accept_noise is None:
         best = target.argmax(dim=-1)
@@ -142,7 +142,7 @@ def accept_drafts(
         )
         falls = (accept_noise * draft_prob >= target_prob) & is_draft
         residual = (target_probs - draft_probs).clamp_min(0.0)
-        # nothing is left where the two agree to rounding; no draft falls there but by rounding
+        # The residual is 0 where the two agree to rounding; drafts are rejected there by rounding only.
         residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, target_probs)
         replacements = choose_tokens(residual.log(), residual_noise)
     if not tokens.shape[1]:
@@ -154,12 +154,12 @@ def accept_drafts(
 
 
 def ngram_draft(tokens: torch.Tensor, known: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(B,) a guess at the token at `places` (B,): what followed the same left neighbours elsewhere in the row, the
-    longest run first (up to `NGRAM_LENGTH`), then the latest. Where there is no such place: the left neighbour itself.
+    """Returns (B,) a draft of the token at `places` (B,): the token after the same left neighbours elsewhere in the row,
+    preferring the longest match (up to `NGRAM_LENGTH`), then the last. Without a match: the left neighbour.
 
     Args:
-        tokens: (B, S) the text, token by token, without padding between them.
-        known: (B, S), where `tokens` stand.
+        tokens: (B, S) the text by position, without padding between tokens.
+        known: (B, S), True where `tokens` are known.
     """
     length = tokens.shape[1]
     place = torch.arange(length, device=tokens.device)

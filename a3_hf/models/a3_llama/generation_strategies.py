@@ -1,4 +1,4 @@
-"""The four ways to fill a canvas: which columns a pass asks, and what is committed after it."""
+"""The four decoding strategies: which columns a pass predicts, and which it commits."""
 
 from dataclasses import replace
 
@@ -11,16 +11,12 @@ from .generation_sampling import accept_drafts, choose_tokens, ngram_draft
 from .orders import GroupOrder
 
 DRAFT_TOKENS = 4
-
-
 REFINE_ROUNDS, REFINE_FRACTION = 4, 0.25
-
-
-COMPACT_EVERY = 16  # passes of a speculative batch between two tidyings of the cache
+COMPACT_EVERY = 16  # passes of a speculative batch between compactions of the cache
 
 
 def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
-    """Algorithm 1: the groups are fixed; predict each from those before it.
+    """Fills groups fixed beforehand, each given the earlier ones (Algorithm 1).
 
     Args:
         steps: (B, K, g) the columns of each group, from `group_columns`.
@@ -29,7 +25,7 @@ def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
     for slots in steps.unbind(dim=1):
         slots = decoder.mask_finished(slots)
         if decoder.has_ended and bool((slots == decoder.canvas.pad_column).all()):
-            decoder.step += 1  # as beside rows that go on: a step is a group
+            decoder.step += 1  # a step is a group, as in batches whose other rows continue
             continue
         if decoder.out_of_time():
             return decoder.fill_remaining(content)
@@ -40,7 +36,7 @@ def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
 
 
 def fill_dynamic(decoder: Decoder) -> None:
-    """Algorithm 2: ask the open blanks (those in the window), commit the best, and ask the rest again."""
+    """Predicts the open blanks (in the window), commits the best, and repeats (Algorithm 2)."""
     canvas, config = decoder.canvas, decoder.config
     tokens_per_step = config.tokens_per_step or 1
     content, waiting = decoder.runner.given_columns(), columns_of(canvas.blank_mask, canvas.pad_column)
@@ -68,24 +64,24 @@ def fill_dynamic(decoder: Decoder) -> None:
 
 
 def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
-    """ASSD (paper §3), both of its passes in one: a pass encodes the last certain token and up to k drafts, checks each
-    draft from a slot that sees what stands before it, and drafts the next k from slots that see all of this.
+    """Fills blanks by ASSD (paper §3), with both of its passes fused: a pass encodes the last certain token and up to k
+    drafts, verifies each draft from a slot that sees the tokens before it, and drafts the next k from slots that see all.
 
-    What stands after a pass follows the sequential model exactly: the drafts up to the first that falls, and then either
-    its replacement or, where all stand, the first of the new ones, which saw everything before it. The drafts behind a
-    fallen one are kept: the rule holds for drafts from any distribution, as long as it is known. Each pass writes at
-    least one token. With a cache, what fell is taken out of it. An EOS is never a draft, for what is drafted after it would
-    have to know where the text ends; it is written as a replacement or as the token after the drafts.
+    Accepted tokens follow the sequential model exactly: the drafts before the first rejected one, then its replacement or,
+    if all are accepted, the first new draft, which saw everything before it. Drafts after a rejected one are kept as drafts:
+    the accept rule holds for any known draft distribution. Each pass writes at least one token. Rejected drafts are evicted
+    from the cache. An EOS is never a draft, only a replacement or the token after the drafts, as drafts after it would
+    depend on where the text ends.
 
     Args:
-        path: (B, N) each row's blanks in the order in which they are generated, then the bin.
+        path: (B, N) each row's blanks in generation order, then the padding column.
     """
     canvas, config = decoder.canvas, decoder.config
     num_drafts = config.draft_tokens or DRAFT_TOKENS
     by_ngram, greedy = config.draft == "ngram", not config.do_sample
     batch_size, device = path.shape[0], path.device
-    num_new = 1 if by_ngram else num_drafts  # slots behind the drafts
-    rest = path  # what is not yet certain
+    num_new = 1 if by_ngram else num_drafts  # slots after the drafts
+    rest = path  # columns not yet certain
     pending = decoder.runner.given_columns()
     drafts = rest.new_zeros(batch_size, 0)
     count = rest.new_zeros(batch_size)  # drafts of each row
@@ -108,7 +104,7 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
         draft_number = torch.full_like(canvas.sequences, width).scatter_(1, columns, place.expand_as(columns))
         known = canvas.known()[:, None] | (draft_number[:, None, :-1] < seen[:, None])
         scores = decoder.warped(decoder.processed(logits, slots, known))
-        # 2. Which drafts stand, and the certain token after them.
+        # 2. Accept drafts, and choose the certain token after them.
         noise = (None if greedy else decoder.uniform(columns, purpose) for purpose in (ACCEPT, RESIDUAL))
         stands, replacement = accept_drafts(scores[:, :width], draft_scores, drafts, is_draft, *noise)
         new_noise = None if greedy else decoder.uniform(slots[:, width:], SAMPLE)
@@ -126,7 +122,7 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
             torch.cat([drafts, certain[:, None]], dim=1),
             *(torch.cat([each[:, :width], each.gather(1, of_certain)], dim=1) for each in (logits, scores)),
         )
-        # 4. Go on behind them: what is left of the old drafts, then the new ones; after an EOS, from scratch.
+        # 4. Next drafts: the remaining old ones, then the new ones; after an EOS, none.
         rest = _ahead(rest, stands + 1, rest.shape[1] - 1, canvas.pad_column)
         if decoder.has_ended:
             rest = decoder.mask_finished(rest)
@@ -159,15 +155,15 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
 
 
 def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, pad_column: int) -> torch.Tensor:
-    """(B, width) the entries of `rest` (B, N) from `skip` (B,) on, then the bin."""
+    """Returns (B, width) the entries of `rest` (B, N) from index `skip` (B,), then the padding column."""
     place = skip[:, None] + torch.arange(width, device=rest.device)
     padded = torch.nn.functional.pad(rest, (0, 1), value=pad_column)
     return padded.gather(1, place.clamp_max(rest.shape[1]))
 
 
 def _ngram_drafts(canvas: Canvas, rest: torch.Tensor, width: int) -> torch.Tensor:
-    """(B, width) drafts for the next columns, each building on those before it. Where one would be an EOS, it is the first
-    token that is none.
+    """Returns (B, width) drafts for the next columns, each based on the earlier ones. An EOS is replaced by the first other
+    token of the vocabulary.
     """
     pad = torch.nn.functional.pad
     by_position = pad(canvas.by_position, (0, 1), value=canvas.pad_column)
@@ -189,7 +185,9 @@ def _ngram_drafts(canvas: Canvas, rest: torch.Tensor, width: int) -> torch.Tenso
 
 
 def _without_eos(scores: torch.Tensor, eos_token_ids: torch.Tensor) -> torch.Tensor:
-    """Scores (B, n, V) to draw drafts from: without EOS, or where nothing else is left, anything else, which then falls."""
+    """Returns scores (B, n, V) to draw drafts from, with EOS excluded; uniform over other tokens if only EOS was allowed, so
+    that the draft is rejected.
+    """
     if not eos_token_ids.numel():
         return scores
     scores = scores.index_fill(-1, eos_token_ids, -torch.inf)
@@ -198,16 +196,16 @@ def _without_eos(scores: torch.Tensor, eos_token_ids: torch.Tensor) -> torch.Ten
 
 
 def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
-    """`dynamic`, then rounds that open the least likely tokens again and fill them in sight of all the others (not in the
-    paper). The likelihood that is compared is the exact one of the written tokens, one by one from left to right, given
-    all other text. Tokens opened in a round that was not kept are left alone until nothing else is left to try.
+    """Runs `dynamic`, then rounds that reopen the least likely tokens and fill them given all others (not in the paper).
+    Rounds are compared by the exact log-likelihood of the written tokens, left to right, given all other text. Tokens
+    reopened in a discarded round are not reopened again until all others have been tried.
 
     Args:
-        make_decoder: makes a `Decoder` for another canvas, with its own chance, going on at a step.
+        make_decoder: makes a `Decoder` from a canvas, noise and a first step.
         log_likelihood: the model's, of (sequences, group_ids, attention_mask).
 
     Returns:
-        The passes of the model beyond those of `decoder`.
+        The number of the model's passes in addition to those of `decoder`.
     """
     canvas, config = decoder.canvas, decoder.config
     fill_dynamic(decoder)
@@ -257,17 +255,17 @@ def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
 
 
 def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: SlotNoise) -> torch.Tensor:
-    """(B, K, g) the columns of each group in turn, padded with the bin.
+    """Returns (B, K, g) the columns of each group in order, padded with the padding column.
 
     Raises:
-        ValueError: an `order` tensor of another shape than the canvas, or with groups of several tokens for strategy
+        ValueError: an `order` tensor that differs in shape from the canvas, or with groups of several tokens for strategy
             `speculative`.
     """
     blank = canvas.blank_mask
     if isinstance(config.order, torch.Tensor):
         if config.order.shape != blank.shape:
             raise ValueError(
-                f"order has shape {tuple(config.order.shape)}; it takes a group for every token and blank, "
+                f"order has shape {tuple(config.order.shape)}: expected one group per token and blank, "
                 f"{tuple(blank.shape)}"
             )
         group = config.order.to(blank.device)
@@ -281,7 +279,7 @@ def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: SlotNoise)
             span_length=config.span_length,
             generator=chance.order_generators() if name in ("random", "spans") else None,
         ).group_ids
-    # number the groups of each row's blanks from 0, then the blanks inside each
+    # Number the groups of each row's blanks from 0, then the blanks inside each group.
     last = torch.iinfo(group.dtype).max
     by_group = group.masked_fill(~blank, last).argsort(dim=1, stable=True)
     is_blank = blank.gather(1, by_group)
@@ -292,7 +290,7 @@ def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: SlotNoise)
     inside = place - torch.where(starts, place, 0).cummax(dim=1).values
     num_groups, group_size = int(number.max()) + 1, int(inside.masked_fill(~is_blank, 0).max()) + 1
     if config.strategy == "speculative" and group_size > 1:
-        raise ValueError("order holds groups of several tokens; strategy='speculative' takes one token a group")
+        raise ValueError("order holds groups of several tokens: strategy='speculative' expects one token per group")
     steps = torch.full((blank.shape[0], num_groups * group_size + 1), canvas.pad_column, device=blank.device)
     target = torch.where(is_blank, number * group_size + inside, num_groups * group_size)
     steps.scatter_(1, target, by_group.masked_fill(~is_blank, canvas.pad_column))

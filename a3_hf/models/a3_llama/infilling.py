@@ -1,4 +1,4 @@
-"""Infilling and rewriting of text: templates with blanks in, text out."""
+"""Infilling and rewriting of text: from templates with blanks to filled text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,24 +26,24 @@ from .infilling_templates import (
 from .modeling_outputs import BriefOutput
 
 AUTO_LENGTHS = (1, 16)
-# Arguments of `generate_any_order` that are no fields of its config, and of these the ones for what is returned alone.
+# Arguments of `generate_any_order` that are not config fields; OBSERVERS get the final text only, not length candidates.
 ARGUMENTS = ("logits_processor", "logits_hook", "commit_hook", "streamer", "past_key_values", "cache", "steps")
 OBSERVERS = ("streamer", "commit_hook")
 
 
 @dataclass(repr=False)
 class A3InfillOutput(BriefOutput):
-    """What `infill` and `rewrite` return with `return_outputs`, one entry per row of `generation`: one per text, or
-    `num_return_sequences` side by side.
+    """Output of `infill` and `rewrite` with `return_outputs`: one entry per row of `generation`, i.e. one per text, or
+    `num_return_sequences` adjacent ones.
 
     Attributes:
-        texts: the texts, filled.
-        written: what was written into each blank.
-        lengths: the tokens of each blank.
-        length_scores: for each blank the score of each candidate length (see `lengths.choose_lengths`), in nats; empty
-            where the length was given.
-        generation: the passes' output; its rows are the texts as they were read (see `suffix_template`), left-padded to the
-            longest.
+        texts: the filled texts.
+        written: the text written into each blank.
+        lengths: the number of tokens of each blank.
+        length_scores: for each blank the score of each candidate length (see `choose_lengths`), in nats; empty if the length
+            was given.
+        generation: output of `generate_any_order`; rows are the texts as the model read them (see `suffix_template`),
+            left-padded to the longest.
     """
 
     texts: list[str] | None = None
@@ -54,7 +54,7 @@ class A3InfillOutput(BriefOutput):
 
 
 class A3InfillingMixin:
-    """`infill` and `rewrite` for a model with `generate_any_order` and `log_likelihood`."""
+    """Mixin with `infill` and `rewrite`, for a model with `generate_any_order` and `log_likelihood`."""
 
     def infill(
         self,
@@ -69,39 +69,37 @@ class A3InfillingMixin:
     ) -> str | list[str] | list[list[str]] | A3InfillOutput:
         """Fills the blanks of a text, or of several texts in one batch.
 
-        A blank reads `<blank:N>` (N tokens are written there), `<blank:MIN..MAX>` or `<blank:auto>` (the length is chosen
-        by exact likelihood, see `lengths.choose_lengths`). A backslash before a marker makes plain text of it (see
-        `Template.parse`). Given text comes back character by character, and what stands in a blank is what its tokens
-        say: the last space before a marker belongs to the blank's first token, as in the tokens of a running text, which
-        then is one that begins with a space. Special tokens are never written. The text begins with BOS, once.
+        Blanks are marked `<blank:N>` (N tokens), `<blank:MIN..MAX>` or `<blank:auto>` (the length is chosen by exact
+        likelihood, see `choose_lengths`). A backslash escapes a marker (see `Template.parse`). Given text is returned
+        unchanged. The last space before a marker belongs to the blank's first token, which then must begin with a space, as
+        tokens inside a text do. Special tokens are never written. The text begins with BOS, once.
 
         Args:
-            tokenizer: of the model; it needs no pad token.
+            tokenizer: the model's tokenizer; a pad token is not needed.
             text: e.g. `"The dog <blank:6> home."`.
-            auto_lengths: the least and the most tokens of `<blank:auto>`.
-            suffix_template: words for what stands after the last blank, read before all else (see `A3LlamaConfig`); `""`: at
-                its place. None: the model's own. Lengths are chosen with the suffix at its place.
-            generation_config, overrides: as in `generate_any_order`, hooks included, but for `max_new_tokens`. With
-                `num_return_sequences` a length is chosen once for a text, by the first of its sequences. `seed` is an
-                integer, or a list with one for each sequence of each text.
+            auto_lengths: minimum and maximum number of tokens of `<blank:auto>`.
+            suffix_template: words that bring the text after the last blank to the front (see `A3LlamaConfig`); `""`: it stays
+                in place. None: the model's own. Lengths are chosen with the suffix in place.
+            generation_config, overrides: as in `generate_any_order`, including hooks, except `max_new_tokens`. With
+                `num_return_sequences`, a text's first sequence decides the lengths of all. `seed` is an integer, or a list
+                with one per sequence of each text.
             return_outputs: return an `A3InfillOutput`.
 
         Returns:
-            The text, or a list of texts if a list was given; with `num_return_sequences` above 1 a list of its texts in
-            place of each text.
+            The text, or a list of texts if a list was given; with `num_return_sequences` above 1, each text becomes a list.
 
         Raises:
-            ValueError: a marker that can't be read (see `Template.parse`), an empty range of lengths, a text that with its
-                longest blanks exceeds the model's context, `max_new_tokens`, a tokenizer without BOS, an empty list, and
-                what `generate_any_order` refuses.
+            ValueError: an invalid marker (see `Template.parse`), an empty range of lengths, a text that with its longest
+                blanks exceeds the model's context, `max_new_tokens`, a tokenizer without BOS, an empty list, or an error of
+                `generate_any_order`.
         """
         if not isinstance(text, (str, list, tuple)):
-            raise ValueError(f"text is a {type(text).__name__}; it takes a string or a list of strings")
+            raise ValueError(f"text is a {type(text).__name__}: expected a string or a list of strings")
         texts = [text] if isinstance(text, str) else text
         check_length("auto_lengths", _pair("auto_lengths", auto_lengths))
         templates = [Template.parse(one).with_range(auto_lengths) for one in texts]
         if not templates:
-            raise ValueError("text is an empty list; it takes at least one text")
+            raise ValueError("text is an empty list: expected at least one text")
         output = self.fill_templates(
             tokenizer, templates, suffix_template=suffix_template, generation_config=generation_config, **overrides
         )
@@ -125,19 +123,19 @@ class A3InfillingMixin:
         return_outputs: bool = False,
         **overrides: Any,
     ) -> str | list[str] | A3InfillOutput:
-        """Writes spans of a text anew, in sight of all the rest.
+        """Rewrites spans of a text, given all other text.
 
         Args:
             text: the whole text; blank markers in it are plain text.
             spans: (start, end) in characters, in any order, not overlapping.
-            length: of each span: `"same"` (as many tokens as it has), `"auto"`, a number of tokens, or a range.
+            length: new length of each span: `"same"` (its number of tokens), `"auto"`, a number of tokens, or a range.
             auto_lengths, suffix_template, generation_config, return_outputs, overrides: as in `infill`.
 
         Returns:
             The text; with `num_return_sequences` above 1 a list of texts.
 
         Raises:
-            ValueError: spans that are empty, outside the text or overlapping; an unknown `length`; and as in `infill`.
+            ValueError: spans that are empty, outside the text or overlapping; an unknown `length`; or an error of `infill`.
         """
         check_length("auto_lengths", _pair("auto_lengths", auto_lengths))
         same = length == "same"
@@ -161,14 +159,14 @@ class A3InfillingMixin:
         generation_config: A3GenerationConfig | None = None,
         **overrides: Any,
     ) -> A3InfillOutput:
-        """Fills texts with blanks, all lengths of which are numbers or ranges, in one batch.
+        """Fills templates, whose lengths are numbers or ranges, in one batch.
 
         Args:
             suffix_template, generation_config, overrides: as in `infill`.
         """
         templates = list(templates)
         if not templates:
-            raise ValueError("templates is empty; it takes at least one Template")
+            raise ValueError("templates is empty: expected at least one Template")
         fields = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
         config = resolve_config(generation_config, None, fields, None)
         copies = config.num_return_sequences or 1
@@ -178,7 +176,9 @@ class A3InfillingMixin:
         special = special_token_ids(tokenizer, self.config.vocab_size)
         overrides["suppress_tokens"] = sorted({*(config.suppress_tokens or []), *special})
         if config.seed is None and any(not isinstance(one, int) for template in templates for one in template.lengths):
-            overrides["seed"] = int(torch.randint(2**62, ()))  # what is returned is drawn as the candidate was
+            overrides["seed"] = int(
+                torch.randint(2**62, ())
+            )  # the chosen candidate and the final text use the same draws
         silent = {name: value for name, value in overrides.items() if name not in OBSERVERS}
 
         def fill_candidates(seed, candidates):
@@ -217,9 +217,7 @@ class A3InfillingMixin:
 
     def _suffix_template(self, wanted: str | None) -> str | None:
         if wanted is None:
-            return getattr(
-                self.config, "suffix_template", None
-            )  # Decoupled RoPE and masked diffusion have none of their own
+            return getattr(self.config, "suffix_template", None)  # the controls have none of their own
         if wanted == "":
             return None
         check_suffix_template(wanted)
@@ -230,19 +228,19 @@ class A3InfillingMixin:
     ) -> None:
         if config.max_new_tokens is not None:
             raise ValueError(
-                f"max_new_tokens={config.max_new_tokens}: a text with blanks is not gone on from; end it with a blank, "
-                "<blank:N> or <blank:auto>, or call generate_any_order"
+                f"max_new_tokens={config.max_new_tokens}: expected None for a text with blanks. End it with <blank:N> or "
+                "<blank:auto>, or call generate_any_order."
             )
         copies = config.num_return_sequences or 1
         if isinstance(config.seed, (list, tuple)) and len(config.seed) != len(templates) * copies:
             raise ValueError(
-                f"seed holds {len(config.seed)} seeds; it takes an integer or one for each sequence of each text, "
-                f"{len(templates) * copies}"
+                f"seed holds {len(config.seed)} seeds: expected an integer, or {len(templates) * copies}, one per sequence of "
+                "each text"
             )
         for template in templates:
             if not isinstance(template, Template) or None in template.lengths:
                 raise ValueError(
-                    f"templates holds {template!r:.200}; it takes Template, every length a number or a range"
+                    f"templates holds {template!r:.200}: expected a Template whose lengths are numbers or ranges"
                 )
             context = self.config.max_position_embeddings
             given, _ = encode_template(tokenizer, replace(template, lengths=(1,) * len(template.lengths)))
@@ -250,7 +248,7 @@ class A3InfillingMixin:
             total = len(given) - len(template.lengths) + most
             if total > context:
                 raise ValueError(
-                    f"text {str(template)!r:.60} and its blanks, {most} tokens at most, take {total} positions, "
+                    f"text={str(template)!r:.60} and its blanks, {most} tokens at most, take {total} positions, "
                     f"{total - context} more than the model's context (max_position_embeddings={context})"
                 )
 
@@ -261,14 +259,14 @@ class A3InfillingMixin:
         generation_config: A3GenerationConfig | None,
         overrides: dict[str, Any],
     ) -> tuple[A3GenerateOutput, torch.Tensor]:
-        """Fills templates whose lengths are numbers; the number of each token's blank (B, S), 0 where it was given and −1 at
-        padding, on the left.
+        """Fills templates whose lengths are numbers. Returns the output, left-padded, and the number of each token's blank
+        (B, S), 0 at given tokens and −1 at padding.
         """
         encoded = [encode_template(tokenizer, template) for template in templates]
         width = max(len(ids) for ids, _ in encoded)
         input_ids = torch.zeros(len(encoded), width, dtype=torch.long)
         blanks = torch.full_like(input_ids, -1)
-        is_spaced = torch.zeros(len(encoded), width + 1, dtype=torch.bool)  # and the canvas's bin
+        is_spaced = torch.zeros(len(encoded), width + 1, dtype=torch.bool)  # including the canvas's padding column
         for row, (template, (ids, numbers)) in enumerate(zip(templates, encoded, strict=True)):
             start = width - len(ids)
             input_ids[row, start:], blanks[row, start:] = torch.tensor(ids), torch.tensor(numbers)
@@ -290,7 +288,7 @@ class A3InfillingMixin:
 
 
 def _spaced(hook: Callable | None, is_spaced: torch.Tensor, begins: torch.Tensor) -> Callable:
-    """A logits hook, after `hook`: at the columns `is_spaced` (texts, S + 1) only tokens in `begins` (V,) are written."""
+    """Returns a logits hook: after `hook`, only tokens in `begins` (V,) are allowed at columns `is_spaced` (texts, S + 1)."""
 
     def spaced(step: int, columns: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if hook is not None:
@@ -304,7 +302,7 @@ def _spaced(hook: Callable | None, is_spaced: torch.Tensor, begins: torch.Tensor
 def _tokens_of_spans(
     tokenizer: PreTrainedTokenizerBase, template: Template, text: str, spans: list[tuple[int, int]]
 ) -> tuple[int, ...]:
-    """The tokens of each span, with the space before it where `encode_template` leaves it to the blank."""
+    """Returns the number of tokens of each span, including the space before it if `encode_template` moves it to the blank."""
     lent = lent_spaces(tokenizer, template)
     pieces = [(" " if one else "") + text[start:end] for one, (start, end) in zip(lent, spans, strict=True)]
     starts = [start == 0 or (one and start == 1) for one, (start, _) in zip(lent, spans, strict=True)]
@@ -316,7 +314,7 @@ def _tokens_of_spans(
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name}={value!r}; it takes two numbers of tokens, (least, most)")
+        raise ValueError(f"{name}={value!r}: expected two numbers of tokens, (min, max)")
     return tuple(value)
 
 
@@ -328,4 +326,4 @@ def _checked_length(length) -> Length:
         return length
     if isinstance(length, int) and not isinstance(length, bool) and length >= 1:
         return length
-    raise ValueError(f"length={length!r}; it takes 'same', 'auto', a number of tokens or (least, most)")
+    raise ValueError(f"length={length!r}: expected 'same', 'auto', a number of tokens or (min, max)")

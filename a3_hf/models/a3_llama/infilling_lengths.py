@@ -1,4 +1,4 @@
-"""How long a blank is: candidates compared by the exact likelihood of the whole text."""
+"""Choice of blank lengths, by the exact likelihood of the whole text."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,20 +19,19 @@ def choose_lengths(
     *,
     end_token_id: int | None,
 ) -> tuple[Template, list[dict[int, float]]]:
-    """Sets the ranges of a template to numbers, blank by blank from the left (not specified in the paper).
+    """Replaces length ranges of a template by numbers, blank by blank from the left (not specified in the paper).
 
-    A candidate of length n is the text up to the next blank of unknown length, filled. Its score is the exact
-    log-likelihood of what was filled in and of all that stands behind it, in text order, given the text before the blank:
-    the same text with other lengths differs in nothing else, so that the candidates' sums are compared, not their means.
-    Where the blank ends the text, so does `end_token_id`, and is scored with it.
+    A candidate of length n is the filled text up to the next blank of unknown length. Its score is the exact log-likelihood
+    of the filled tokens and the text after them, left to right, given the text before the blank. Sums are compared, not
+    means: the candidates share all other text. If the blank ends the text, `end_token_id` is appended and scored too.
 
     Args:
-        fill: fills templates whose lengths are numbers, in one batch; returns the tokens (B, S) and the number of each
-            token's blank (B, S), 0 at given text and −1 at padding, which is on the left.
+        fill: fills templates whose lengths are numbers, in one batch; returns left-padded tokens (B, S) and the number of
+            each token's blank (B, S), 0 at given text and −1 at padding.
 
     Returns:
-        The template with numbers for lengths, and for each blank the score of each candidate, in nats (empty where the
-        length was given).
+        The template with numbers as lengths, and for each blank the score of each candidate, in nats (empty if the length
+        was given).
     """
     lengths, scores = list(template.lengths), [{} for _ in template.lengths]
     for number, span in enumerate(template.lengths):
@@ -40,12 +39,12 @@ def choose_lengths(
             continue
         unknown = [later for later in range(number + 1, len(lengths)) if not isinstance(lengths[later], int)]
         until = unknown[0] if unknown else len(lengths)
-        # the space before the next unknown blank belongs to what is written there
-        behind = template.pieces[until].removesuffix(" ") if unknown else template.pieces[until]
-        ends = until == len(lengths) and not behind and number == until - 1
+        # The space before the next unknown blank belongs to that blank.
+        after = template.pieces[until].removesuffix(" ") if unknown else template.pieces[until]
+        ends = until == len(lengths) and not after and number == until - 1
         known = lengths[:until]
         candidates = [
-            Template((*template.pieces[:until], behind), (*known[:number], length, *known[number + 1 :]))
+            Template((*template.pieces[:until], after), (*known[:number], length, *known[number + 1 :]))
             for length in range(span[0], span[1] + 1)
         ]
         for start in range(0, len(candidates), CANDIDATES_PER_BATCH):
@@ -59,8 +58,8 @@ def choose_lengths(
 def score_candidates(
     model, tokens: torch.Tensor, blanks: torch.Tensor, number: int, *, end_token_id: int | None
 ) -> list[float]:
-    """Log-likelihood (nats) of each filled row (B, S; left-padded) from blank `number` on, given the text before it, from
-    left to right; with `end_token_id` behind it, if there is one.
+    """Returns the log-likelihood (nats) of each left-padded row (B, S) from blank `number` to the end, given the text before
+    it, left to right; `end_token_id`, unless None, is appended to each row.
     """
     if end_token_id is not None:
         tokens, blanks = pad(tokens, (0, 1), value=end_token_id), pad(blanks, (0, 1))

@@ -1,4 +1,4 @@
-"""The transformers pipeline "infilling"."""
+"""The transformers pipeline `"infilling"`."""
 
 from collections.abc import Sized
 
@@ -12,18 +12,18 @@ from .modeling_a3_llama import A3LlamaForCausalLM
 
 
 class A3InfillingPipeline(Pipeline):
-    """`pipeline("infilling", model="runs/mine")("The dog <blank:auto> home.")`: a dict per text, with `text` (filled),
-    `written` (what stands in each blank), `lengths` (their tokens), `length_scores` and `log_likelihood` (nats); with
-    `num_return_sequences` above 1 a list of such dicts per text. Takes what `infill` takes, when it is made or called.
+    """Pipeline for infilling: `pipeline("infilling", model="runs/mine")("The dog <blank:auto> home.")`.
 
-    A text gives its result, a list of texts a list of results; a generator or a torch dataset of texts (such as
-    transformers' `KeyDataset(dataset, "text")`) gives an iterator over results, `batch_size` texts to a batch.
+    Returns a dict per text with `text` (filled), `written` (text of each blank), `lengths` (tokens of each blank),
+    `length_scores` and `log_likelihood` (nats); with `num_return_sequences` above 1, a list of such dicts. A list of texts
+    gives a list of results; a generator or torch dataset of texts (e.g. transformers' `KeyDataset(dataset, "text")`) gives an
+    iterator over results, in batches of `batch_size`. Accepts `infill`'s settings, on construction or per call.
 
-    Its `save_pretrained` writes the model, the tokenizer and the code of all three, for use without this package:
+    `save_pretrained` saves model, tokenizer and the code of all three, for use without this package:
     `pipeline("infilling", model=FOLDER, trust_remote_code=True)`.
 
     Raises:
-        ValueError: what is no text; `return_outputs`, which it sets itself; and what `infill` refuses.
+        ValueError: inputs that are not texts, `return_outputs`, or an error of `infill`.
     """
 
     _load_processor = False
@@ -35,13 +35,13 @@ class A3InfillingPipeline(Pipeline):
         if isinstance(inputs, (list, tuple)):
             inputs = list(inputs)
             for text in inputs:
-                self.preprocess(text)  # a mistake in one is said before the work on the others
+                self.preprocess(text)  # fail before any text is filled
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **settings)
 
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ):
-        """Identical to `Pipeline.get_iterator` except: texts are put together as a list, which takes no pad token."""
+        """Identical to `Pipeline.get_iterator` except: a batch is a list of texts, so no pad token is needed."""
         dataset = (PipelineDataset if isinstance(inputs, Sized) else PipelineIterator)(
             inputs, self.preprocess, preprocess_params
         )
@@ -51,13 +51,13 @@ class A3InfillingPipeline(Pipeline):
 
     def _sanitize_parameters(self, **settings):
         if "return_outputs" in settings:
-            raise ValueError("return_outputs: the pipeline returns dicts; call model.infill for an A3InfillOutput")
+            raise ValueError("return_outputs: the pipeline returns dicts. Call model.infill for an A3InfillOutput.")
         return {}, settings, {}
 
     def preprocess(self, text: str) -> dict:
         if not isinstance(text, str):
             raise ValueError(
-                f"inputs holds a {type(text).__name__}, {text!r:.60}; it takes a string, a list of strings, or a generator or "
+                f"inputs holds a {type(text).__name__}, {text!r:.60}: expected a string, a list of strings, or a generator or "
                 'torch dataset of strings (KeyDataset(dataset, "text"))'
             )
         Template.parse(text)
@@ -82,7 +82,7 @@ class A3InfillingPipeline(Pipeline):
         return {"results": rows}
 
     def postprocess(self, output: dict) -> dict | list[dict]:
-        result = output["results"]  # of one text, or, where a batch holds no more, a list of that alone
+        result = output["results"]  # of one text; or, in a batch of one, a list of one result
         return result[0] if isinstance(result, list) and len(result) == 1 else result
 
 
@@ -97,7 +97,7 @@ PIPELINE_REGISTRY.register_pipeline(
     default=None,
     type="text",
 )
-# The name that a saved pipeline gives its model must be one of transformers' own.
+# The model class in a saved pipeline's config must be a class of transformers.
 A3InfillingPipeline._registered_impl = {
     "infilling": {"impl": A3InfillingPipeline, "pt": (AutoModelForCausalLM,), "type": "text"}
 }

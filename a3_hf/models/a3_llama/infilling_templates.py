@@ -1,4 +1,4 @@
-"""Texts with blanks in: their markers, their tokens, and the way back to text."""
+"""Texts with blanks: parsing of markers, encoding to tokens, decoding to text."""
 
 import re
 from dataclasses import dataclass, replace
@@ -8,10 +8,10 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 MARKER = re.compile(r"<blank:(\d{1,18}(?:\.\.\d{1,18})?|auto)>")
-# What may be a marker, with the backslashes before it: two stand for one, and one more makes plain text of it.
+# A possible marker, with the backslashes before it: each pair is one backslash, a single one escapes the marker.
 MARKER_START = re.compile(r"(\\*)<blank\b")
-# Tokenised before a piece of text and then cut off, so that the piece is tokenised as it is inside a text: tokenizers
-# that put a space before the first word would otherwise change its first token. The first that stays apart is used.
+# Prefixes for tokenising a piece as it is inside a text, as tokenizers may add a space at a text's start. The first one
+# whose tokens do not merge with the piece's is used, and its tokens are cut off.
 ANCHORS = ("\n", "a", ".", "=")
 
 Length = int | tuple[int, int] | None
@@ -19,8 +19,11 @@ Length = int | tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Template:
-    r"""A text with blanks. `pieces` are the given texts around the blanks (one more than `lengths`), `lengths` the tokens
-    of each blank: a number, a range (least, most), or None for a range that is set later.
+    r"""A text with blanks.
+
+    Attributes:
+        pieces: the given texts before, between and after the blanks; one more than `lengths`.
+        lengths: number of tokens of each blank: a number, a range (min, max), or None for a range that is set later.
 
     Examples:
         >>> Template.parse("The dog <blank:6> home, and <blank:2..4> it.")
@@ -29,7 +32,7 @@ class Template:
         Template(pieces=('The marker <blank:3> makes ', '.'), lengths=(2,))
 
     Raises:
-        ValueError: no blank, another number of pieces, a piece that is no string, a length that is none.
+        ValueError: no blank, a wrong number of pieces, a piece that is not a string, or an invalid length.
     """
 
     pieces: tuple[str, ...]
@@ -38,25 +41,25 @@ class Template:
     def __post_init__(self):
         if not self.lengths or len(self.pieces) != len(self.lengths) + 1:
             raise ValueError(
-                f"pieces has {len(self.pieces)} texts and lengths {len(self.lengths)} blanks; a template takes at least one "
-                "blank, and a text (which may be empty) before, between and after them"
+                f"pieces has {len(self.pieces)} texts and lengths {len(self.lengths)} blanks: expected at least one blank, "
+                "and a text (which may be empty) before, between and after blanks"
             )
         for piece in self.pieces:
             if not isinstance(piece, str):
-                raise ValueError(f"pieces holds {piece!r}; it takes strings")
+                raise ValueError(f"pieces holds {piece!r}: expected strings")
         for length in self.lengths:
             check_length("lengths", length)
 
     @classmethod
     def parse(cls, text: str) -> "Template":
-        """Reads markers `<blank:N>`, `<blank:MIN..MAX>` and `<blank:auto>`. A backslash before a marker makes plain text of
-        it; before a marker, two backslashes stand for one.
+        """Parses markers `<blank:N>`, `<blank:MIN..MAX>` and `<blank:auto>`. A backslash escapes a marker; two backslashes
+        before a marker are one.
 
         Raises:
-            ValueError: no marker; one of length 0 or with an empty range; one that can't be read.
+            ValueError: no marker, an invalid one, or one of length 0 or with an empty range.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text is a {type(text).__name__}, {text!r:.60}; it takes a string")
+            raise ValueError(f"text is a {type(text).__name__}, {text!r:.60}: expected a string")
         pieces, lengths, position = [""], [], 0
         for start in MARKER_START.finditer(text):
             slashes = len(start.group(1))
@@ -68,8 +71,8 @@ class Template:
             if marker is None:
                 broken = re.match(r"<blank\b[^>]{,40}>?", text[position:]).group()
                 raise ValueError(
-                    f"text holds the blank marker {broken!r}; a marker reads <blank:N>, N ≥ 1 tokens, <blank:MIN..MAX> or "
-                    "<blank:auto>, and a backslash before it makes plain text of it"
+                    f"text holds the blank marker {broken!r}: expected <blank:N>, N ≥ 1 tokens, <blank:MIN..MAX> or "
+                    "<blank:auto>. For plain text, put a backslash before it."
                 )
             lengths.append(_parse_length(marker.group(1)))
             pieces.append("")
@@ -77,13 +80,13 @@ class Template:
         pieces[-1] += text[position:]
         if not lengths:
             raise ValueError(
-                f"text={text!r:.200} holds no blank marker; mark what to write as <blank:N>, N tokens, <blank:MIN..MAX> or "
+                f"text={text!r:.200} holds no blank marker: expected at least one <blank:N>, N tokens, <blank:MIN..MAX> or "
                 "<blank:auto>"
             )
         return cls(tuple(pieces), tuple(lengths))
 
     def __str__(self) -> str:
-        """The text of which `parse` makes this template."""
+        """Returns a text that `parse` turns into this template."""
         text = ""
         for piece, length in zip(self.pieces, (*self.lengths, 0), strict=True):
             text += MARKER_START.sub(lambda start: 2 * start[1] + "\\" + start[0].removeprefix(start[1]), piece)
@@ -96,28 +99,28 @@ class Template:
 
     @classmethod
     def cut(cls, text: str, spans: list[tuple[int, int]], length: Length) -> "Template":
-        """A text with the characters from `start` to `end` of each span taken out, every blank of this `length`.
+        """Replaces each span (start, end) of a text, in characters, by a blank of this `length`.
 
         Raises:
-            ValueError: no span; one outside the text or of no character; spans that overlap.
+            ValueError: no span, an empty span, one outside the text, or spans that overlap.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text is a {type(text).__name__}, {text!r:.60}; it takes a string")
+            raise ValueError(f"text is a {type(text).__name__}, {text!r:.60}: expected a string")
         if not isinstance(spans, (list, tuple)) or not spans:
             empty = "spans is empty" if isinstance(spans, (list, tuple)) else f"spans={spans!r}"
-            raise ValueError(f"{empty}; it takes at least one (start, end), in characters")
+            raise ValueError(f"{empty}: expected at least one (start, end), in characters")
         for span in spans:
             if not isinstance(span, (list, tuple)) or [type(end) for end in span] != [int, int]:
-                raise ValueError(f"spans holds {span!r}; it takes (start, end), two whole numbers of characters")
+                raise ValueError(f"spans holds {span!r}: expected (start, end), two whole numbers of characters")
         pieces, position = [], 0
         for start, end in sorted(map(tuple, spans)):
             if not 0 <= start < end <= len(text):
                 raise ValueError(
-                    f"spans holds ({start}, {end}); it takes characters with 0 ≤ start < end ≤ {len(text)}, the text's length"
+                    f"spans holds ({start}, {end}): expected 0 ≤ start < end ≤ {len(text)}, the text's length"
                 )
             if start < position:
                 raise ValueError(
-                    f"spans overlap: ({start}, {end}) starts before {position}, where the one before it ends"
+                    f"spans overlap: ({start}, {end}) starts before {position}, the end of the previous span"
                 )
             pieces.append(text[position:start])
             position = end
@@ -139,24 +142,24 @@ class Template:
         return replace(self, pieces=(first, *self.pieces[1:-1], ""))
 
     def with_range(self, auto_lengths: tuple[int, int]) -> "Template":
-        """The template with `auto_lengths` in place of None."""
+        """Returns the template with lengths of None replaced by `auto_lengths`."""
         check_range("auto_lengths", *auto_lengths)
         return replace(self, lengths=tuple(auto_lengths if one is None else one for one in self.lengths))
 
 
 def check_range(name: str, least: int, most: int) -> None:
-    """Raises a ValueError for a range of lengths that is empty or begins below 1."""
+    """Raises a ValueError for a range of lengths that is empty or starts below 1."""
     whole = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in (least, most))
     if not whole or not 1 <= least <= most:
-        raise ValueError(f"{name} has the range {least}..{most}; it takes 1 ≤ least ≤ most tokens")
+        raise ValueError(f"{name} has the range {least}..{most}: expected 1 ≤ min ≤ max tokens")
 
 
 def check_length(name: str, length: Length) -> None:
-    """Raises a ValueError for what is no length of a blank."""
+    """Raises a ValueError for an invalid length of a blank."""
     if isinstance(length, (tuple, list)) and len(length) == 2:
         check_range(name, *length)
     elif length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-        raise ValueError(f"{name} holds {length!r}; it takes a number of tokens, at least 1, or (least, most)")
+        raise ValueError(f"{name} holds {length!r}: expected a number of tokens, at least 1, or (min, max)")
 
 
 def _parse_length(marker: str) -> Length:
@@ -167,13 +170,14 @@ def _parse_length(marker: str) -> Length:
         check_range(f"the blank marker <blank:{marker}>", least, most)
         return least, most
     if int(marker) == 0:
-        raise ValueError("text holds a blank marker of length 0, <blank:0>; it takes at least one token")
+        raise ValueError("text holds a blank marker of length 0, <blank:0>: expected at least one token")
     return int(marker)
 
 
 def encode_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[list[int], list[int]]:
-    """Token ids, BOS first and 0 at blanks, and for each the number of its blank, from 1 (0: given). All lengths are
-    numbers. A space that a blank's first token brings along (see `lent_spaces`) has no token of its own.
+    """Returns token ids, BOS first and 0 at blanks, and for each id the number of its blank, from 1 (0: given).
+
+    All lengths must be numbers. A space that belongs to a blank's first token (see `lent_spaces`) is not encoded.
     """
     given = list(template.pieces)
     for number, is_lent in enumerate(lent_spaces(tokenizer, template)):
@@ -188,10 +192,10 @@ def encode_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> t
 
 
 def lent_spaces(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[bool]:
-    """For each blank, whether the last space before it belongs to its first token, as in the tokens of a running text.
+    """Returns for each blank whether the space before it belongs to its first token, as in tokens inside a text.
 
-    A text of one space alone lends none, for some tokenizers drop the space at the start of a text; and none is lent where
-    no token holds a space and something behind it.
+    False if the text before the first blank is a single space (some tokenizers drop a text's leading space), or if no token
+    of the vocabulary is a space followed by other characters.
     """
     if not any(piece.endswith(" ") for piece in template.pieces[:-1]):
         return [False] * len(template.lengths)
@@ -203,13 +207,13 @@ def lent_spaces(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[
 
 
 def begins_with_space(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids whose text, behind other text, begins with a space."""
+    """Returns the ids of tokens that, inside a text, begin with a space."""
     texts = _texts_inside(tokenizer, len(tokenizer))
     return [token_id for token_id, text in texts if text.startswith(" ")]
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
-    """The ids below `vocab_size` that are no text: special tokens, and ids for which the tokenizer has no token."""
+    """Returns the ids below `vocab_size` that are not text: special tokens, and ids unknown to the tokenizer."""
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     unknown = set(range(vocab_size)) - set(tokenizer.get_vocab().values())
     return sorted(one for one in {*tokenizer.all_special_ids, *added, *unknown} if one < vocab_size)
@@ -217,15 +221,15 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> li
 
 @lru_cache(maxsize=4)
 def _texts_inside(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[tuple[int, str], ...]:
-    # `size`, the tokenizer's, so that tokens which are added later are seen
+    # `size` of the tokenizer is part of the cache key, so that tokens added later are included.
     vocabulary = sorted(tokenizer.get_vocab().values())
     alone = _decode_each(tokenizer, [[token_id] for token_id in vocabulary])
     before = next((ids for ids, text in zip(vocabulary, alone, strict=True) if text.isalnum()), None)
     if before is None:
         return ()
-    behind = _decode_each(tokenizer, [[before, token_id] for token_id in vocabulary])
+    after = _decode_each(tokenizer, [[before, token_id] for token_id in vocabulary])
     start = len(_decode_each(tokenizer, [[before]])[0])
-    return tuple((token_id, text[start:]) for token_id, text in zip(vocabulary, behind, strict=True))
+    return tuple((token_id, text[start:]) for token_id, text in zip(vocabulary, after, strict=True))
 
 
 def _joins_spaces(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
@@ -233,17 +237,17 @@ def _joins_spaces(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that begins with BOS, once, whatever the tokenizer adds by itself and whether or not the text has
-    it already (as those of chat templates do).
+    """Returns token ids of a text with exactly one BOS at its start, even if the tokenizer adds none or the text already has
+    it (as from chat templates).
     """
     if tokenizer.bos_token_id is None:
-        raise ValueError("tokenizer has no BOS token; set tokenizer.bos_token to the token that begins a text")
+        raise ValueError("tokenizer has no BOS token. Set tokenizer.bos_token to the token that begins a text.")
     ids = encode_piece(tokenizer, text, is_start=True)
     return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
 
 
 def encode_piece(tokenizer: PreTrainedTokenizerBase, piece: str, *, is_start: bool) -> list[int]:
-    """Token ids of a piece of text as they are inside a running text (`is_start`: at its start), without BOS."""
+    """Returns token ids of a piece of text, without BOS, as inside a longer text (`is_start`: as at a text's start)."""
     if not piece:
         return []
     encode = tokenizer.encode
@@ -259,14 +263,14 @@ def encode_piece(tokenizer: PreTrainedTokenizerBase, piece: str, *, is_start: bo
 def decode_template(
     tokenizer: PreTrainedTokenizerBase, template: Template, token_ids: list[int], blanks: list[int]
 ) -> tuple[str, list[str]]:
-    """The text, given pieces as they were and blanks as the tokenizer decodes them behind all that comes before them; and
-    what was written into each blank (without the space before it where that is given).
+    """Returns the filled text, with given pieces unchanged, and the text of each blank (without a given space before it).
+    Blanks are decoded in the context of the tokens before them.
     """
     text, written = template.pieces[0], []
     lent = lent_spaces(tokenizer, template)
     while len(written) < len(template.lengths):
         first = len(written)
-        # blanks side by side are one text, for a character may be split between them
+        # Adjacent blanks are decoded together, as their tokens may share a character.
         last = next((n for n in range(first + 1, len(lent)) if template.pieces[n]), len(lent))
         start = blanks.index(first + 1)
         fresh = decode_parts(tokenizer, token_ids, start, template.lengths[first:last])
@@ -280,7 +284,9 @@ def decode_template(
 def decode_parts(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[int], start: int, lengths: tuple[int, ...]
 ) -> list[str]:
-    """The text of tokens from `start` on, in parts of so many tokens each: a character belongs to the part that ends it."""
+    """Returns the text of tokens from `start`, split into parts of `lengths` tokens; a character belongs to the part in which
+    it ends.
+    """
     before, ends = token_ids[:start], [start]
     for length in lengths:
         ends.append(ends[-1] + length)
@@ -294,9 +300,9 @@ def decode_parts(
 
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, before: list[int], token_ids: list[int]) -> str:
-    """The text of tokens as it reads after the tokens `before`: a tokenizer may put or drop a space at the start."""
+    """Returns the text of tokens in the context of the tokens `before`, as tokenizers may add or drop a leading space."""
     start, whole, alone = _decode_each(tokenizer, [before, [*before, *token_ids], token_ids])
-    # bytes that are no character may turn those before them into none
+    # An incomplete character may change the text before it.
     return whole[len(start) :] if whole.startswith(start) else alone
 
 

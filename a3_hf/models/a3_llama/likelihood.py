@@ -1,4 +1,4 @@
-"""Exact log-likelihoods under any order, in one pass."""
+"""Exact log-likelihoods in any order, in one pass."""
 
 import torch
 
@@ -6,11 +6,11 @@ from .attention_masks import groups_of, sees_something
 from .generation_sampling import at_least_float32
 from .input_validation import check_integers, check_mask, check_token_ids
 
-SLOTS_PER_CHUNK = 1024  # rows of logits held at once, so that a large vocabulary doesn't take B × S × V
+SLOTS_PER_CHUNK = 1024  # rows of logits held at once, to avoid B × S × V numbers
 
 
 class A3LikelihoodMixin:
-    """`log_likelihood` for a model with an A3 body `self.model` and a head `self.lm_head`."""
+    """Mixin with `log_likelihood`, for a model with an A3 body `self.model` and a head `self.lm_head`."""
 
     def log_likelihood(
         self,
@@ -20,21 +20,21 @@ class A3LikelihoodMixin:
         *,
         scored_mask: torch.Tensor | None = None,
     ) -> torch.FloatTensor:
-        """Log-probabilities log p(x_i | x of all lower groups), exact for that factorisation, in one pass (paper §1).
+        """Returns log-probabilities log p(x_i | x of all lower groups), exact for that factorisation, in one pass (paper §1).
 
         Args:
             input_ids: (B, S) tokens.
             group_ids: (B, S) integers, lower = earlier. Tokens of one group are independent given the earlier ones.
             attention_mask: (B, S), 0 at padding.
-            scored_mask: (B, S), True where a log-probability is wanted; None: everywhere. Fewer cost less.
+            scored_mask: (B, S), True at tokens to score; None: everywhere. Fewer cost less.
 
         Returns:
-            (B, S) natural logarithms in fp32 (fp64 from an fp64 model); 0 where nothing is scored: outside `scored_mask`,
-            at padding, and in each row's lowest group, which sees nothing.
+            (B, S) nats in fp32 (fp64 from an fp64 model); 0 where nothing is scored: outside `scored_mask`, at padding, and
+            in each row's lowest group, which sees nothing.
 
         Raises:
-            ValueError: shapes that don't match, ids that are not integers or not in the vocabulary, no token at all, masks
-                that hold anything but 0 and 1.
+            ValueError: shapes that don't match, ids that are not integers or not in the vocabulary, no token, or masks with
+                values other than 0 and 1.
         """
         return self.log_likelihood_and_greedy(input_ids, group_ids, attention_mask, scored_mask=scored_mask)[0]
 
@@ -47,13 +47,13 @@ class A3LikelihoodMixin:
         *,
         scored_mask: torch.Tensor | None = None,
     ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
-        """What `log_likelihood` returns, and (B, S) whether each scored token is the likeliest one at its place."""
+        """Returns `log_likelihood`, and (B, S) True where a scored token is the likeliest at its position."""
         input_ids, group_ids, attention_mask, scored_mask = checked_text(
             input_ids, group_ids, attention_mask, scored_mask, vocab_size=self.config.vocab_size
         )
         columns, targets = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids), {}
         if scored_mask is not None:
-            # the columns (B, Q) of the scored tokens, and others behind them where a row has fewer
+            # The columns (B, Q) of the scored tokens; rows with fewer of them are padded with other columns.
             most = max(int(scored_mask.sum(dim=1).max()), 1)
             columns = scored_mask.long().argsort(dim=1, descending=True, stable=True)[:, :most]
             places = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -88,7 +88,7 @@ class A3LikelihoodMixin:
 
 
 def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probability of `token_ids` (…) under `logits` (…, V), in fp32 (fp64 from fp64)."""
+    """Returns (…) the log-probabilities of `token_ids` (…) under `logits` (…, V), in fp32 (fp64 from fp64)."""
     logits = at_least_float32(logits)
     return logits.gather(-1, token_ids[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
@@ -101,17 +101,16 @@ def checked_text(
     *,
     vocab_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The arguments of `log_likelihood`, each (B, S): ids as int64, with any id of the vocabulary at padding, and masks as
-    booleans.
+    """Checks and returns the arguments of `log_likelihood`, each (B, S): ids as int64, 0 at padding, and masks as booleans.
 
     Raises:
-        ValueError: shapes that don't match, and values that the arguments don't take.
+        ValueError: shapes that don't match, or invalid values.
     """
     check_integers("input_ids", input_ids, dimensions=2)
     check_integers("group_ids", group_ids)
     shape = tuple(input_ids.shape)
     if tuple(group_ids.shape) != shape:
-        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}; it takes that of input_ids, {shape}")
+        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}: expected the shape of input_ids, {shape}")
     masks = {"attention_mask": attention_mask, "scored_mask": scored_mask}
     masks = {name: None if mask is None else check_mask(name, mask, shape) for name, mask in masks.items()}
     real = masks["attention_mask"]

@@ -1,4 +1,4 @@
-"""The model card, README.md, that is saved beside weights."""
+"""The model card (README.md) saved with weights."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def build_card(name: str, *, use: str = USE, report: str = "", **metadata) -> Mo
     """Returns a model card: metadata, how to use the model, and a report of its training.
 
     Args:
-        name: the model's name, a hub id or a folder's name; it takes the place of `{name}` in `use`.
-        use: Markdown that says how to use the model.
+        name: the model's name, a hub id or a folder's name; replaces `{name}` in `use`.
+        use: Markdown on how to use the model.
         report: Markdown with the model's base, recipe and losses.
         metadata: fields of `huggingface_hub.ModelCardData`, such as `base_model`, `license` and `tags`; None leaves one out.
     """
@@ -35,13 +35,13 @@ def build_card(name: str, *, use: str = USE, report: str = "", **metadata) -> Mo
 
 
 def write_card(card: ModelCard, folder: str | Path, *, replace: bool) -> bool:
-    """Saves a card as README.md of a folder, never over a README.md that somebody else wrote.
+    """Saves a card as README.md of a folder, never overwriting one that this function did not write.
 
     Args:
-        replace: whether a card that this function saved earlier is replaced.
+        replace: overwrite a card that this function saved earlier.
 
     Returns:
-        Whether the card was saved.
+        True if the card was saved.
     """
     path = Path(folder) / CARD_FILE
     if path.exists() and not (replace and MARK in path.read_text(encoding="utf-8")):

@@ -1,4 +1,4 @@
-"""The model, as a difference from transformers' LLaMA: content tokens and query slots in one decoder pass."""
+"""The A3 model, as a difference from transformers' LLaMA: content tokens and query slots in one decoder pass."""
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class A3LlamaPreTrainedModel(WholeCheckpointMixin, LlamaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """As `WholeCheckpointMixin.from_pretrained`; from a LLaMA, `query_embed` alone is new (`start_query_embed`)."""
+        """As `WholeCheckpointMixin.from_pretrained`; from a LLaMA, `query_embed` is initialised by `start_query_embed`."""
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -43,7 +43,7 @@ class A3LlamaPreTrainedModel(WholeCheckpointMixin, LlamaPreTrainedModel):
 
 
 class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
-    """Identical to `LlamaModel` except: `query_embed`, the attention above, and query slots after the content tokens.
+    """Identical to `LlamaModel` except: `query_embed`, `A3LlamaAttention`, and query slots after the content tokens.
 
     Attributes:
         content_is_frozen: set by adapters of slots. Where a training pass finds nothing else that learns, it then runs content
@@ -58,7 +58,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         for layer_idx, layer in enumerate(self.layers):
             layer.self_attn = A3LlamaAttention(config=config, layer_idx=layer_idx)
         self.rotary_emb = FixedRotaryEmbedding(config=config)
-        # An nn.Embedding, not a bare nn.Parameter: a missing one is then initialised, and peft can train and save it.
+        # An nn.Embedding rather than an nn.Parameter, so that transformers initialises it and peft can train and save it.
         self.query_embed = nn.Embedding(1, config.hidden_size)
         self.content_is_frozen = False
         self.post_init()
@@ -84,33 +84,32 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         cache: Cache | None = None,
         **kwargs,
     ) -> A3ModelOutput:
-        """One pass over content tokens and query slots (paper §1, both streams with one set of weights).
+        """Runs one pass over content tokens and query slots (paper §1, both streams with one set of weights).
 
         Args:
             input_ids: (B, C) content tokens (or `inputs_embeds`, (B, C, D)).
-            attention_mask: (B, cached + C), 0 at padding, on whichever side; or prepared `AttentionMasks`, taken as they are.
-            position_ids: (B, C) or (1, C). Default: with groups, the number of tokens before, padding not counted;
-                without, what LLaMA does.
-            past_key_values, cache: two words for the content keys and values of earlier passes; everything new sees them.
-            group_ids: (B, C) integers, lower = earlier; any values, any layout. None: left to right, as LLaMA.
+            attention_mask: (B, cached + C), 0 at padding, on either side; or prepared `AttentionMasks`, used unchanged.
+            position_ids: (B, C) or (1, C). Default: with groups, the number of tokens before, without padding; else
+                LLaMA's.
+            past_key_values, cache: two names for content keys and values of earlier passes; all new rows see them.
+            group_ids: (B, C) integers, lower = earlier; any values, in any storage order. None: left to right, as LLaMA.
             target_position_ids: (B, Q) positions to predict. None: with `group_ids`, a slot for every token; without, a
-                slot after every token. Width 0 runs the content stream alone.
+                slot after every token. Width 0: no slots, content stream only.
             target_group_ids: (B, Q) groups of the slots; a slot sees content of earlier groups only.
-            slots_to_keep: where slots follow every token, only the last n of them (0: all) or those of the given
-                indices, as LLaMA's `logits_to_keep`.
+            slots_to_keep: if slots follow every token: only the last n of them (0: all), or those at the given indices, as
+                LLaMA's `logits_to_keep`.
             document_ids: (B, C) integers, with `group_ids` and without a cache: documents of one row don't see each other.
-                Their positions may continue from one to the next, since RoPE depends on distances only.
-            target_document_ids: (B, Q) documents of the slots; needed beside `target_position_ids`.
-            target_input_ids: (B, Q) with `slot_start="left_token"`: the token to the left of each slot's position where the
-                slot sees it, −1 elsewhere (`orders.left_tokens`). None: looked up in the content of this pass; needed with
-                a cache or prepared `AttentionMasks`.
-            content_hidden_state: False ends the content rows of the last layer at keys and values, which is all that slots
-                need of them, and the output's `content_hidden_state` is None. Without slots, and with
-                `output_attentions`, which shows these rows, they are computed all the same.
+                Positions may continue across documents, since RoPE depends on distances only.
+            target_document_ids: (B, Q) documents of the slots; needed with `target_position_ids`.
+            target_input_ids: (B, Q) with `slot_start="left_token"`: the token to the left of each slot's position if the
+                slot sees it, else −1 (`orders.left_tokens`). None: looked up in the content of this pass; required with a
+                cache or prepared `AttentionMasks`.
+            content_hidden_state: False: the last layer computes only keys and values of content rows, all that slots need,
+                and the output's `content_hidden_state` is None. Ignored without slots or with `output_attentions`.
 
         Raises:
-            ValueError: shapes that don't match, ids that are not integers, documents that can't be kept apart, an attention
-                implementation that can't express the groups, or a cache under both words or a third.
+            ValueError: shapes that don't match, ids that are not integers, documents that can't be masked, an attention
+                implementation that can't express the groups, or a cache under both keywords or an unknown one.
             RuntimeError: the layers did not fill the cache.
         """
         cache = one_cache(past_key_values, cache, kwargs)
@@ -132,7 +131,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         # 1. Positions of the content.
         content = _with_positions(content, inputs_embeds, attention_mask, num_cached)
 
-        # 2. The slots: those that were given, or one for each token, or (LLaMA's causal contract) one after each of `rows`.
+        # 2. The slots: as given, or one for each token, or (LLaMA's causal contract) one after each of `rows`.
         is_prepared, rows = isinstance(attention_mask, tuple), None
         if slots.position_ids is None and content.group_ids is None and not is_prepared:
             check_kept(slots_to_keep, inputs_embeds.shape[1])
@@ -153,7 +152,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         num_slots = slots.position_ids.shape[1]
         slots_only = num_slots > 0 and not content_hidden_state and not shows_attentions
         content_length, last_layer = inputs_embeds.shape[1], self.config.num_hidden_layers - 1
-        filled = num_cached + content_length  # now: a static cache counts in place
+        filled = num_cached + content_length  # computed before the layers, which update a static cache's count in place
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         shows_layers = shows_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if no_gradient_in_content and num_slots and not shows_layers:
@@ -194,9 +193,9 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | AttentionMasks | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C + Q, D) the states that enter the layers and (B or 1, C + Q) their positions. Slots start as `query_embed` at
-        the position they predict, or with `slot_start="left_token"` as the token to its left, at that token's position,
-        where they see it (not specified in the paper).
+        """Returns the layers' input (B, C + Q, D) and positions (B or 1, C + Q). Slots start as `query_embed` at the position
+        that they predict; with `slot_start="left_token"`, all use the position to the left, and slots that see the token
+        there start as its embedding (not specified in the paper).
         """
         batch_size, num_slots = inputs_embeds.shape[0], slots.position_ids.shape[1]
         if num_slots == 0:
@@ -239,7 +238,7 @@ class A3LlamaForCausalLM(
     A3ScoringMixin,
     LlamaForCausalLM,
 ):
-    """Identical to `LlamaForCausalLM` except: the body above, three forms of `forward`, and the methods
+    """Identical to `LlamaForCausalLM` except: the body `A3LlamaModel`, three forms of `forward`, and the methods
     `generate_any_order`, `infill`, `rewrite`, `score` and `log_likelihood`.
     """
 
@@ -273,35 +272,33 @@ class A3LlamaForCausalLM(
         cache: Cache | None = None,
         **kwargs,
     ) -> A3CausalLMOutput:
-        """Three forms, by what is given:
+        """Returns logits and loss, in one of three forms:
 
         - `model(input_ids)`: LLaMA's causal contract. `logits[:, t]` (B, C, V) predicts token t + 1; `labels` (B, C) are
-          shifted inside; `generate` and every tool for causal LMs work.
-        - `model(input_ids, group_ids=g)`: `logits[:, i]` (B, C, V) scores `input_ids[:, i]` given all tokens of lower
-          groups. `labels` (B, C) are not shifted. The lowest group sees nothing: its logits mean nothing.
-        - with `target_position_ids` and `target_group_ids` (B, Q): logits (B, Q, V) and `labels` (B, Q) follow them.
+          shifted inside; `generate` and all tools for causal LMs work.
+        - `model(input_ids, group_ids=g)`: `logits[:, i]` (B, C, V) predicts `input_ids[:, i]` given all tokens of lower
+          groups. `labels` (B, C) are not shifted. The lowest group sees nothing: its logits are meaningless.
+        - with `target_position_ids` and `target_group_ids` (B, Q): logits (B, Q, V) and `labels` (B, Q) are those of slots.
 
-        Other arguments as in `A3LlamaModel.forward`; −100 in `labels` is ignored. `content_logits_at`, rows and indices (N,)
-        of content tokens, asks for what their own states forecast, `content_logits`. With `chunked_loss` the logits never
-        exist all at once: the output holds `loss` and `token_losses` (B, Q), and no logits.
+        Other arguments as in `A3LlamaModel.forward`; −100 in `labels` is ignored. `content_logits_at`, rows and columns (N,)
+        of content tokens, adds `content_logits`, the logits of their content states. With `chunked_loss`, the output has
+        `loss` and `token_losses` (B, Q), but no logits, which are never all held at once.
 
         Raises:
-            ValueError: as `A3LlamaModel.forward`; a label of another shape than its logits, at padding, or where a slot
-                sees nothing; `logits_to_keep` with groups or targets; `chunked_loss` without labels or groups.
+            ValueError: as `A3LlamaModel.forward`; labels that differ in shape from the logits; a label at padding or where
+                a slot sees nothing; `logits_to_keep` with groups or targets; `chunked_loss` without labels or groups.
         """
         cache = one_cache(past_key_values, cache, kwargs)
         check_keywords(kwargs, type(self).forward)
         causal_contract = group_ids is None and target_position_ids is None
         if chunked_loss and (labels is None or causal_contract):
-            raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
+            raise ValueError("chunked_loss=True: expected labels, and group_ids or target_position_ids")
         if labels is not None:
             content = input_ids if inputs_embeds is None else inputs_embeds
             labels = check_labels(labels, content, self.vocab_size, causal_contract)
         if not causal_contract:
             if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-                raise ValueError(
-                    "logits_to_keep belongs to model(input_ids); with groups, ask for fewer targets instead"
-                )
+                raise ValueError("logits_to_keep works with model(input_ids) only. With groups, pass fewer targets.")
             if labels is not None:
                 content = ContentTokens(input_ids, position_ids, group_ids, document_ids)
                 slots = QuerySlots(target_position_ids, target_group_ids, target_document_ids)

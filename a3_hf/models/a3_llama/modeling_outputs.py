@@ -1,4 +1,4 @@
-"""Outputs of the models' forwards, and a base for outputs that can be printed."""
+"""Outputs of the models' forwards, and a base class for outputs with a short repr."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,13 @@ from .caching import BothWordsMixin
 
 @dataclass
 class A3ModelOutput(BothWordsMixin, BaseModelOutputWithPast):
-    """Output of `A3LlamaModel`: `last_hidden_state` (B, Q, D) belongs to the query slots, `content_hidden_state`
-    (B, C, D) to the content tokens (None where it was not computed); `hidden_states` and `attentions`, when asked for,
-    hold C + Q rows, content first (the last of `hidden_states` holds the slots alone). `cache` (or
-    `past_key_values`) holds content keys and values only.
+    """Output of `A3LlamaModel`.
+
+    Attributes:
+        last_hidden_state: (B, Q, D) of query slots.
+        content_hidden_state: (B, C, D) of content tokens; None if not computed.
+        hidden_states, attentions: if requested: C + Q rows, content first (the last of `hidden_states`: slots only).
+        cache, past_key_values: content keys and values only.
     """
 
     content_hidden_state: torch.FloatTensor | None = None
@@ -23,9 +26,11 @@ class A3ModelOutput(BothWordsMixin, BaseModelOutputWithPast):
 
 @dataclass
 class A3CausalLMOutput(BothWordsMixin, CausalLMOutputWithPast):
-    """Output of `A3LlamaForCausalLM`: `token_losses` (B, Q), with `chunked_loss` alone, are each slot's own in nats, 0
-    where nothing is scored, without gradient; `content_hidden_state` (B, C, D) and `content_logits` (N, V) are there where
-    they were asked for.
+    """Output of `A3LlamaForCausalLM`.
+
+    Attributes:
+        token_losses: (B, Q) loss of each slot in nats, without gradient, 0 where not scored; with `chunked_loss` only.
+        content_hidden_state, content_logits: (B, C, D) and (N, V), if requested.
     """
 
     token_losses: torch.FloatTensor | None = None
@@ -34,7 +39,7 @@ class A3CausalLMOutput(BothWordsMixin, CausalLMOutputWithPast):
 
 
 class BriefOutput(ModelOutput):
-    # Identical to ModelOutput except: it can be printed. Subclasses are dataclasses with repr=False.
+    # Identical to ModelOutput except: its repr shows shapes, not values. Subclasses are dataclasses with repr=False.
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={_brief(value)}' for name, value in self.items())})"
 

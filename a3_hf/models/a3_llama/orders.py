@@ -1,4 +1,4 @@
-"""Orders: which token is generated when, and together with which others."""
+"""Generation orders: the groups in which tokens are generated."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class ContentTokens(NamedTuple):
-    """The tokens that a pass encodes, stored in any order (paper §1). Content sees content of groups up to its own.
+    """Tokens that a pass encodes, stored in any order (paper §1). Content sees content of groups up to its own.
 
     Attributes:
-        input_ids: (B, C) token ids; None where embeddings are given instead.
-        position_ids: (B, C) or (1, C) places in the text, which RoPE takes.
+        input_ids: (B, C) token ids; None if embeddings are given instead.
+        position_ids: (B, C) or (1, C) positions in the text, for RoPE.
         group_ids: (B, C) groups, lower = earlier; None: left to right, as in LLaMA.
-        document_ids: (B, C) documents of a row that don't see each other; None: a row is one text.
+        document_ids: (B, C) documents of a row, which don't see each other; None: a row is one text.
 
-    Example: a row of BOS and "a b c", of which c is generated first, then a and b together.
+    Example: a row of BOS and "a b c"; c is generated first, then a and b together.
         >>> ids = torch.tensor([[1, 10, 11, 12]])
         >>> content = ContentTokens(ids, torch.arange(4)[None], group_ids=torch.tensor([[0, 2, 2, 1]]))
         >>> content.slots().group_ids
@@ -34,20 +34,20 @@ class ContentTokens(NamedTuple):
     document_ids: torch.Tensor | None = None
 
     def slots(self) -> "QuerySlots":
-        """A slot for each token, at its position, in its group and document."""
+        """Returns a slot for each token, with its position, group and document."""
         return QuerySlots(self.position_ids, self.group_ids, self.document_ids)
 
 
 class QuerySlots(NamedTuple):
-    """What a pass predicts: each slot is the prediction of one position. A slot sees content of groups before its own, and
-    nobody sees a slot (paper §1).
+    """Query slots of a pass: each predicts the token at one position. A slot sees content of groups before its own, and no
+    row sees a slot (paper §1).
 
     Attributes:
-        position_ids: (B, Q) or (1, Q) the positions that are predicted; None: those of all content tokens.
+        position_ids: (B, Q) or (1, Q) the predicted positions; None: those of all content tokens.
         group_ids: (B, Q) groups; None with prepared masks.
-        document_ids: (B, Q) documents, where content has them.
-        left_token_ids: (B, Q) with `slot_start="left_token"`: the token to the left of each position where the slot sees it,
-            −1 elsewhere (`left_tokens`).
+        document_ids: (B, Q) documents, if content has them.
+        left_token_ids: (B, Q) with `slot_start="left_token"`: the token to the left of each position if the slot sees it,
+            else −1 (`left_tokens`).
     """
 
     position_ids: torch.Tensor | None
@@ -56,7 +56,7 @@ class QuerySlots(NamedTuple):
     left_token_ids: torch.Tensor | None = None
 
     def at(self, index: torch.Tensor | slice) -> "QuerySlots":
-        """The slots at `index`, (B, n) indices of each row or a slice of columns."""
+        """Returns the slots at `index`: (B, n) indices per row, or a slice of columns."""
 
         def pick(ids):
             if ids is None:
@@ -85,18 +85,18 @@ class Layout(NamedTuple):
 class GroupOrder:
     """An ordered partition of each row's positions into groups, p(x) = Π_k p(x_{G_k} | x_{G_<k}) (paper §1).
 
-    Given tokens (known from the start, never scored) come first, as singletons in text order; then the open positions,
-    in the groups that a builder makes. Group ids are dense: 0, 1, 2, … in each row.
+    Given tokens (known from the start, never scored) come first, as singletons in text order; then the open positions, in
+    groups. Group ids are dense: 0, 1, 2, … in each row.
 
     Attributes:
         group_ids: (B, S) integers, lower = earlier; −1 at padding.
         attention_mask: (B, S) bool, False at padding.
         given_mask: (B, S) bool, True where a token is known from the start.
-        context_mask: (B, S) bool, True where a token has its turn in the order but is not scored; None: nowhere.
+        context_mask: (B, S) bool, True at open positions that are not scored; None: nowhere.
 
-    Every builder takes `attention_mask` (B, S), True or 1 at real tokens; `given_mask` (B, S), by default the first real
-    token of each row (BOS), and where chance is needed a `generator`: one for the batch, or one per row, so that a row's
-    order does not depend on its neighbours or on padding.
+    All constructors take `attention_mask` (B, S), True or 1 at real tokens, and `given_mask` (B, S), by default the first
+    real token of each row (BOS). Random ones take a `generator`: one for the batch, or one per row, so that a row's order
+    does not depend on other rows or on padding.
 
     Examples:
         Two rows of 6 tokens, the second with two padding tokens on the left. BOS is given:
@@ -110,7 +110,7 @@ class GroupOrder:
         tensor([[ 0,  3,  2,  2,  1,  1],
                 [-1, -1,  0,  2,  1,  1]])
 
-        The same rows in generation order, as the model gets them:
+        The same rows in generation order, the model's input:
 
         >>> layout = order.lay_out(torch.arange(10, 22).view(2, 6))
         >>> layout.input_ids
@@ -128,21 +128,21 @@ class GroupOrder:
 
     @classmethod
     def left_to_right(cls, attention_mask: torch.Tensor, *, given_mask: torch.Tensor | None = None) -> "GroupOrder":
-        """Singletons in text order: plain autoregression."""
+        """Returns singletons in text order: plain autoregression."""
         return cls.contiguous(attention_mask, group_size=1, given_mask=given_mask)
 
     @classmethod
     def contiguous(
         cls, attention_mask: torch.Tensor, *, group_size: int, given_mask: torch.Tensor | None = None
     ) -> "GroupOrder":
-        """Neighbouring open positions in groups of `group_size`, left to right; the last group may be smaller."""
+        """Returns groups of `group_size` neighbouring open positions, left to right; the last group may be smaller."""
         return cls._by_key(attention_mask, given_mask, lambda rank: rank, group_size)
 
     @classmethod
     def right_to_left(
         cls, attention_mask: torch.Tensor, *, group_size: int = 1, given_mask: torch.Tensor | None = None
     ) -> "GroupOrder":
-        """Groups of `group_size` from the end of the row to its start."""
+        """Returns groups of `group_size` from the end of the row to its start."""
         return cls._by_key(attention_mask, given_mask, lambda rank: -rank, group_size)
 
     @classmethod
@@ -154,7 +154,7 @@ class GroupOrder:
         given_mask: torch.Tensor | None = None,
         generator: Generators = None,
     ) -> "GroupOrder":
-        """A random permutation of the open positions, cut into groups of `group_size`."""
+        """Returns a random permutation of the open positions, split into groups of `group_size`."""
         noise = _uniform(attention_mask, generator)
         return cls._by_key(attention_mask, given_mask, lambda rank: noise.gather(1, rank), group_size)
 
@@ -168,8 +168,8 @@ class GroupOrder:
         given_mask: torch.Tensor | None = None,
         generator: Generators = None,
     ) -> "GroupOrder":
-        """Runs of `span_length` open positions in random order, each left to right in groups of `group_size` (default:
-        the whole span is one group).
+        """Returns spans of `span_length` open positions in random order, each left to right in groups of `group_size`
+        (default: the whole span is one group).
         """
         _check_size("span_length", span_length)
         group_size = span_length if group_size is None else group_size
@@ -189,17 +189,16 @@ class GroupOrder:
         span_length: int | None = None,
         generator: Generators = None,
     ) -> "GroupOrder":
-        """All text outside `blank_mask` (B, S) is given; then the blanks, in the named order (`ORDERS`).
+        """Returns an order in which all text outside `blank_mask` (B, S) is given, followed by the blanks in the named order
+        (`ORDERS`).
 
         Raises:
-            ValueError: an order that does not exist, or `span_length` missing for `spans` or given for another order.
+            ValueError: an unknown order, or `span_length` missing for `spans` or given for another order.
         """
         if order not in ORDERS:
-            raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+            raise ValueError(f"order={order!r}: expected one of {', '.join(ORDERS)}")
         if (order == "spans") != (span_length is not None):
-            raise ValueError(
-                f"span_length={span_length} with order={order!r}; order='spans' needs it, others don't take it"
-            )
+            raise ValueError(f"span_length={span_length} with order={order!r}: expected with order='spans' only")
         blank_mask = _as_mask("blank_mask", blank_mask)
         real = torch.ones_like(blank_mask) if attention_mask is None else _as_mask("attention_mask", attention_mask)
         given = real & ~blank_mask
@@ -213,15 +212,15 @@ class GroupOrder:
 
     @classmethod
     def _by_key(cls, attention_mask, given_mask, key_of, group_size, span_length=None) -> "GroupOrder":
-        """Sorts each row's open positions by `key_of` their places (B, S) among the open ones in text order, and cuts
-        them into groups; a group never crosses from one span into the next.
+        """Sorts each row's open positions by `key_of(place)`, `place` (B, S) being their rank in text order, and splits them
+        into groups; a group never crosses a span boundary.
         """
         _check_size("group_size", group_size)
         real = _as_mask("attention_mask", attention_mask)
         given = real.long().cumsum(1).eq(1) if given_mask is None else _as_mask("given_mask", given_mask)
         if given.shape != real.shape:
             raise ValueError(
-                f"given_mask has shape {tuple(given.shape)}; it takes that of attention_mask, {tuple(real.shape)}"
+                f"given_mask has shape {tuple(given.shape)}: expected the shape of attention_mask, {tuple(real.shape)}"
             )
         given = given & real
         is_open = real & ~given
@@ -238,17 +237,16 @@ class GroupOrder:
 
     @property
     def scored_mask(self) -> torch.Tensor:
-        """(B, S), True where a token is generated rather than given, and not context alone."""
+        """(B, S), True at open positions that are scored: neither given nor context."""
         scored = self.attention_mask & ~self.given_mask
         return scored if self.context_mask is None else scored & ~self.context_mask
 
     def scoring_last(self, share: Fraction) -> "GroupOrder":
-        """The same order with the last `share` (above 0, at most 1) of each row's open tokens scored alone, what comes
-        before them being context (XLNet's partial prediction; not specified in the paper). A group on the boundary is
-        scored whole.
+        """Returns the same order with only the last fraction `share`, in (0, 1], of each row's open tokens scored; earlier
+        ones become context (XLNet's partial prediction; not specified in the paper). A group on the boundary is scored.
         """
         if not 0 < share <= 1:
-            raise ValueError(f"share={share}; it takes a number above 0 and at most 1")
+            raise ValueError(f"share={share}: expected a number above 0 and at most 1")
         is_open = self.attention_mask & ~self.given_mask
         num_open = is_open.long().sum(dim=1, keepdim=True)
         num_context = num_open * (share.denominator - share.numerator) // share.denominator
@@ -258,25 +256,25 @@ class GroupOrder:
         return replace(self, context_mask=is_open & (through_its_group <= num_context))
 
     def generation_order(self) -> torch.Tensor:
-        """(B, S) indices into the text: its positions in the order in which they are generated, padding last."""
+        """Returns (B, S) column indices in generation order, padding last."""
         last = torch.iinfo(self.group_ids.dtype).max
         return self.group_ids.masked_fill(~self.attention_mask, last).argsort(dim=1, stable=True)
 
     def lay_out(self, input_ids: torch.Tensor, *, document_ids: torch.Tensor | None = None) -> Layout:
-        """Stores a batch (B, S) in generation order, where content and slot masks are block-causal whatever the order and
-        the permutation lives in `position_ids` alone. `labels` are −100 at given tokens and padding.
+        """Stores a batch (B, S) in generation order: masks are then block-causal for any order, and only `position_ids`
+        depend on the permutation. `labels` are −100 at given tokens, context and padding.
 
         Args:
-            document_ids: (B, S), which document of its row a token belongs to. Their tokens share one order, and positions
-                go on from one document to the next: RoPE knows distances only, so it is for the mask to keep them apart.
+            document_ids: (B, S) documents of each row. They share one order, and positions continue across documents; only
+                the mask separates them.
 
         Raises:
-            ValueError: a shape that is not the order's.
+            ValueError: a shape other than the order's.
         """
         for name, tensor in (("input_ids", input_ids), ("document_ids", document_ids)):
             if tensor is not None and tensor.shape != self.group_ids.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; this order is for {tuple(self.group_ids.shape)}"
+                    f"{name} has shape {tuple(tensor.shape)}: expected the order's shape, {tuple(self.group_ids.shape)}"
                 )
         index = self.generation_order()
         position_ids = (self.attention_mask.long().cumsum(1) - 1).clamp_min(0)
@@ -287,11 +285,11 @@ class GroupOrder:
 
 
 def left_tokens(content: ContentTokens, slots: QuerySlots, *, key_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, Q) the token to the left of each slot's position, −1 where there is none that the slot sees: of an earlier group,
-    and of its own document.
+    """Returns (B, Q) the token to the left of each slot's position; −1 if there is none that the slot sees (of an earlier
+    group and the same document).
 
     Args:
-        content: no two tokens of a row at one position.
+        content: tokens of a row must have distinct positions.
         key_mask: (B, C), 0 at padding.
     """
     batch_size = content.input_ids.shape[0]
@@ -318,18 +316,18 @@ RANDOM_ORDERS = ("random", "spans")
 
 
 def seed_of(*parts) -> int:
-    """A seed (63 bits) from anything printable, the same in every process."""
+    """Returns a seed (63 bits) from the repr of `parts`, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 def _uniform(like: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """(B, S) uniform noise. With a generator per row, the i-th number of a row does not depend on S or on other rows."""
+    """Returns (B, S) uniform noise. With a generator per row, a row's i-th number does not depend on S or other rows."""
     batch_size, length = like.shape
     if generator is None or isinstance(generator, torch.Generator):
         device = like.device if generator is None else generator.device
         return torch.rand(batch_size, length, generator=generator, device=device).to(like.device)
     if len(generator) != batch_size:
-        raise ValueError(f"generator holds {len(generator)} generators; it takes one per row, {batch_size}")
+        raise ValueError(f"generator holds {len(generator)} generators: expected {batch_size}, one per row")
     return torch.stack([torch.rand(length, generator=of_row, device=of_row.device) for of_row in generator]).to(
         like.device
     )
@@ -337,10 +335,10 @@ def _uniform(like: torch.Tensor, generator: Generators) -> torch.Tensor:
 
 def _as_mask(name: str, mask: torch.Tensor) -> torch.Tensor:
     if mask.ndim != 2:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}; it takes (batch, sequence)")
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: expected (batch, sequence)")
     return mask.to(torch.bool)
 
 
 def _check_size(name: str, size: int) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{name}={size!r}; it takes a whole number of at least 1")
+        raise ValueError(f"{name}={size!r}: expected a whole number of at least 1")

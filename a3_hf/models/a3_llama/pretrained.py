@@ -1,4 +1,4 @@
-"""Loading weights: from a plain LLaMA's checkpoint as well, and never from half of one."""
+"""Loading of weights from the model's own or a plain LLaMA's checkpoint; incomplete checkpoints raise."""
 
 import logging
 from collections.abc import Iterator
@@ -17,20 +17,20 @@ from .model_card import USE, WITHOUT_PACKAGE, build_card, write_card
 
 
 class WholeCheckpointMixin:
-    """`from_pretrained` for a model whose weights are a LLaMA's and perhaps a few more."""
+    """Mixin with `from_pretrained` and `save_pretrained`, for a model with a LLaMA's weights and possibly a few more."""
 
-    # Old LLaMA checkpoints carry the rotary buffers, which are computed now.
+    # Old LLaMA checkpoints hold the rotary buffers, which are now computed.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
-    own_weights: ClassVar[tuple[str, ...]] = ()  # those that a LLaMA has not, which may be missing
+    own_weights: ClassVar[tuple[str, ...]] = ()  # names of weights that a LLaMA lacks; they may be missing
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """Identical to `PreTrainedModel.from_pretrained` except: a plain LLaMA checkpoint loads as well as one of the model's
-        own, and only a complete one does.
+        """Identical to `PreTrainedModel.from_pretrained` except: a plain LLaMA checkpoint loads too, and an incomplete
+        checkpoint raises.
 
         Raises:
-            ValueError: the checkpoint is of another model type, or lacks a weight that a LLaMA has, or has one that the model
-                does not, or one of another shape.
+            ValueError: another model type; missing, unexpected or mismatched weights (missing `own_weights` are allowed); a
+                damaged file.
         """
         try:
             with _without_report():
@@ -39,7 +39,7 @@ class WholeCheckpointMixin:
                 )
         except SafetensorError as error:
             raise ValueError(
-                f"{pretrained_model_name_or_path}: its weights are cut off or no safetensors: {error}"
+                f"{pretrained_model_name_or_path}: weights are truncated or not safetensors: {error}"
             ) from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = sorted(str(key) for key in info[kind] if kind != "missing_keys" or not cls._is_own(key))
@@ -47,13 +47,13 @@ class WholeCheckpointMixin:
                 beside = f" beside {', '.join(cls.own_weights)}" if cls.own_weights and kind == "missing_keys" else ""
                 raise ValueError(
                     f"pretrained_model_name_or_path={str(pretrained_model_name_or_path)!r}: {len(wrong)} "
-                    f"{kind.replace('_', ' ')}{beside}: {', '.join(wrong[:5])}{', …' if wrong[5:] else ''}; it "
-                    f"takes a complete checkpoint of a LLaMA or of the type {cls.config_class.model_type}"
+                    f"{kind.replace('_', ' ')}{beside}: {', '.join(wrong[:5])}{', …' if wrong[5:] else ''}: "
+                    f"expected a complete checkpoint of type llama or {cls.config_class.model_type}"
                 )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True, **kwargs) -> None:
-        """Identical to `PreTrainedModel.save_pretrained` except: a folder without a README.md gets a model card."""
+        """Identical to `PreTrainedModel.save_pretrained` except: it adds a model card if the folder has no README.md."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             use = USE + (WITHOUT_PACKAGE if self._auto_class else "")
@@ -67,11 +67,11 @@ class WholeCheckpointMixin:
 
 def start_query_embed(embed_tokens: nn.Embedding, query_embed: nn.Embedding) -> None:
     """Sets `query_embed` (1, D) to the mean token embedding, scaled to the root mean square of the token embeddings (not
-    specified in the paper). On the meta device it is left as initialised.
+    specified in the paper). Does nothing on the meta device.
     """
     weights = [embed_tokens.weight, query_embed.weight]
     if is_deepspeed_zero3_enabled():  # each rank has a part of each weight
-        # No import statement: those of a checkpoint's code must be met wherever it is loaded.
+        # Not an import statement, as transformers requires all imports of a checkpoint's code to be installed.
         whole = import_module("deepspeed").zero.GatheredParameters(weights, modifier_rank=0)
     else:
         whole = nullcontext()
@@ -86,7 +86,7 @@ def start_query_embed(embed_tokens: nn.Embedding, query_embed: nn.Embedding) -> 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Leaves out the library's table of missing weights: what may not be missing raises, and the rest is no fault."""
+    """Suppresses the library's report of missing weights, as wrong ones raise and the others are expected."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()

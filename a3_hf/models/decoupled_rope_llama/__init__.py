@@ -1,1 +1,1 @@
-"""Decoupled RoPE on LLaMA: the single-stream control (second paper)."""
+"""Decoupled RoPE on LLaMA: a single-stream any-order model, as a control (second paper)."""

@@ -1,4 +1,4 @@
-"""Any-order generation where one stream both holds the text and asks for more of it: what differs from A3's."""
+"""Any-order generation of Decoupled RoPE, as a difference from A3's: there are no slots."""
 
 import torch
 from transformers.cache_utils import Cache
@@ -12,11 +12,11 @@ from .configuration_decoupled_rope_llama import SINGLETONS_ONLY
 
 
 class DecoupledRopeRunner(ForwardRunner):
-    """Identical to `ForwardRunner` except: a pass has no rows for slots. A slot is asked by the token before it, the last
-    that its row encodes; a row that asks for nothing holds its last token back until it does.
+    """Identical to `ForwardRunner` except: a pass has no rows for slots. A slot is predicted by the token before it, the last
+    one that its row encodes; a row without a slot holds its last token back until it has one.
     """
 
-    held: torch.Tensor | None = None  # (B, 1) columns that wait for a slot, the bin where none does
+    held: torch.Tensor | None = None  # (B, 1) columns held back until there is a slot; the padding column if none
 
     def forward(
         self,
@@ -26,19 +26,16 @@ class DecoupledRopeRunner(ForwardRunner):
         singletons: bool = False,
         slot_groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, 1, V) at the columns `slots` (B, 1), given all content so far and `content` (B, C), new, a group per
-        column in the order given; C = 1 after the first pass. With one slot a row, which sees all of it, `singletons` and
-        `slot_groups` have nothing to say.
+        """Encodes the new columns `content` (B, C), each a group, and returns logits (B, 1, V) of the columns `slots` (B, 1),
+        given all content so far. C = 1 after the first pass. `singletons` and `slot_groups` are ignored.
 
         Raises:
-            ValueError: more than one slot a row.
+            ValueError: more than one slot per row.
         """
         canvas, pad_column = self.canvas, self.canvas.pad_column
         if slots.shape[1] != 1:
-            raise ValueError(
-                f"order has {slots.shape[1]} tokens in a group. {SINGLETONS_ONLY}; give each blank a group of its own"
-            )
-        # 1. What is encoded now, and who asks: the last token of each row.
+            raise ValueError(f"order has {slots.shape[1]} tokens in a group: expected 1. {SINGLETONS_ONLY}")
+        # 1. The columns to encode. The last one of each row predicts its slot.
         if self.held is not None:
             content = torch.where(content == pad_column, self.held, content)
         place = torch.arange(1, content.shape[1] + 1, device=content.device)
@@ -52,7 +49,7 @@ class DecoupledRopeRunner(ForwardRunner):
         num_cached = self.encoded.shape[1]
         self.encoded = torch.cat([self.encoded, content], dim=1)
 
-        # 2. Where each token's successor stands: the next column that is not the bin.
+        # 2. Each token's successor: the next column that is not the padding column.
         columns, successors = self.encoded, text[:, 1:]
         if self.ragged:
             places = torch.arange(text.shape[1], device=text.device)
@@ -79,8 +76,8 @@ class DecoupledRopeRunner(ForwardRunner):
     def _encode_again(self, columns: torch.Tensor, cache: Cache, key_mask: torch.Tensor) -> None:
         canvas = self.canvas
         place = torch.arange(canvas.pad_column, device=columns.device)
-        behind = canvas.given_mask & (place > columns)
-        successors = torch.where(behind, place, canvas.pad_column).amin(dim=1, keepdim=True)
+        after = canvas.given_mask & (place > columns)
+        successors = torch.where(after, place, canvas.pad_column).amin(dim=1, keepdim=True)
         self.model.model(
             input_ids=canvas.sequences.gather(1, columns),
             position_ids=canvas.position_ids.gather(1, columns),
@@ -91,7 +88,7 @@ class DecoupledRopeRunner(ForwardRunner):
         )
 
     def _take(self, cache: Cache) -> None:
-        # The states of a row's last token depend on where its successor stands, which may be elsewhere now.
+        # The states of a row's last token depend on the position of its successor, which may differ now.
         length = cache.get_seq_length()
         if length <= self.lead:
             given = self.canvas.given_mask[:, :length]
@@ -103,21 +100,19 @@ class DecoupledRopeRunner(ForwardRunner):
 
 
 class DecoupledRopeGenerationMixin(A3GenerationMixin):
-    """`generate_any_order` one token a pass, in any order fixed beforehand, sampled or not, cached or not, in ragged
-    batches; blanks, infilling and rewriting as A3 has them.
-    """
+    """Mixin with `generate_any_order`, one token per pass in a predefined order; otherwise as A3's."""
 
     encoder_class = DecoupledRopeRunner
 
     def check_generation(self, config: A3GenerationConfig) -> None:
-        """Raises a ValueError for a strategy or a group size that asks for several positions at once, and for `max_time`,
-        after which the open blanks would be written at once.
+        """Raises a ValueError for settings that predict several positions in one pass: other strategies, groups larger than
+        one, and `max_time`, which fills the remaining blanks at once.
         """
         if config.strategy != "groupwise":
-            raise ValueError(f"strategy={config.strategy!r}; it takes 'groupwise'. {SINGLETONS_ONLY}")
+            raise ValueError(f"strategy={config.strategy!r}: expected 'groupwise'. {SINGLETONS_ONLY}")
         if (config.group_size or 1) > 1:
-            raise ValueError(f"group_size={config.group_size}; it takes 1. {SINGLETONS_ONLY}")
+            raise ValueError(f"group_size={config.group_size}: expected 1. {SINGLETONS_ONLY}")
         if config.max_time is not None:
             raise ValueError(
-                f"max_time={config.max_time}; it takes None, for what is open then would be written at once. {SINGLETONS_ONLY}"
+                f"max_time={config.max_time}: expected None, as it fills the remaining blanks at once. {SINGLETONS_ONLY}"
             )

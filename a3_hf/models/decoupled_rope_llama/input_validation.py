@@ -1,4 +1,4 @@
-"""Checks of a pass of one stream: what its forward takes, and what belongs to models of two streams."""
+"""Checks of the arguments of a forward pass, which raise a ValueError."""
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -13,17 +13,17 @@ from .configuration_decoupled_rope_llama import SINGLETONS_ONLY
 def check_one_stream(document_ids, target_document_ids, content_hidden_state: bool) -> None:
     if document_ids is not None or target_document_ids is not None:
         raise ValueError(
-            "document_ids: Decoupled RoPE keeps no documents of one row apart, for each token has one successor; give each "
-            "document a row of its own"
+            "document_ids: expected None, as Decoupled RoPE can't separate documents of a row. Put each document in a row of "
+            "its own."
         )
     if content_hidden_state:
-        raise ValueError("content_hidden_state=True is for models of two streams; last_hidden_state is this one's")
+        raise ValueError("content_hidden_state=True: expected False, as there is one stream. Use last_hidden_state.")
 
 
 def check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_cached: int) -> None:
     batch_size, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, tuple):
-        raise ValueError("attention_mask holds masks made for two streams; it takes a tensor, 0 at padding, or None")
+        raise ValueError("attention_mask holds masks for two streams: expected a tensor, 0 at padding, or None")
     prepared = isinstance(attention_mask, dict | BlockMask) or (
         isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
     )
@@ -33,21 +33,21 @@ def check_mask_and_positions(inputs_embeds, attention_mask, position_ids, num_ca
         check_numbers("position_ids", position_ids, at_least=0)
     if position_ids is not None and tuple(position_ids.shape) not in {(batch_size, length), (1, length)}:
         raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; it takes that of input_ids, {(batch_size, length)}"
+            f"position_ids has shape {tuple(position_ids.shape)}: expected the shape of input_ids, {(batch_size, length)}"
         )
 
 
 def check_targets(inputs_embeds, position_ids, target_position_ids, target_group_ids) -> None:
     if target_group_ids is not None:
-        raise ValueError("target_group_ids needs group_ids: what comes before a slot?")
+        raise ValueError("target_group_ids needs group_ids")
     if position_ids is None:
-        raise ValueError("target_position_ids needs position_ids: where does each token itself stand?")
+        raise ValueError("target_position_ids needs position_ids, the positions of the tokens themselves")
     check_numbers("target_position_ids", target_position_ids, at_least=0)
     shapes = {tuple(inputs_embeds.shape[:2]), (1, inputs_embeds.shape[1])}
     if tuple(target_position_ids.shape) not in shapes:
         raise ValueError(
-            f"target_position_ids has shape {tuple(target_position_ids.shape)}; without group_ids it takes that of input_ids, "
-            f"{tuple(inputs_embeds.shape[:2])}, one position for each token"
+            f"target_position_ids has shape {tuple(target_position_ids.shape)}: without group_ids, expected the shape of "
+            f"input_ids, {tuple(inputs_embeds.shape[:2])}"
         )
 
 
@@ -59,13 +59,13 @@ def check_groups(content, group_ids, target_position_ids, target_group_ids) -> N
         check_numbers("target_position_ids", target_position_ids, at_least=0)
     if group_ids.shape != content.shape[:2]:
         raise ValueError(
-            f"group_ids has shape {tuple(group_ids.shape)}; it takes that of input_ids, {tuple(content.shape[:2])}"
+            f"group_ids has shape {tuple(group_ids.shape)}: expected the shape of input_ids, {tuple(content.shape[:2])}"
         )
     shapes = [None if ids is None else tuple(ids.shape) for ids in (target_position_ids, target_group_ids)]
     if shapes[0] != shapes[1] or (shapes[0] is not None and (len(shapes[0]) != 2 or shapes[0][0] != len(content))):
         raise ValueError(
-            f"target_position_ids has shape {shapes[0]} and target_group_ids {shapes[1]}; with group_ids they take the same, "
-            f"({len(content)}, slots)"
+            f"target_position_ids has shape {shapes[0]} and target_group_ids {shapes[1]}: with group_ids, expected "
+            f"({len(content)}, slots) for both"
         )
 
 
@@ -76,21 +76,20 @@ def check_singletons(groups: torch.Tensor, real: torch.Tensor) -> None:
     if same.any():
         row, place = same.nonzero()[0].tolist()
         raise ValueError(
-            f"group_ids has several tokens in group {int(groups[row, place])} of row {row}. {SINGLETONS_ONLY}; give each "
-            "token a group of its own"
+            f"group_ids has several tokens in group {int(groups[row, place])} of row {row}: expected one. {SINGLETONS_ONLY}"
         )
 
 
 def check_state_labels(labels, hidden_states, attention_mask, group_ids, target_group_ids) -> None:
     if labels.shape != hidden_states.shape[:2]:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)}; with groups or targets it takes that of the logits, "
+            f"labels has shape {tuple(labels.shape)}: with groups or targets, expected the logits' shape, "
             f"{tuple(hidden_states.shape[:2])}"
         )
     if torch.compiler.is_compiling() or group_ids is None:
-        return  # in generation order each token sees itself at least
+        return  # in generation order, each token sees at least itself
     scored = labels != -100
     if target_group_ids is None and attention_mask is not None and (scored & (attention_mask == 0)).any():
-        raise ValueError("labels holds a token at padding (attention_mask is 0 there); it takes -100 at padding")
+        raise ValueError("labels holds a token at padding (attention_mask is 0): expected -100")
     targets = group_ids if target_group_ids is None else target_group_ids
     check_not_blind(scored, sees_something(*groups_of(group_ids, targets), attention_mask, num_cached=0))

@@ -1,4 +1,4 @@
-"""Decoupled RoPE as a difference from transformers' LLaMA: one stream of tokens, each asking for the one after it."""
+"""Decoupled RoPE, as a difference from transformers' LLaMA: one stream, whose queries use the next token's position."""
 
 import torch
 import transformers
@@ -41,8 +41,7 @@ Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (B or 1,
 
 
 class DecoupledRopeLlamaAttention(LlamaAttention):
-    # Identical to LlamaAttention except: with `rotations`, queries are turned by the first of them and keys by the second, in
-    # place of both by `position_embeddings`.
+    # Identical to LlamaAttention except: `rotations`, if given, are separate RoPE rotations for queries and keys.
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -50,10 +49,10 @@ class DecoupledRopeLlamaAttention(LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if "rotations" not in kwargs:  # None would be LLaMA's own form
+        if "rotations" not in kwargs:  # None selects LLaMA's own attention
             raise RuntimeError(
-                f"transformers {transformers.__version__}: LlamaModel no longer hands its keyword arguments to attention, so "
-                "that Decoupled RoPE's rotations are lost"
+                f"transformers {transformers.__version__}: LlamaModel no longer passes its keyword arguments to attention, so "
+                "Decoupled RoPE's rotations are lost"
             )
         rotations = kwargs.pop("rotations")
         if rotations is None:
@@ -87,13 +86,13 @@ class DecoupledRopeLlamaPreTrainedModel(WholeCheckpointMixin, LlamaPreTrainedMod
 
 
 class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
-    """Identical to `LlamaModel` except: the attention above, and rows in generation order, where each token is told the
-    position of the next (paper §2). It has LLaMA's weights and no others.
+    """Identical to `LlamaModel` except: `DecoupledRopeLlamaAttention`, and rows in generation order, where each token gets
+    the position of the next (paper §2). It has exactly LLaMA's weights.
 
-    Token t of the order, x_σ(t), has its key turned by its own position σ(t) and its query by σ(t + 1) − 1; its state
-    forecasts x_σ(t + 1). The paper turns the query by σ(t + 1): the same family of models, one position apart, but with the
-    −1 left to right is LLaMA bit for bit, before any training. Keys depend on nothing that comes later, and a token's
-    states on where its successor stands, which is settled when it is encoded: what a cache holds is exact.
+    Token t of the order, x_σ(t), rotates its key by its own position σ(t) and its query by σ(t + 1) − 1; its state predicts
+    x_σ(t + 1). The paper rotates the query by σ(t + 1), an equivalent up to a shift by one; with the −1, left to right is
+    LLaMA bit for bit before any training. A token's states depend on its successor's position, known when it is encoded,
+    and on nothing later, so a cache is exact.
     """
 
     _keys_to_ignore_on_load_unexpected = [
@@ -126,36 +125,34 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """One pass, in one of three forms:
+        """Runs one pass, in one of three forms:
 
-        - neither `group_ids` nor `target_position_ids`: LLaMA's own.
-        - `target_position_ids` (B, C) beside `position_ids`: rows in generation order, with the position that each token
-          asks for. State t (B, C, D) is that of token t.
-        - `group_ids`: rows in any layout, put in order inside. State i (B, C, D) forecasts token i, or with
-          `target_position_ids` and `target_group_ids` (B, Q) state q (B, Q, D) the token of slot q.
+        - neither `group_ids` nor `target_position_ids`: LLaMA's.
+        - `target_position_ids` (B, C) and `position_ids`: rows in generation order, with the position that each token
+          predicts. State t (B, C, D) is that of token t.
+        - `group_ids`: rows in any storage order, sorted inside. State i (B, C, D) predicts token i; with
+          `target_position_ids` and `target_group_ids` (B, Q), state q (B, Q, D) predicts the token of slot q.
 
         Args:
             input_ids: (B, C) tokens (or `inputs_embeds`, (B, C, D)).
-            attention_mask: (B, cached + C), 0 at padding, on whichever side.
-            position_ids: (B, C) or (1, C). Default with groups: the number of tokens before, padding not counted.
-            past_key_values, cache: two words for the keys and values of earlier tokens of the order; not with groups.
-            group_ids: (B, C) integers, lower = earlier, each token's its own; any values, any layout. The first token of a
-                row is given, for nothing asks for it; the state in its place is 0. `hidden_states` and `attentions`, when
-                asked for, are those of generation order, padding last.
-            target_group_ids: (B, Q) groups of the slots: the last token of an earlier group must ask for the slot's
-                position, as it does where that is its successor's, or where it has none. State 0 where there is no such
-                token.
-            document_ids, target_document_ids: None; documents of one row can't be kept apart.
+            attention_mask: (B, cached + C), 0 at padding, on either side.
+            position_ids: (B, C) or (1, C). Default with groups: the number of tokens before, without padding.
+            past_key_values, cache: two names for keys and values of the tokens earlier in the order; not with groups.
+            group_ids: (B, C) integers, lower = earlier, distinct within a row; any values, in any storage order. A row's
+                first token is given: no token predicts it, and its state is 0. `hidden_states` and `attentions`, if
+                requested, are in generation order, padding last.
+            target_group_ids: (B, Q) groups of the slots. A slot's position must be that of the successor of the last token
+                in an earlier group, unless that token has none. The state is 0 if there is no earlier token.
+            document_ids, target_document_ids: None; documents of a row are not supported.
             content_hidden_state: False; there is one stream.
 
         Raises:
-            ValueError: groups of several tokens; a slot that the token before it does not ask for; shapes that don't
-                match, ids that are not integers, arguments that belong to two streams, and a cache under both words or a
-                third.
+            ValueError: groups of several tokens; a slot that the token before it does not predict; shapes that don't match,
+                ids that are not integers, arguments for two streams, or a cache under both keywords or an unknown one.
             RuntimeError: the layers did not fill the cache.
         """
         cache = one_cache(past_key_values, cache, kwargs, takes_paged=True)
-        if cache is None or isinstance(cache, Cache):  # continuous batching has words of its own beside a paged one
+        if cache is None or isinstance(cache, Cache):  # continuous batching passes other keyword arguments too
             check_keywords(kwargs, type(self).forward)
         input_ids = check_content(
             input_ids, inputs_embeds, self.embed_tokens.num_embeddings, may_be_empty=cache is not None
@@ -177,7 +174,7 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
             )
         if group_ids is None:
             check_targets(inputs_embeds, position_ids, target_position_ids, target_group_ids)
-            # LLaMA's causal mask serves, for rows are stored in generation order; their positions are for `rotations` alone.
+            # Rows are in generation order, so LLaMA's causal mask is right; only `rotations` use the positions.
             return self._llama(
                 inputs_embeds,
                 cache,
@@ -190,8 +187,8 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         check_groups(inputs_embeds, group_ids, target_position_ids, target_group_ids)
         if cache is not None or use_cache:
             raise ValueError(
-                "past_key_values and use_cache=True don't go with group_ids: a cache needs rows in generation order; give "
-                "position_ids and target_position_ids, where each token's successor stands"
+                "past_key_values and use_cache=True don't work with group_ids, as a cache needs rows in generation order. "
+                "Pass position_ids and target_position_ids (the positions of successors) instead."
             )
         batch_size, length, _ = inputs_embeds.shape
         real = inputs_embeds.new_ones(batch_size, length, dtype=torch.bool)
@@ -200,7 +197,7 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         if position_ids is None:
             position_ids = (real.long().cumsum(dim=1) - 1).clamp_min(0)
 
-        # 1. Generation order, padding last: there the causal mask hides it.
+        # 1. Generation order, padding last, so that the causal mask hides it.
         groups = group_ids.long().masked_fill(~real, torch.iinfo(torch.long).max)
         order = groups.argsort(dim=1, stable=True)
         groups, real, positions = (
@@ -208,14 +205,14 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         )
         check_singletons(groups, real)
 
-        # 2. How many tokens stand before each of those asked for, and where each token's successor stands.
+        # 2. The number of tokens before each predicted one, and the position of each token's successor.
         if target_group_ids is None:
             num_before, successors = order.argsort(dim=1), successors_of(positions, real)
         else:
             num_before = torch.searchsorted(groups, target_group_ids.long().contiguous())
             successors = successors_of(positions, real, target_position_ids, num_before)
 
-        # 3. One pass; the state that forecasts a token is that of the one before it.
+        # 3. One pass; a token is predicted by the state of the one before it.
         outputs = self._llama(
             inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds)),
             None,
@@ -228,8 +225,8 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
         return outputs
 
     def _llama(self, inputs_embeds: torch.Tensor, cache: Cache | None, **arguments) -> BaseModelOutputWithPast:
-        """`LlamaModel.forward`, with the cache under its own word, and a look at what is in it after."""
-        if cache is not None and not isinstance(cache, Cache):  # that of continuous batching goes on as it came
+        """Runs `LlamaModel.forward` with the cache under its installed keyword, and checks the cache after it."""
+        if cache is not None and not isinstance(cache, Cache):  # continuous batching's cache, passed on unchanged
             return super().forward(inputs_embeds=inputs_embeds, return_dict=True, cache=cache, **arguments)
         filled = inputs_embeds.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         outputs = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **{CACHE: cache}, **arguments)
@@ -240,8 +237,8 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
     def _rotations(
         self, states: torch.Tensor, position_ids: torch.Tensor, successor_ids: torch.Tensor
     ) -> tuple[Rotation, Rotation]:
-        """Of the queries and of the keys, of tokens at `position_ids` with successors at `successor_ids`. In one call: some
-        kinds of RoPE look at the largest position of a pass.
+        """Returns the rotations of queries and of keys, for tokens at `position_ids` with successors at `successor_ids`. One
+        call computes both, as some kinds of RoPE depend on the largest position of a pass.
         """
         rows = max(position_ids.shape[0], successor_ids.shape[0])
         both = torch.cat([successor_ids.expand(rows, -1) - 1, position_ids.expand(rows, -1)], dim=1)
@@ -257,7 +254,7 @@ class DecoupledRopeLlamaForCausalLM(
     A3ScoringMixin,
     LlamaForCausalLM,
 ):
-    """Identical to `LlamaForCausalLM` except: the body above, three forms of `forward`, and A3's methods
+    """Identical to `LlamaForCausalLM` except: `DecoupledRopeLlamaModel`, three forms of `forward`, and A3's methods
     `generate_any_order`, `infill`, `rewrite`, `score` and `log_likelihood`, for groups of one token.
     """
 
@@ -290,37 +287,38 @@ class DecoupledRopeLlamaForCausalLM(
         cache: Cache | None = None,
         **kwargs,
     ) -> A3CausalLMOutput:
-        """Three forms, by what is given:
+        """Returns logits and loss, in one of three forms:
 
         - `model(input_ids)`: LLaMA's causal contract, and LLaMA's values. `labels` (B, C) are shifted inside.
-        - `model(input_ids, group_ids=g)`: `logits[:, i]` (B, C, V) scores `input_ids[:, i]` given all tokens of lower groups,
-          of one token each. `labels` (B, C) are not shifted. The lowest group sees nothing: its logits mean nothing. With
-          `target_position_ids` and `target_group_ids` (B, Q), logits (B, Q, V) and `labels` (B, Q) follow these slots.
+        - `model(input_ids, group_ids=g)`: `logits[:, i]` (B, C, V) predicts `input_ids[:, i]` given all tokens of lower
+          groups, of one token each. `labels` (B, C) are not shifted. The lowest group sees nothing: its logits are
+          meaningless. With `target_position_ids` and `target_group_ids` (B, Q), logits (B, Q, V) and `labels` (B, Q) are
+          those of slots.
         - `model(input_ids, position_ids=p, target_position_ids=q)`, both (B, C), rows in generation order: `logits[:, t]`
-          (B, C, V) forecasts the token at position `q[:, t]` given tokens up to t. `labels` (B, C) are not shifted.
+          (B, C, V) predicts the token at position `q[:, t]` given tokens up to t. `labels` (B, C) are not shifted.
 
         Other arguments as in `DecoupledRopeLlamaModel.forward`; −100 in `labels` is ignored. `logits_to_keep` is LLaMA's (the
-        last n, or indices (n,)) or indices (B, n), each row its own; not with groups. With `chunked_loss` the logits never
-        exist all at once: the output holds `loss` and `token_losses`, of the labels' shape, and no logits.
+        last n, or indices (n,)) or indices (B, n) per row; not with groups. With `chunked_loss`, the output has `loss` and
+        `token_losses` (the labels' shape), but no logits, which are never all held at once.
 
         Raises:
-            ValueError: as `DecoupledRopeLlamaModel.forward`; a label of another shape than its logits, at padding, or where
-                nothing is seen; `logits_to_keep` with groups; `chunked_loss` without labels, groups or targets;
-                `content_logits_at`, which belongs to two streams.
+            ValueError: as `DecoupledRopeLlamaModel.forward`; labels that differ in shape from the logits; a label at padding
+                or where nothing is seen; `logits_to_keep` with groups; `chunked_loss` without labels, groups or targets;
+                `content_logits_at`, which needs two streams.
         """
         cache = one_cache(past_key_values, cache, kwargs, takes_paged=True)
-        if cache is None or isinstance(cache, Cache):  # continuous batching has words of its own beside a paged one
+        if cache is None or isinstance(cache, Cache):  # continuous batching passes other keyword arguments too
             check_keywords(kwargs, type(self).forward)
         causal_contract = group_ids is None and target_position_ids is None
         if chunked_loss and (labels is None or causal_contract):
-            raise ValueError("chunked_loss=True takes labels, with group_ids or target_position_ids")
+            raise ValueError("chunked_loss=True: expected labels, and group_ids or target_position_ids")
         if labels is not None:
             content = input_ids if inputs_embeds is None else inputs_embeds
             labels = check_labels(labels, content, self.vocab_size, causal_contract)
         if content_logits_at is not None:
-            raise ValueError("content_logits_at is for models of two streams; the logits of this one's are in `logits`")
+            raise ValueError("content_logits_at: expected None, as there is one stream. Use `logits`.")
         if group_ids is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError("logits_to_keep does not go with group_ids; ask for fewer targets instead")
+            raise ValueError("logits_to_keep does not work with group_ids. Pass fewer targets instead.")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -355,14 +353,14 @@ class DecoupledRopeLlamaForCausalLM(
         *,
         scored_mask: torch.Tensor | None = None,
     ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
-        """What `log_likelihood` returns, and (B, S) whether each scored token is the likeliest one at its place. A group of
-        several tokens raises a ValueError.
+        """Returns `log_likelihood`, and (B, S) True where a scored token is the likeliest at its position. A group of several
+        tokens raises a ValueError.
         """
         input_ids, group_ids, attention_mask, scored_mask = checked_text(
             input_ids, group_ids, attention_mask, scored_mask, vocab_size=self.config.vocab_size
         )
         if attention_mask is not None:
-            # Rows with fewer tokens to score are filled up with others, padding included, which thus asks for nothing.
+            # Rows with fewer tokens to score also get padding columns as slots; in the lowest group, nothing predicts them.
             group_ids = group_ids.masked_fill(~attention_mask, torch.iinfo(group_ids.dtype).min)
         return super().log_likelihood_and_greedy(input_ids, group_ids, attention_mask, scored_mask=scored_mask)
 

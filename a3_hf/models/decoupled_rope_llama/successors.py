@@ -1,4 +1,4 @@
-"""The successor of each token: the position that its query asks for (second paper)."""
+"""Successors: the position that each token's query predicts (second paper)."""
 
 import torch
 
@@ -11,14 +11,16 @@ def successors_of(
     target_position_ids: torch.Tensor | None = None,
     num_before: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns (B, C) the position of each token's successor, in rows stored in generation order with `positions` and `real`
-    (B, C). The last token's is that of the slots after it, or else, as in LLaMA, the next position.
+    """Returns (B, C) the position of each token's successor. The last token's is that of the slots after it, or else, as in
+    LLaMA, the next position.
 
     Args:
+        positions: (B, C) positions of rows in generation order.
+        real: (B, C) bool, False at padding.
         target_position_ids: (B, Q) positions of slots, each with `num_before` (B, Q) tokens before it.
 
     Raises:
-        ValueError: a slot whose position is not the successor of the token before it.
+        ValueError: a slot whose position is not that of the successor of the token before it.
     """
     count = real.sum(dim=1, keepdim=True)
     place = torch.arange(positions.shape[1], device=positions.device)
@@ -35,7 +37,7 @@ def successors_of(
     if amiss.any():
         row, slot = amiss.nonzero()[0].tolist()
         raise ValueError(
-            f"target_position_ids asks at row {row}, slot {slot}, for position {int(target_position_ids[row, slot])}, and the "
-            f"token before it asks for {int(asked[row, slot])}. {SINGLETONS_ONLY}"
+            f"target_position_ids holds {int(target_position_ids[row, slot])} at row {row}, slot {slot}: expected "
+            f"{int(asked[row, slot])}, which the token before it predicts. {SINGLETONS_ONLY}"
         )
     return successors

@@ -1,1 +1,1 @@
-"""Masked diffusion on LLaMA: the bidirectional control."""
+"""Masked diffusion on LLaMA: a bidirectional model, as a control."""

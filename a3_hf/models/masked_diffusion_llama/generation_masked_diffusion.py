@@ -1,4 +1,4 @@
-"""Generation by masked diffusion: at every step a pass over the whole row, of which the best blanks are committed."""
+"""Generation by masked diffusion: each step runs a pass over the whole row and commits the best blanks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ COMMIT_RULES = ("tokens_per_step", "threshold", "entropy_budget", "window")
 
 
 class UnmaskingMixin:
-    """`generate_any_order` for a model whose forward takes rows with mask tokens and the columns asked for."""
+    """Mixin with `generate_any_order`, for a model whose forward takes rows with mask tokens and the columns to predict."""
 
     @torch.no_grad()
     def generate_any_order(
@@ -40,36 +40,36 @@ class UnmaskingMixin:
         streamer=None,
         **overrides: Any,
     ) -> A3GenerateOutput:
-        """Fills blanks in the order that the model chooses (paper §3). Each pass sees all that is known, and mask tokens at
-        what is open; the mask token is never written. A row's result does not depend on the other rows or on padding.
+        """Fills blanks in the order that the model chooses (paper §3). Each pass sees all known tokens, and mask tokens at
+        open blanks; the mask token is never written. A row's result does not depend on the other rows or on padding.
 
-        1. Ask the open blanks, in one pass over the whole row.
+        1. Predict the open blanks, in one pass over the whole row.
         2. Choose a token at each, and commit the best.
-        3. Go on until nothing is open. What is committed is not revised.
+        3. Repeat until no blank is open. Committed tokens are not revised.
 
         Args:
             input_ids: (B, S) tokens, the first of each row given; those under `blank_mask` are ignored.
             blank_mask: (B, S), True where a token is to be written.
-            max_new_tokens: appends this many blanks at the right, the continuation. It ends at its first EOS as A3's does;
-                what was not written behind is `pad_token_id` in the end, with commit step −1; passes see mask tokens there.
-            generation_config: the settings of strategy `"dynamic"`, see `A3GenerationConfig`; `overrides` are fields of it
-                that replace its own: `criterion` (`"confidence"`, `"entropy"`, `"margin"`, `"random"`), `tokens_per_step`
+            max_new_tokens: number of blanks appended on the right (the continuation). It ends at its first EOS, as A3's;
+                unwritten columns after that, seen as mask tokens, become `pad_token_id`, with commit step −1.
+            generation_config: settings of strategy `"dynamic"`, see `A3GenerationConfig`; `overrides` are fields that
+                replace its own: `criterion` (`"confidence"`, `"entropy"`, `"margin"`, `"random"`), `tokens_per_step`
                 (1 by default), `threshold`, `entropy_budget`, `window`, `do_sample`, `temperature`, `top_k`, `top_p`,
                 `seed`, …
-            attention_mask: (B, S), 0 at padding, on whichever side.
-            steps: instead of `tokens_per_step`: every row is filled in this many passes, a number of tokens each that
-                differs by one at most, the greater first; a row with fewer blanks, in one pass a blank.
+            attention_mask: (B, S), 0 at padding, on either side.
+            steps: instead of `tokens_per_step`: number of passes that fill each row, with equal numbers of tokens per pass
+                (one more in the first passes if they don't divide); one token per pass if a row has fewer blanks.
             logits_processor, logits_hook, commit_hook, streamer: as in `A3GenerationMixin.generate_any_order`.
 
         Returns:
-            As A3's, but for `group_ids`: 0 at given tokens, the step from 1 at those written, the row's last step and 1 at
-            those never written, which were seen as mask tokens, and −1 at padding. `log_probs` is
-            `log_likelihood(sequences, group_ids, group_ids >= 0, scored_mask=commit_step >= 0)`.
+            As A3's, except `group_ids`: 0 at given tokens, the step (from 1) at written ones, the row's last step + 1 at
+            blanks never written, and −1 at padding. `log_probs` equals `log_likelihood(sequences, group_ids, group_ids >=
+            0, scored_mask=commit_step >= 0)`.
 
         Raises:
-            ValueError: no mask token, or one in the given text; a row that starts with a blank; another strategy; and what
-                A3's `generate_any_order` refuses.
-            NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds what was committed before.
+            ValueError: no mask token, or one in the given text; a row that starts with a blank; another strategy; or an
+                error of A3's `generate_any_order`.
+            NonFiniteLogitsError: a ValueError; the model's logits are NaN. Its `output` holds the tokens committed before.
         """
         mask_token_id = required_mask_token(self.config)
         check_callables(logits_processor, logits_hook, commit_hook)
@@ -78,13 +78,15 @@ class UnmaskingMixin:
         config.check_vocabulary(self.config.vocab_size, has_blanks=canvas.has_blanks_inside(), never=(mask_token_id,))
         copies = config.num_return_sequences or 1
         rows = (canvas.sequences[:, :-1], canvas.given_mask, canvas.blank_mask)
-        text, given, blank = (each[::copies] for each in rows)  # one of each, as messages count them
+        text, given, blank = (
+            each[::copies] for each in rows
+        )  # without copies, so that messages show the caller's rows
         check_text(text, given, mask_token_id)
         starts_blank = (blank & ((given | blank).long().cumsum(dim=1) == 1)).any(dim=1)
         if starts_blank.any():
             raise ValueError(
-                f"row {int(starts_blank.nonzero()[0])} of input_ids starts with a blank, which nothing predicts; begin it "
-                "with a given token (BOS)"
+                f"input_ids: row {int(starts_blank.nonzero()[0])} starts with a blank, which nothing predicts. Begin it with "
+                "a given token (BOS)."
             )
         canvas.sequences.masked_fill_(pad(canvas.blank_mask, (0, 1)), mask_token_id)
         observers = Observers(
@@ -103,11 +105,11 @@ class UnmaskingMixin:
         return complete(self, decoder, lambda: fill_masked(decoder, steps), lambda: _output(decoder))
 
     def fill_templates(self, tokenizer, templates, **settings: Any) -> A3InfillOutput:
-        """As `A3InfillingMixin.fill_templates`. A length that is to be chosen costs a row of a pass for every token of every
-        candidate: its exact likelihood is that of the order left to right.
+        """Fills templates as `A3InfillingMixin.fill_templates`. Choosing a length costs one row of a pass per token of each
+        candidate, as candidates are compared by their exact left-to-right likelihood.
 
         Raises:
-            ValueError: a mask token that is a real word of the tokenizer.
+            ValueError: a mask token that is a text token of the tokenizer.
         """
         check_mask_token(tokenizer, self.config.mask_token_id, vocab_size=self.config.vocab_size)
         if settings.get("generation_config") is None:
@@ -116,7 +118,7 @@ class UnmaskingMixin:
 
 
 class WholeRows:
-    """Runs the passes over whole rows of a canvas: what `ForwardRunner` is where nothing can be cached."""
+    """Runs passes over whole rows of a canvas, in place of `ForwardRunner`; there is no cache."""
 
     def __init__(self, model, canvas: Canvas):
         self.model, self.canvas = model, canvas
@@ -127,9 +129,7 @@ class WholeRows:
         self.passes = 0
 
     def forward(self, content: torch.Tensor, slots: torch.Tensor, *, singletons: bool = False) -> torch.Tensor:
-        """Logits (B, Q, V) at the columns `slots` (B, Q). What is known is on the canvas: `content`, the columns just
-        written, and how it is grouped are of no use here.
-        """
+        """Returns logits (B, Q, V) of the columns `slots` (B, Q), given the canvas; `content` and `singletons` are ignored."""
         self.passes += 1
         return self.model(
             input_ids=self.canvas.sequences[:, :-1].masked_fill(self.padding, 0),
@@ -139,7 +139,7 @@ class WholeRows:
 
 
 def fill_masked(decoder: Decoder, steps: int | None) -> None:
-    """Asks the open blanks (those in the window), commits the best, and asks the rest again."""
+    """Predicts the open blanks (in the window), commits the best, and repeats."""
     canvas, config = decoder.canvas, decoder.config
     num_blanks = canvas.blank_mask.sum(dim=1, keepdim=True)
     all_blanks = num_blanks.flatten().tolist()
@@ -169,21 +169,21 @@ def fill_masked(decoder: Decoder, steps: int | None) -> None:
 
 def _resolve(generation_config, max_new_tokens, steps, overrides: dict[str, Any], models_own) -> A3GenerationConfig:
     if overrides.get("use_cache"):
-        raise ValueError("use_cache=True: masked diffusion sees both sides at every step, and has nothing to keep")
+        raise ValueError("use_cache=True: expected False, as masked diffusion is bidirectional and can't cache")
     if generation_config is None:
         overrides = {"strategy": "dynamic", **overrides}
     config = resolve_config(generation_config, max_new_tokens, overrides, models_own)
     if config.strategy != "dynamic":
         raise ValueError(
-            f"strategy={config.strategy!r}; masked diffusion takes 'dynamic': the order is the model's, step by step"
+            f"strategy={config.strategy!r}: masked diffusion expects 'dynamic', as the model chooses the order step by step"
         )
     if steps is not None:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps={steps!r}; it takes a whole number of at least 1")
+            raise ValueError(f"steps={steps!r}: expected a whole number of at least 1")
         rules = [rule for rule in COMMIT_RULES if getattr(config, rule) is not None]
         if rules:
             raise ValueError(
-                f"steps={steps} and {rules[0]}={getattr(config, rules[0])} say both how many to commit; give one"
+                f"steps={steps} and {rules[0]}={getattr(config, rules[0])} exclude each other: expected one of them"
             )
         config.check_single_bad_words("no steps")
     return config

@@ -1,4 +1,4 @@
-"""Likelihoods of masked diffusion: a Monte Carlo bound, the exact one of a short row, and that of a given order."""
+"""Likelihoods of masked diffusion: a Monte Carlo bound, the exact bound of short rows, and that of a given order."""
 
 import math
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ EXACT_AT_MOST = 12  # open tokens: 2¹² masks
 
 
 class DiffusionLikelihoodMixin:
-    """`log_likelihood_bound`, `exact_bound` and `log_likelihood` for a model with `predicting_states` and `predict`."""
+    """Mixin with likelihood methods, for a model with `predicting_states` and `predict`."""
 
     @torch.no_grad()
     def log_likelihood_bound(
@@ -28,27 +28,26 @@ class DiffusionLikelihoodMixin:
         num_samples: int = 128,
         seed: int = 0,
     ) -> torch.FloatTensor:
-        """A Monte Carlo lower bound on log p(open tokens | given tokens), by LLaDA's estimator (not in the paper): mask l
-        of the L open tokens, l uniform in 1..L, and take L/l times the log-probability of what is masked. Its mean is
-        `exact_bound`; the numbers l of a row's samples are spread evenly over 1..L, by which it varies less.
+        """Returns a Monte Carlo lower bound on log p(open tokens | given tokens), by LLaDA's estimator (not in the paper):
+        mask l of the L open tokens, l uniform in 1..L, and take L/l times the log-probability of the masked ones. Its
+        expectation is `exact_bound`. The l of a row's samples are spread evenly over 1..L, which lowers the variance.
 
-        A row's value depends on its own text and the seed alone, to rounding.
+        A row's value depends only on its text and the seed, up to rounding.
 
         Args:
             input_ids: (B, S) tokens.
             attention_mask: (B, S), 0 at padding.
-            given_mask: (B, S), True where a token is given; None: the first of each row (BOS). The first is given in any
-                case: nothing predicts it.
-            num_samples: masks per row, each a row of a pass.
+            given_mask: (B, S), True at given tokens, which must include the first of each row; None: only the first (BOS).
+            num_samples: masks per row; each costs one row of a pass.
 
         Returns:
-            (B,) nats in fp32; 0 where a row has no open token.
+            (B,) nats in fp32; 0 if a row has no open token.
 
         Raises:
             ValueError: no samples, shapes that don't match, a first token that is not given, the mask token in the text.
         """
         if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r}; it takes a whole number of at least 1: a bound is a mean")
+            raise ValueError(f"num_samples={num_samples!r}: expected a whole number of at least 1")
         input_ids, real, is_open = self._open_tokens(input_ids, attention_mask, given_mask)
         num_open, length = is_open.sum(dim=1), input_ids.shape[1]
         offset, noise = torch.zeros(len(input_ids)), torch.zeros(len(input_ids), num_samples, length)
@@ -69,17 +68,17 @@ class DiffusionLikelihoodMixin:
         attention_mask: torch.Tensor | None = None,
         given_mask: torch.Tensor | None = None,
     ) -> torch.FloatTensor:
-        """What `log_likelihood_bound` estimates, over all masks of a short row: the mean, over all orders of the open tokens,
-        of the log-likelihood that writes them one by one.
+        """Returns the expectation of `log_likelihood_bound`, by summing over all masks of short rows: the mean log-likelihood
+        of writing the open tokens one by one, over all orders.
 
         Args:
-            input_ids, attention_mask, given_mask: as in `log_likelihood_bound`; at most `EXACT_AT_MOST` open tokens a row.
+            input_ids, attention_mask, given_mask: as in `log_likelihood_bound`; at most `EXACT_AT_MOST` open tokens per row.
 
         Returns:
             (B,) nats in fp32.
 
         Raises:
-            ValueError: as `log_likelihood_bound`, and a row with more open tokens.
+            ValueError: as `log_likelihood_bound`; a row with too many open tokens.
         """
         input_ids, real, is_open = self._open_tokens(input_ids, attention_mask, given_mask)
         rows, masks, weights = [], [], []
@@ -88,8 +87,8 @@ class DiffusionLikelihoodMixin:
             total = len(columns)
             if total > EXACT_AT_MOST:
                 raise ValueError(
-                    f"row {row} of input_ids has {total} open tokens, and 2^{total} masks; exact_bound takes at most "
-                    f"{EXACT_AT_MOST}: use log_likelihood_bound"
+                    f"input_ids: row {row} has {total} open tokens, and 2^{total} masks: exact_bound expects at most "
+                    f"{EXACT_AT_MOST}. Use log_likelihood_bound."
                 )
             subsets = torch.arange(1, 2**total, device=input_ids.device)
             chosen = (subsets[:, None] >> torch.arange(total, device=input_ids.device)) & 1
@@ -109,19 +108,19 @@ class DiffusionLikelihoodMixin:
         *,
         scored_mask: torch.Tensor | None = None,
     ) -> torch.FloatTensor:
-        """Log-probabilities log p(x_i | x of all lower groups), all else masked: exact for the order in which groups are
-        written one after the other. It takes a row of a pass for every group that holds a scored token.
+        """Returns log-probabilities log p(x_i | x of all lower groups), all other tokens masked: exact for writing the groups
+        one after the other. Costs one row of a pass per group that holds a scored token.
 
         Args:
             input_ids: (B, S) tokens.
             group_ids: (B, S) integers, lower = earlier. Tokens of one group are independent given the earlier ones. The
-                first token of a row is in its lowest group.
+                first token of a row must be in its lowest group.
             attention_mask: (B, S), 0 at padding.
-            scored_mask: (B, S), True where a log-probability is wanted; None: everywhere. Fewer groups cost less.
+            scored_mask: (B, S), True at tokens to score; None: everywhere. Fewer groups cost less.
 
         Returns:
-            (B, S) natural logarithms in fp32 (fp64 from an fp64 model); 0 where nothing is scored: outside `scored_mask`,
-            at padding, and in each row's lowest group.
+            (B, S) nats in fp32 (fp64 from an fp64 model); 0 where nothing is scored: outside `scored_mask`, at padding, and
+            in each row's lowest group.
 
         Raises:
             ValueError: shapes that don't match, group ids that are not integers, a first token that would be scored, the
@@ -138,7 +137,7 @@ class DiffusionLikelihoodMixin:
         *,
         scored_mask: torch.Tensor | None = None,
     ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
-        """What `log_likelihood` returns, and (B, S) whether each scored token is the likeliest one at its place."""
+        """Returns `log_likelihood`, and (B, S) True where a scored token is the likeliest at its position."""
         input_ids, group_ids, attention_mask, scored_mask = checked_text(
             input_ids, group_ids, attention_mask, scored_mask, vocab_size=self.config.vocab_size
         )
@@ -163,7 +162,7 @@ class DiffusionLikelihoodMixin:
         return log_probs, greedy
 
     def _open_tokens(self, input_ids, attention_mask, given_mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, S) the ids as int64, what is no padding, and what is to be predicted."""
+        """Checks the arguments, and returns (B, S) ids as int64, True at real tokens, and True at tokens to predict."""
         check_integers("input_ids", input_ids, dimensions=2)
         real, given = (
             None if mask is None else check_mask(name, mask, tuple(input_ids.shape))
@@ -177,14 +176,18 @@ class DiffusionLikelihoodMixin:
         check_text(input_ids, real, required_mask_token(self.config))
         if (is_open & first).any():
             raise ValueError(
-                f"row {int((is_open & first).any(dim=1).nonzero()[0])} of input_ids asks for its first token, which nothing "
-                "predicts; it takes rows whose first token (BOS) is given"
+                f"input_ids: the first token of row {int((is_open & first).any(dim=1).nonzero()[0])} is open, but nothing "
+                "predicts it: expected a given first token (BOS)"
             )
         return input_ids, real, is_open
 
     def _weighted_sums(self, input_ids, real, rows, masked, weights) -> torch.Tensor:
-        """(B,) for each row of `input_ids` the sum over its masks, (N, S), of weight (N,) times the log-probability of what
-        is masked.
+        """Returns (B,) for each row of `input_ids` the weighted sum, over its masks, of the masked tokens' log-probability.
+
+        Args:
+            rows: (N,) the row of each mask.
+            masked: (N, S) the masks.
+            weights: (N,) the weight of each mask.
         """
         sums = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
         for part, log_probs, _ in self._score_masked(input_ids, real, rows, masked, masked):
@@ -194,8 +197,8 @@ class DiffusionLikelihoodMixin:
         return sums.float()
 
     def _score_masked(self, input_ids, real, rows, masked, asked) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Runs the passes over rows `rows` (N,) of a text, `masked` (N, S), and yields for each pass its part of the N, and
-        for the tokens under `asked` (N, S), in reading order, their log-probabilities (n,) and whether each is the likeliest.
+        """Runs passes over the rows `rows` (N,) of a text under the masks `masked` (N, S). Yields per pass its slice of N and,
+        for the tokens in `asked` (N, S), row by row, log-probabilities (n,) and whether each is the likeliest (n,).
         """
         mask_token_id, rows_per_pass = required_mask_token(self.config), max(TOKENS_PER_PASS // input_ids.shape[1], 1)
         for start in range(0, len(rows), rows_per_pass):

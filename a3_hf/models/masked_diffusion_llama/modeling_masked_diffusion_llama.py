@@ -1,4 +1,4 @@
-"""Masked diffusion, as a difference from transformers' LLaMA: both sides seen, a mask token, shifted logits."""
+"""Masked diffusion, as a difference from transformers' LLaMA: bidirectional attention, a mask token, shifted logits."""
 
 from dataclasses import dataclass
 
@@ -28,14 +28,14 @@ from .corruption import check_mask_token
 from .generation_masked_diffusion import UnmaskingMixin
 from .likelihood_masked_diffusion import DiffusionLikelihoodMixin
 
-# The attention implementations that take a mask of any pattern as a tensor.
+# Attention implementations that support any mask tensor.
 PATTERNED = ("sdpa", "eager")
 
 
 @dataclass
 class MaskedDiffusionOutput(CausalLMOutput):
-    """Output of `MaskedDiffusionLlamaForCausalLM`. With `labels` there are no `logits`, but `token_losses` (B, S): each
-    scored token's own, in nats, without its weight and without gradient; 0 where nothing is scored.
+    """Output of `MaskedDiffusionLlamaForCausalLM`. With `labels` it has no `logits`, but `token_losses` (B, S): unweighted
+    losses in nats, without gradient, 0 where not scored.
     """
 
     token_losses: torch.FloatTensor | None = None
@@ -52,12 +52,12 @@ class MaskedDiffusionLlamaForCausalLM(
 ):
     """Identical to `LlamaForCausalLM` except (paper §3, as DiffuLLaMA and Dream adapt a LLaMA):
 
-    - every token sees every other (`config.is_causal` is False), and nothing is cached;
+    - every token sees every other (`config.is_causal` is False), and there is no cache;
     - the input holds mask tokens, which have probability 0 in the output;
-    - `forward` asks for tokens where they stand: the logits of token i are those of the state before it, as in LLaMA, whose
-      head keeps its use. The first token of a row (BOS) is given;
+    - targets of `forward` are not shifted: token i is predicted by the state before it, as in LLaMA. The first token of a
+      row (BOS) must be given;
     - it has the methods `generate_any_order`, `infill`, `rewrite`, `score`, `log_likelihood`, `log_likelihood_bound` and
-      `exact_bound`, and no `generate`.
+      `exact_bound`, but no `generate`.
     """
 
     config_class = MaskedDiffusionLlamaConfig
@@ -67,27 +67,27 @@ class MaskedDiffusionLlamaForCausalLM(
         self.model.rotary_emb = FixedRotaryEmbedding(config=config)
 
     def set_mask_token(self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None = None) -> int:
-        """Sets `config.mask_token_id` and returns it. A fresh mask token starts as the mean embedding of the tokenizer's
-        tokens, whatever stood in its row; one that the config has already is left as it is.
+        """Sets `config.mask_token_id` and returns it. The embedding of a new mask token is overwritten by the tokenizer's mean
+        token embedding; one that the config already has is not changed.
 
         Args:
-            tokenizer: of the model; it is not changed, and no text will encode to the mask token.
-            mask_token_id: e.g. a reserved special token. None: the config's own, or the tokenizer's mask token, or else the
-                first row of the embeddings beyond the tokenizer's ids, which is added where there is none.
+            tokenizer: the model's tokenizer; not modified, so no text encodes to a newly added mask token.
+            mask_token_id: e.g. a reserved special token. None: the config's, else the tokenizer's mask token, else the first
+                id after the tokenizer's, for which an embedding row is added if missing.
 
         Raises:
-            ValueError: an id that is a real word of the tokenizer, its BOS or EOS, or none of the model's.
+            ValueError: an id that is a text token, BOS or EOS of the tokenizer, or not one of the model's ids.
         """
         vocabulary = sorted(set(tokenizer.get_vocab().values()))
         for known in (self.config.mask_token_id, tokenizer.mask_token_id, vocabulary[-1] + 1):
             mask_token_id = known if mask_token_id is None else mask_token_id
         if mask_token_id == vocabulary[-1] + 1 == self.config.vocab_size:
-            with torch.random.fork_rng():  # resizing draws the row, which is set below
+            with torch.random.fork_rng():  # resizing draws random values for the row, which is set below
                 self.resize_token_embeddings(self.config.vocab_size + 1, mean_resizing=False)
         check_mask_token(tokenizer, mask_token_id, vocab_size=self.config.vocab_size)
         if mask_token_id != self.config.mask_token_id:
             words = [token_id for token_id in vocabulary if token_id != mask_token_id]
-            # The head's row too, though the mask token is never written: it would hold whatever was drawn for it.
+            # The head's row is set too, to keep it deterministic, although the mask token is never predicted.
             with torch.no_grad():
                 for embeddings in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
                     embeddings[mask_token_id] = embeddings[words].float().mean(dim=0).to(embeddings.dtype)
@@ -110,41 +110,40 @@ class MaskedDiffusionLlamaForCausalLM(
         use_cache: bool | None = None,
         **kwargs,
     ) -> MaskedDiffusionOutput:
-        """Three forms, by what is given:
+        """Returns logits or the loss, in one of three forms:
 
-        - `model(input_ids)`: LLaMA's logits (B, S, V), of which `[:, i − 1]` predict token i.
-        - with `target_columns` (B, Q): logits (B, Q, V), of which `[:, q]` predict the token at column
-          `target_columns[:, q]`.
-        - with `labels`: the loss alone, Σ weight · −log p(label), over `num_items_in_batch`, by default the number of
-          labels. Logits are made for labelled tokens only.
+        - `model(input_ids)`: LLaMA's logits (B, S, V); `[:, i − 1]` predicts token i.
+        - with `target_columns` (B, Q): logits (B, Q, V); `[:, q]` predicts the token at column `target_columns[:, q]`.
+        - with `labels`: the loss only, Σ weight · −log p(label), divided by `num_items_in_batch` (default: the number of
+          labels). Logits are computed for labelled tokens only.
 
         Args:
-            input_ids: (B, S) tokens, the mask token where they are unknown (or `inputs_embeds`, (B, S, D)).
-            attention_mask: (B, S), 0 at padding, on whichever side.
-            position_ids: (B, S); by default the number of tokens before, padding not counted.
+            input_ids: (B, S) tokens, with mask tokens for unknown ones (or `inputs_embeds`, (B, S, D)).
+            attention_mask: (B, S), 0 at padding, on either side.
+            position_ids: (B, S); default: the number of tokens before, without padding.
             labels: (B, S), not shifted; −100 is ignored.
-            loss_weights: with `labels`: (B, S), or (B, 1) for all of a row; None: 1.
-            document_ids: (B, S) integers: documents of one row don't see each other.
-            visible_mask: (S, S) or (B, S, S) bool, where the token of a row sees that of a column, padding and documents
-                apart; None: everywhere.
+            loss_weights: with `labels`: (B, S), or (B, 1) for whole rows; None: 1.
+            document_ids: (B, S) integers; documents of one row don't see each other.
+            visible_mask: (S, S) or (B, S, S) bool, `[…, i, j]` True where token i sees token j, combined with the masks for
+                padding and documents; None: everywhere.
 
         Raises:
-            ValueError: shapes that don't match; a label at padding, or where nothing predicts: at the first token of a row or
-                of a document; an attention implementation that can't keep documents apart; a cache.
+            ValueError: shapes that don't match; a label at padding or at the first token of a row or document, which nothing
+                predicts; an attention implementation that can't separate documents; a cache.
         """
         refuse_other_words({name: value for name, value in kwargs.items() if name not in CACHE_WORDS})
         caches = [kwargs.pop(word, None) for word in CACHE_WORDS]
         check_keywords(kwargs, type(self).forward)
         if use_cache or any(cache is not None for cache in caches):
             raise ValueError(
-                "masked diffusion sees both sides, so that no state lasts: it takes no cache, use_cache=False"
+                "use_cache=True or a cache: masked diffusion is bidirectional and can't cache. Pass use_cache=False."
             )
         input_ids = check_content(input_ids, inputs_embeds, self.model.embed_tokens.num_embeddings)
         content = input_ids if input_ids is not None else inputs_embeds
         if labels is not None and target_columns is not None:
-            raise ValueError("give labels or target_columns: with labels there are no logits")
+            raise ValueError("labels and target_columns exclude each other: expected one of them")
         if loss_weights is not None and labels is None:
-            raise ValueError("loss_weights belongs to labels")
+            raise ValueError("loss_weights needs labels")
         shape = tuple(content.shape[:2])
         if attention_mask is not None:
             check_padding_mask("attention_mask", attention_mask, shape[0], 0, shape[1])
@@ -159,16 +158,18 @@ class MaskedDiffusionLlamaForCausalLM(
         if document_ids is not None:
             check_integers("document_ids", document_ids)
         if target_columns is not None and (target_columns.ndim != 2 or target_columns.shape[0] != shape[0]):
-            raise ValueError(f"target_columns has shape {tuple(target_columns.shape)}; it takes ({shape[0]}, slots)")
+            raise ValueError(f"target_columns has shape {tuple(target_columns.shape)}: expected ({shape[0]}, slots)")
         if position_ids is not None and tuple(position_ids.shape) not in {shape, (1, shape[1])}:
-            raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it takes that of input_ids, {shape}")
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)}: expected the shape of input_ids, {shape}"
+            )
         for name, tensor in {
             "document_ids": document_ids,
             "loss_weights": loss_weights,
         }.items():
             expected = {shape, (shape[0], 1)} if name == "loss_weights" else {shape}
             if tensor is not None and tuple(tensor.shape) not in expected:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it takes that of input_ids, {shape}")
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected the shape of input_ids, {shape}")
 
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
@@ -208,7 +209,7 @@ class MaskedDiffusionLlamaForCausalLM(
     def predicting_states(
         self, input_ids: torch.LongTensor, *, asked: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(n, D) the states from which `predict` makes the logits of the tokens under `asked` (B, S), in reading order."""
+        """Returns (n, D) the states that predict the tokens in `asked` (B, S) bool, row by row, as input to `predict`."""
         position_ids = None
         if attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
@@ -221,23 +222,23 @@ class MaskedDiffusionLlamaForCausalLM(
         return states_before(states, columns_before(input_ids, attention_mask), asked)
 
     def predict(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits (…, V) from states (…, D); −∞ at the mask token, which is no word."""
+        """Returns logits (…, V) of states (…, D), −∞ at the mask token."""
         logits = self.lm_head(states)
         if self.config.mask_token_id is not None:
-            # In place, unseen by autograd: a probability of 0 has no gradient, and the head keeps nothing of its output.
+            # In place and without autograd: a probability of 0 has no gradient, and a linear layer doesn't save its output.
             with torch.no_grad():
                 logits[..., self.config.mask_token_id] = -torch.inf
         return logits
 
     def generate(self, *args, **kwargs):
-        """Raises a ValueError: there is no next token here."""
+        """Raises a ValueError: masked diffusion has no left-to-right generation."""
         raise ValueError(
-            "masked diffusion does not write from left to right with a cache, as generate does; use "
-            "generate_any_order(input_ids, max_new_tokens=…)"
+            "masked diffusion does not support generate (left to right, cached). Use "
+            "generate_any_order(input_ids, max_new_tokens=…)."
         )
 
     def _cross_entropy(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """(n,) losses; where no gradient is kept, logits are made a few rows at a time."""
+        """Returns (n,) losses; without gradient, logits are computed in chunks of rows."""
         rows = max(len(labels), 1) if torch.is_grad_enabled() else SLOTS_PER_CHUNK
         losses = [
             nn.functional.cross_entropy(self.predict(part).float(), ids, reduction="none")
@@ -246,8 +247,8 @@ class MaskedDiffusionLlamaForCausalLM(
         return torch.cat(losses)
 
     def _pattern(self, content, attention_mask, document_ids, visible_mask) -> torch.Tensor | None:
-        """The mask as LLaMA takes it: (B or 1, 1, S, S), so that seeing both sides does not hang on a setting alone; padding
-        (B, S) for attention implementations that take no such mask.
+        """Returns an explicit bidirectional mask (B or 1, 1, S, S), so as not to rely on `is_causal` alone; the padding mask
+        (B, S) for attention implementations without support for mask tensors.
         """
         implementation = self.config._attn_implementation
         is_plain = document_ids is None and visible_mask is None
@@ -255,8 +256,7 @@ class MaskedDiffusionLlamaForCausalLM(
             return attention_mask
         if implementation not in PATTERNED:
             raise ValueError(
-                f"attn_implementation={implementation!r}: document_ids and visible_mask need one that takes any mask, "
-                f"{' or '.join(PATTERNED)}"
+                f"attn_implementation={implementation!r}: document_ids and visible_mask expect {' or '.join(PATTERNED)}"
             )
         length = content.shape[1]
         seen = torch.ones(1, length, length, dtype=torch.bool, device=content.device)
@@ -266,7 +266,7 @@ class MaskedDiffusionLlamaForCausalLM(
             seen = seen & (document_ids[:, :, None] == document_ids[:, None, :])
         if visible_mask is not None:
             seen = seen & visible_mask
-        # Padding sees itself: a row that sees nothing would be an average of nothing.
+        # Padding sees itself, since attention of a row that sees nothing is undefined.
         seen = (seen | torch.eye(length, dtype=torch.bool, device=content.device))[:, None]
         if implementation == "sdpa":
             return seen
@@ -276,7 +276,7 @@ class MaskedDiffusionLlamaForCausalLM(
 
 
 def columns_before(content: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, S) for each token of `content` (B, S, …) the column of the real token before it, whose state predicts it; −1 where
+    """Returns (B, S) for each token of `content` (B, S, …) the column of the real token before it, which predicts it; −1 if
     there is none.
     """
     columns = torch.arange(content.shape[1], device=content.device)
@@ -287,7 +287,7 @@ def columns_before(content: torch.Tensor, attention_mask: torch.Tensor | None) -
 
 
 def states_before(states: torch.Tensor, before: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """(n, D) of `states` (B, S, D) those that predict the tokens under `asked` (B, S), at the columns `before` (B, S)."""
+    """Returns (n, D) of `states` (B, S, D) those at the columns `before` (B, S) of the tokens in `asked` (B, S) bool."""
     rows, columns = asked.nonzero(as_tuple=True)
     return states[rows, before[rows, columns]]
 
@@ -303,6 +303,6 @@ def _check_labels(scored, before, attention_mask, document_ids) -> None:
     if (scored & wrong).any():
         row, column = (scored & wrong).nonzero()[0].tolist()
         raise ValueError(
-            f"labels asks for a score at row {row}, column {column}, which is padding or the first token of a row or "
-            "document, and so has no token before it to predict it; put -100 there"
+            f"labels holds a token at row {row}, column {column}, which is padding or the first token of a row or document, "
+            "which nothing predicts: expected -100"
         )

@@ -158,7 +158,7 @@ GROUPS = torch.arange(4)[None]
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"document_ids": DOCUMENTS}, "document_ids takes group_ids"),
+        ({"document_ids": DOCUMENTS}, "document_ids: expected group_ids"),
         ({"document_ids": DOCUMENTS[:, :3], "group_ids": GROUPS}, "document_ids has shape"),
         ({"document_ids": DOCUMENTS.float(), "group_ids": GROUPS}, "document_ids has dtype torch.float32"),
         ({"target_document_ids": DOCUMENTS, "group_ids": GROUPS}, "needs document_ids"),

@@ -34,7 +34,7 @@ def model(request):
 def test_two_words_at_once_are_an_error(model):
     cache = DynamicCache(config=model.config)
     for body in (model, model.model):
-        with pytest.raises(ValueError, match="past_key_values and cache are two words"):
+        with pytest.raises(ValueError, match="past_key_values and cache are the same argument"):
             body(IDS, cache=cache, past_key_values=cache)
 
 
@@ -57,7 +57,7 @@ def test_masked_diffusion_takes_no_cache_under_any_word():
 
 
 def test_attention_without_a_cache_argument_is_an_error():
-    with pytest.raises(RuntimeError, match=f"hands attention no argument '{CACHE}'"):
+    with pytest.raises(RuntimeError, match=f"passes attention no argument '{CACHE}'"):
         take_cache({"position_ids": None})
     with pytest.raises(ValueError, match=f"{OTHER_WORD} holds a DynamicCache"):
         take_cache({CACHE: None, OTHER_WORD: DynamicCache()})

@@ -68,7 +68,7 @@ def test_left_to_right_it_stops_where_generate_stops(slot_start):
 def test_where_nothing_is_left_to_write_it_says_so(kind):
     """Issue: token 0 was written in silence."""
     model, ids = made(kind), prompt()
-    with pytest.raises(ValueError, match="suppress_tokens and bad_words_ids leave none of the model's 61 tokens"):
+    with pytest.raises(ValueError, match="suppress_tokens and bad_words_ids exclude all of the model's 61 tokens"):
         model.generate_any_order(ids, max_new_tokens=2, suppress_tokens=list(range(61)))
 
     def nothing(step, columns, logits):
@@ -79,14 +79,14 @@ def test_where_nothing_is_left_to_write_it_says_so(kind):
 
     for hook in ({"logits_hook": nothing}, {"logits_processor": LogitsProcessorList([broken])}):
         for sampled in ({}, {"do_sample": True, "seed": 1}):
-            with pytest.raises(ValueError, match="leave no token to write at step 0"):
+            with pytest.raises(ValueError, match="exclude all tokens at step 0"):
                 model.generate_any_order(ids, max_new_tokens=2, **hook, **sampled)
 
 
 @pytest.mark.parametrize("strategy", ["dynamic", "speculative", "refine", "groupwise"])
 def test_every_strategy_says_so(strategy):
     ends = {"eos_token_id": 5, "suppress_tokens": [one for one in range(61) if one != 5]}
-    with pytest.raises(ValueError, match="leave no token to write"):  # EOS has no place left of the last column
+    with pytest.raises(ValueError, match="exclude all tokens at step"):  # EOS has no place left of the last column
         order = {"order": "right_to_left"} if strategy in ("speculative", "groupwise") else {"seed": 3}
         criterion = {"criterion": "random"} if strategy in ("dynamic", "refine") else {}
         tiny_model(slot_start="left_token").generate_any_order(

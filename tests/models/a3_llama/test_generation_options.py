@@ -428,19 +428,19 @@ def test_caches_that_do_not_belong(model):
     prompt = problem()[0][:2, :10]
     cache = model(prompt, use_cache=True).past_key_values
     new = {"max_new_tokens": 3}
-    with pytest.raises(ValueError, match="past_key_values holds 10 tokens, but only the first 6 columns"):
+    with pytest.raises(ValueError, match="past_key_values holds 10 tokens: expected at most 6, the columns"):
         model.generate_any_order(prompt[:, :6], past_key_values=cache, **new)
-    with pytest.raises(ValueError, match=r"differs at row 1, column 4"):
+    with pytest.raises(ValueError, match=r"does not match input_ids at row 1, column 4"):
         other = prompt.clone()
         other[1, 4] = 59 - other[1, 4]
         model.generate_any_order(other, past_key_values=cache, **new)
     with pytest.raises(ValueError, match="another text"):
         tiny_model(seed=7).generate_any_order(prompt, past_key_values=cache, **new)
-    with pytest.raises(ValueError, match="past_key_values has 3 layers of shape .*this model takes 2"):
+    with pytest.raises(ValueError, match="past_key_values has 3 layers of shape .*: expected 2 of"):
         tiny_model(num_hidden_layers=2).generate_any_order(prompt, past_key_values=cache, **new)
     with pytest.raises(ValueError, match="past_key_values has"):
         model.generate_any_order(prompt.repeat(2, 1), past_key_values=cache, **new)
-    with pytest.raises(ValueError, match="past_key_values needs use_cache=True"):
+    with pytest.raises(ValueError, match="past_key_values: expected use_cache=True"):
         model.generate_any_order(prompt, past_key_values=cache, use_cache=False, **new)
 
 

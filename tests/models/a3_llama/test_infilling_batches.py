@@ -254,7 +254,7 @@ def test_the_pipeline_takes_a_dataset(fill):
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"text": TEXTS})
     assert [one["text"] for one in fill(KeyDataset(data, "text"), batch_size=3)] == like(fill, TEXTS)
-    with pytest.raises(ValueError, match="it takes a string, a list of strings"):
+    with pytest.raises(ValueError, match="expected a string, a list of strings"):
         fill(data)
 
 

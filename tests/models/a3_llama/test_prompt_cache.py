@@ -9,7 +9,7 @@ from a3_hf.models.auto import ARCHITECTURES
 from tests.conftest import tiny_config, tiny_model
 
 NEW = {"max_new_tokens": 3, "eos_token_id": []}
-REFUSED = "past_key_values was not made by this model as it is now"
+REFUSED = "past_key_values does not match this model"
 
 
 def prompt(rows: int = 2, length: int = 10) -> torch.Tensor:

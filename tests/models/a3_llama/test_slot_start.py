@@ -250,7 +250,7 @@ def test_what_cannot_be_found_is_asked_for():
         tiny_model()(
             ids, group_ids=groups, target_position_ids=groups, target_group_ids=groups, target_input_ids=groups
         )
-    with pytest.raises(ValueError, match="slot_start='right_token'; it takes 'query_embed' or 'left_token'"):
+    with pytest.raises(ValueError, match="slot_start='right_token': expected 'query_embed' or 'left_token'"):
         A3LlamaConfig(slot_start="right_token")
     assert tiny_config().slot_start == "query_embed"
 

@@ -474,9 +474,9 @@ def test_a_prompts_cache_serves_whatever_comes_after_it(model):
     assert cache.get_seq_length() == 6
     other = ids.clone()
     other[0, 2] += 1
-    with pytest.raises(ValueError, match="past_key_values does not belong to input_ids"):
+    with pytest.raises(ValueError, match="past_key_values does not match input_ids"):
         model.generate_any_order(other, blanks[None], past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values holds 6 tokens, but only the first 5"):
+    with pytest.raises(ValueError, match="past_key_values holds 6 tokens: expected at most 5"):
         model.generate_any_order(ids, blanks[None].roll(-1, 1), past_key_values=cache)
 
 
@@ -540,13 +540,13 @@ def test_a_checkpoint_carries_no_code(tmp_path):
 def test_checkpoints_of_other_models_and_incomplete_ones_raise(tmp_path):
     A3LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path / "a3")
     with pytest.raises(
-        ValueError, match="'a3_llama'; Decoupled RoPE loads .* 'llama' or 'decoupled_rope_llama'; an A3"
+        ValueError, match="'a3_llama': Decoupled RoPE expects 'llama' or 'decoupled_rope_llama'. To use an A3"
     ):
         DecoupledRopeLlamaForCausalLM.from_pretrained(tmp_path / "a3")
     LlamaForCausalLM.from_pretrained(tmp_path / "a3").save_pretrained(tmp_path / "inside")
     DecoupledRopeLlamaForCausalLM.from_pretrained(tmp_path / "inside")
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="'gpt2'; Decoupled RoPE loads"):
+    with pytest.raises(ValueError, match="'gpt2': Decoupled RoPE expects"):
         DecoupledRopeLlamaForCausalLM.from_pretrained(tmp_path / "gpt2")
     state = {key: weight.clone() for key, weight in tiny().state_dict().items()}
     lacking = {key: weight for key, weight in state.items() if "layers.1.mlp.up_proj" not in key}
@@ -752,7 +752,7 @@ def test_the_recipe_chooses_the_architecture(tmp_path):
     [
         ({"stages": [{"name": "permute", "group_size": 2}]}, "not defined for groups larger than one"),
         ({"data": {"documents": "isolated"}}, "documents='isolated'"),
-        ({"lora": LoraArguments(r=2)}, "lora: adapters are for architecture 'a3'"),
+        ({"lora": LoraArguments(r=2)}, "lora: expected architecture 'a3'"),
         ({"training": {"content_loss_weight": 0.5}}, "content_loss_weight=0.5"),
     ],
 )
@@ -789,33 +789,43 @@ ALIGNED = {"position_ids": GROUPS, "target_position_ids": GROUPS + 1}
                 "target_position_ids": GROUPS[:, 2:4],
                 "target_group_ids": GROUPS[:, 2:3].expand(2, 2),
             },
-            "slot 1, for position 3, and the token before it asks for 2. Decoupled RoPE is not defined for groups",
+            "holds 3 at row 0, slot 1: expected 2, which the token before it predicts. Decoupled RoPE is not defined "
+            "for groups",
         ),
         (
             {"group_ids": GROUPS, "target_position_ids": GROUPS[:, :2] + 6, "target_group_ids": GROUPS[:, :2] * 0 + 9},
-            "the token before it asks for 7. Decoupled RoPE is not defined",
+            "expected 7, which the token before it predicts. Decoupled RoPE is not defined",
         ),
         ({"group_ids": GROUPS[:, :5]}, "group_ids has shape"),
-        ({"group_ids": GROUPS.float()}, "group_ids has dtype torch.float32; it takes integers"),
+        ({"group_ids": GROUPS.float()}, "group_ids has dtype torch.float32: expected integers"),
         ({"group_ids": GROUPS, "position_ids": GROUPS[:, :3]}, "position_ids has shape"),
         ({"group_ids": GROUPS, "attention_mask": torch.ones(2, 5)}, "attention_mask has shape"),
         ({"group_ids": GROUPS, "target_position_ids": GROUPS}, "target_group_ids None"),
         ({"target_group_ids": GROUPS}, "target_group_ids needs group_ids"),
         ({"target_position_ids": GROUPS}, "target_position_ids needs position_ids"),
         ({"position_ids": GROUPS, "target_position_ids": GROUPS[:, :4]}, "target_position_ids has shape"),
-        ({"group_ids": GROUPS, "logits_to_keep": 1}, "logits_to_keep does not go with group_ids"),
+        ({"group_ids": GROUPS, "logits_to_keep": 1}, "logits_to_keep does not work with group_ids"),
         ({"group_ids": GROUPS, "labels": IDS[:, :4]}, "labels has shape"),
         ({**ALIGNED, "labels": IDS[:, :4]}, "labels has shape"),
         ({"group_ids": GROUPS, "labels": IDS}, "row 0, slot 0, which sees no token"),
         ({"group_ids": 5 - GROUPS, "labels": IDS, "attention_mask": RIGHT}, "labels holds a token at padding"),
-        ({"group_ids": GROUPS, "past_key_values": DynamicCache()}, "don't go with group_ids"),
-        ({"group_ids": GROUPS, "use_cache": True}, "don't go with group_ids"),
-        ({"group_ids": GROUPS, "document_ids": GROUPS}, "document_ids: Decoupled RoPE keeps no documents"),
-        ({**ALIGNED, "target_document_ids": GROUPS}, "document_ids: Decoupled RoPE keeps no documents"),
-        ({**ALIGNED, "content_logits_at": (GROUPS[0], GROUPS[0])}, "content_logits_at is for models of two streams"),
-        ({"content_hidden_state": True}, "content_hidden_state=True is for models of two streams"),
-        ({**ALIGNED, "attention_mask": singleton_attention_mask("sdpa", 6, IDS.device)}, "masks made for two streams"),
-        ({"chunked_loss": True, "labels": IDS}, "chunked_loss=True takes labels, with"),
+        ({"group_ids": GROUPS, "past_key_values": DynamicCache()}, "don't work with group_ids"),
+        ({"group_ids": GROUPS, "use_cache": True}, "don't work with group_ids"),
+        (
+            {"group_ids": GROUPS, "document_ids": GROUPS},
+            "document_ids: expected None, as Decoupled RoPE can't separate documents",
+        ),
+        (
+            {**ALIGNED, "target_document_ids": GROUPS},
+            "document_ids: expected None, as Decoupled RoPE can't separate documents",
+        ),
+        (
+            {**ALIGNED, "content_logits_at": (GROUPS[0], GROUPS[0])},
+            "content_logits_at: expected None, as there is one stream",
+        ),
+        ({"content_hidden_state": True}, "content_hidden_state=True: expected False, as there is one stream"),
+        ({**ALIGNED, "attention_mask": singleton_attention_mask("sdpa", 6, IDS.device)}, "masks for two streams"),
+        ({"chunked_loss": True, "labels": IDS}, "chunked_loss=True: expected labels, and"),
         ({"inputs_embeds": torch.zeros(2, 6, 32)}, "exactly one of input_ids and inputs_embeds"),
     ],
 )
@@ -834,10 +844,10 @@ def test_a_likelihood_of_groups_is_not_defined(model):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"strategy": "dynamic"}, "strategy='dynamic'; it takes 'groupwise'. Decoupled RoPE is not defined"),
-        ({"strategy": "speculative"}, "strategy='speculative'; it takes 'groupwise'"),
-        ({"strategy": "refine"}, "strategy='refine'; it takes 'groupwise'"),
-        ({"group_size": 2}, "group_size=2; it takes 1. Decoupled RoPE is not defined for groups larger than one"),
+        ({"strategy": "dynamic"}, "strategy='dynamic': expected 'groupwise'. Decoupled RoPE is not defined"),
+        ({"strategy": "speculative"}, "strategy='speculative': expected 'groupwise'"),
+        ({"strategy": "refine"}, "strategy='refine': expected 'groupwise'"),
+        ({"group_size": 2}, "group_size=2: expected 1. Decoupled RoPE is not defined for groups larger than one"),
         ({"order": torch.arange(10).expand(2, -1) // 2}, "order has 2 tokens in a group"),
         ({"max_time": 1.0}, "max_time=1.0"),
     ],

@@ -213,7 +213,7 @@ def test_half_a_checkpoint_or_another_models_is_refused(model, source, tmp_path)
     with pytest.raises(ValueError, match="missing keys: model.layers.3"):
         MaskedDiffusionLlamaForCausalLM.from_pretrained(tmp_path)
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model type 'gpt2'; masked diffusion loads"):
+    with pytest.raises(ValueError, match="model type 'gpt2': masked diffusion expects"):
         MaskedDiffusionLlamaForCausalLM.from_pretrained(tmp_path)
 
 
@@ -259,12 +259,12 @@ def test_a_special_token_or_a_spare_row_may_be_the_mask_token(source):
 @pytest.mark.parametrize(
     ("mask_token_id", "message"),
     [
-        (17, "mask_token_id=17 is a real word of the tokenizer, 'w14'"),
+        (17, "mask_token_id=17 is a text token of the tokenizer, 'w14'"),
         (1, "is the tokenizer's bos token"),
         (2, "is the tokenizer's eos token"),
-        (99, "is none of the model's 61 ids"),
-        (-1, "is none of the model's 61 ids"),
-        (True, "is none of the model's 61 ids"),
+        (99, "is not one of the model's 61 ids"),
+        (-1, "is not one of the model's 61 ids"),
+        (True, "is not one of the model's 61 ids"),
     ],
 )
 def test_a_mask_token_that_is_a_real_word_is_refused(model, source, tmp_path, mask_token_id, message):
@@ -288,11 +288,11 @@ def test_without_a_mask_token_nothing_is_masked(source, tmp_path):
         lambda: model.log_likelihood_bound(ids),
         lambda: make_trainer(tmp_path, model=model),
     ):
-        with pytest.raises(ValueError, match="no mask token .* call model.set_mask_token"):
+        with pytest.raises(ValueError, match="no mask token .* Call model.set_mask_token"):
             call()
     with pytest.raises(ValueError, match="mask_token_id is not set"):
         model.infill(AutoTokenizer.from_pretrained(source), "w1 <blank:2>")
-    with pytest.raises(ValueError, match="mask_token_id=61; it takes an id below vocab_size=61"):
+    with pytest.raises(ValueError, match="mask_token_id=61: expected an id below vocab_size=61"):
         tiny_diffusion(mask_token_id=61)
 
 
@@ -838,15 +838,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strategy": "groupwise"}, "strategy='groupwise'; masked diffusion takes 'dynamic'"),
-        ({"use_cache": True}, "use_cache=True: masked diffusion sees both sides"),
-        ({"steps": 0}, "steps=0; it takes a whole number of at least 1"),
-        ({"steps": 2, "tokens_per_step": 2}, "steps=2 and tokens_per_step=2 say both"),
-        ({"steps": 2, "threshold": 0.5}, "steps=2 and threshold=0.5 say both"),
-        ({"group_size": 2}, "group_size=2 has no meaning for strategy='dynamic'"),
+        ({"strategy": "groupwise"}, "strategy='groupwise': masked diffusion expects 'dynamic'"),
+        ({"use_cache": True}, "use_cache=True: expected False"),
+        ({"steps": 0}, "steps=0: expected a whole number of at least 1"),
+        ({"steps": 2, "tokens_per_step": 2}, "steps=2 and tokens_per_step=2 exclude each other"),
+        ({"steps": 2, "threshold": 0.5}, "steps=2 and threshold=0.5 exclude each other"),
+        ({"group_size": 2}, "group_size=2 has no effect with strategy='dynamic'"),
         ({"criterion": "surest"}, "criterion='surest' is not known"),
-        ({"blank_mask": torch.zeros(1, 6).bool()}, "there is no blank to fill"),
-        ({"blank_mask": torch.tensor([[1, 0, 0, 0, 0, 0]]).bool()}, "row 0 of input_ids starts with a blank"),
+        ({"blank_mask": torch.zeros(1, 6).bool()}, "no blank to fill"),
+        ({"blank_mask": torch.tensor([[1, 0, 0, 0, 0, 0]]).bool()}, "input_ids: row 0 starts with a blank"),
         ({"attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1]])}, "blank_mask is True at padding"),
         ({"input_ids": torch.tensor([[1, 5, MASK, 5, 5, 5]])}, "holds the mask token, 60, as text at row 0, column 2"),
         ({"max_new_tokens": 200}, "take 206 positions, 78 more than the model's context"),
@@ -862,8 +862,8 @@ def test_generation_refuses(model, settings, message):
 @pytest.mark.parametrize(
     ("blank", "message"),
     [
-        ([1, 0, 0, 0, 0, 0], "row 1 of input_ids starts with a blank"),
-        ([1] * 6, "row 1 of input_ids has no given token"),
+        ([1, 0, 0, 0, 0, 0], "input_ids: row 1 starts with a blank"),
+        ([1] * 6, "input_ids: row 1 has no given token"),
     ],
 )
 def test_messages_count_the_rows_that_were_given_and_not_their_copies(model, blank, message):
@@ -873,18 +873,18 @@ def test_messages_count_the_rows_that_were_given_and_not_their_copies(model, bla
 
 
 def test_generate_points_to_the_method_that_works(model):
-    with pytest.raises(ValueError, match="use generate_any_order"):
+    with pytest.raises(ValueError, match="Use generate_any_order"):
         model.generate(tokens(1, 6), max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_samples": 0}, "num_samples=0; it takes a whole number of at least 1"),
+        ({"num_samples": 0}, "num_samples=0: expected a whole number of at least 1"),
         ({"num_samples": 1.5}, "num_samples=1.5"),
         (
             {"given_mask": torch.zeros(1, 6).bool()},
-            "row 0 of input_ids asks for its first token, which nothing predicts",
+            "the first token of row 0 is open, but nothing predicts it",
         ),
         ({"given_mask": torch.zeros(1, 5).bool()}, "given_mask has shape"),
         ({"attention_mask": torch.zeros(2, 6).bool()}, "attention_mask has shape"),
@@ -902,13 +902,13 @@ def test_the_bound_refuses(model, settings, message):
 
 def test_other_likelihoods_refuse(model):
     with pytest.raises(
-        ValueError, match="row 0 of input_ids has 13 open tokens, .* at most 12: use log_likelihood_bound"
+        ValueError, match="input_ids: row 0 has 13 open tokens, .* at most 12. Use log_likelihood_bound"
     ):
         model.exact_bound(tokens(1, 14))
     ids, groups = tokens(1, 4), torch.arange(4)[None]
-    with pytest.raises(ValueError, match="asks for its first token"):
+    with pytest.raises(ValueError, match="first token of row .* is open"):
         model.log_likelihood(ids, groups.flip(1))
-    with pytest.raises(ValueError, match=r"group_ids has dtype torch.float32; it takes integers"):
+    with pytest.raises(ValueError, match=r"group_ids has dtype torch.float32: expected integers"):
         model.log_likelihood(ids, groups.float())
     with pytest.raises(ValueError, match="scored_mask has shape"):
         model.log_likelihood(ids, groups, scored_mask=torch.ones(1, 3))
@@ -917,28 +917,28 @@ def test_other_likelihoods_refuse(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_cache": True}, "takes no cache"),
-        ({"past_key_values": ()}, "takes no cache"),
-        ({"labels": torch.full((1, 6), 5)}, "labels asks for a score at row 0, column 0"),
+        ({"use_cache": True}, "bidirectional and can't cache"),
+        ({"past_key_values": ()}, "bidirectional and can't cache"),
+        ({"labels": torch.full((1, 6), 5)}, "labels holds a token at row 0, column 0"),
         (
             {"labels": torch.full((1, 6), 5), "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
-            "labels asks for a score at row 0, column 0",
+            "labels holds a token at row 0, column 0",
         ),
         (
             {
                 "labels": torch.tensor([[-100, 5, 5, 5, -100, -100]]),
                 "document_ids": torch.tensor([[1, 1, 1, 2, 2, 2]]),
             },
-            "labels asks for a score at row 0, column 3",
+            "labels holds a token at row 0, column 3",
         ),
         ({"labels": torch.full((1, 5), 5)}, "labels has shape"),
-        ({"loss_weights": torch.ones(1, 6)}, "loss_weights belongs to labels"),
+        ({"loss_weights": torch.ones(1, 6)}, "loss_weights needs labels"),
         ({"labels": torch.full((1, 6), -100), "loss_weights": torch.ones(1, 3)}, "loss_weights has shape"),
         (
             {"labels": torch.full((1, 6), -100), "target_columns": torch.ones(1, 1).long()},
-            "give labels or target_columns",
+            "labels and target_columns exclude each other",
         ),
-        ({"input_ids": None}, "give exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": None}, "expected exactly one of input_ids and inputs_embeds"),
     ],
 )
 def test_forward_refuses(model, settings, message):
@@ -948,7 +948,7 @@ def test_forward_refuses(model, settings, message):
 
 def test_other_attention_refuses_documents(model):
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match="attn_implementation='flex_attention': document_ids and visible_mask need"):
+    with pytest.raises(ValueError, match="attn_implementation='flex_attention': document_ids and visible_mask expect"):
         model(tokens(1, 6), document_ids=torch.ones(1, 6).long())
 
 
