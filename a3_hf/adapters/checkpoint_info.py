@@ -96,20 +96,24 @@ class CheckpointInfo:
             )
         return config_class.from_pretrained(self.base)
 
-    def slot_start_settings(self, wanted: str | None = None) -> dict[str, str]:
-        """Returns keyword arguments with which `from_pretrained` loads the base: `slot_start` as stored with the adapter,
-        else `wanted`; empty if neither is set.
+    def base_settings(self, slot_start: str | None = None, suffix_template: str | None = None) -> dict[str, str]:
+        """Returns keyword arguments with which `from_pretrained` loads the base: `slot_start` and `suffix_template` as given,
+        or else as stored with the adapter; without those that neither sets.
 
         Raises:
-            ValueError: `wanted` differs from the adapter's `slot_start`.
+            ValueError: `slot_start` differs from the adapter's.
         """
         own = None if self.adapter_config is None else self.adapter_config.slot_start
         if own is None and self.adapter_config is not None and self.base_config.get("model_type") == "llama":
             own = "query_embed"  # adapters that don't store it were saved before "left_token" existed
-        if own is not None and wanted not in (None, own):
-            raise ValueError(f"slot_start={wanted!r}: the adapter {self.path} was trained with {own!r}. Leave it out.")
-        start = own or wanted
-        return {} if start is None else {"slot_start": start}
+        if own is not None and slot_start not in (None, own):
+            raise ValueError(
+                f"slot_start={slot_start!r}: the adapter {self.path} was trained with {own!r}. Leave it out."
+            )
+        if suffix_template is None and self.adapter_config is not None:
+            suffix_template = self.adapter_config.suffix_template
+        settings = {"slot_start": own or slot_start, "suffix_template": suffix_template}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 def read_adapter_config(path: str | PathLike) -> A3LoraConfig | None:

@@ -48,8 +48,8 @@ def load_model(
         return ARCHITECTURES[architecture].model.from_pretrained(info.path, **settings)
     if architecture not in (None, "a3"):
         raise ValueError(f"architecture={architecture!r}: expected 'a3', as {info.path} holds an adapter")
-    start = info.slot_start_settings(settings.pop("slot_start", None))
-    if "config" in settings:  # from_pretrained reads slot_start from the config
+    start = info.base_settings(settings.pop("slot_start", None), settings.pop("suffix_template", None))
+    if "config" in settings:  # from_pretrained reads them from the config
         settings["config"].update(start)
         start = {}
     return attach_adapter(A3LlamaForCausalLM.from_pretrained(info.base, **settings, **start), info, trainable=trainable)
@@ -71,7 +71,7 @@ def attach_adapter(model: A3LlamaForCausalLM, adapter: str | CheckpointInfo, *, 
             f"{model.config.slot_start!r}. Load its base with slot_start={stored.slot_start!r}."
         )
     config = copy.deepcopy(stored)
-    config.slot_start = model.config.slot_start
+    config.slot_start, config.suffix_template = model.config.slot_start, model.config.suffix_template
     config.base_model_name_or_path = model.name_or_path
     config.inference_mode = not trainable
     adapted = wrap_model(model, config)
@@ -210,7 +210,7 @@ def load_to_train(
         if isinstance(model, PeftModel):
             model = model.merge_and_unload().requires_grad_(True)  # peft froze the weights
         return model
-    start = info.slot_start_settings(settings.pop("slot_start", None))
+    start = info.base_settings(settings.pop("slot_start", None), settings.pop("suffix_template", None))
     model = A3LlamaForCausalLM.from_pretrained(info.base, **settings, **start)
     set_seed(seed)
     adapted = attach(model, lora)

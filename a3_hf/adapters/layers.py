@@ -49,9 +49,10 @@ class SlotLinear(LoraLinear):
 
 @dataclass
 class A3LoraConfig(LoraConfig):
-    # Identical to LoraConfig except: it stores the `slot_start` of the adapter's base. None: the adapter was saved before
-    # `slot_start` was stored.
+    # Identical to LoraConfig except: it stores the `slot_start` and the `suffix_template` of the model that the adapter was
+    # trained in. `slot_start` None: the adapter was saved before it was stored.
     slot_start: str | None = None
+    suffix_template: str | None = None
 
 
 @dataclass
@@ -99,6 +100,7 @@ def attach(model: A3LlamaForCausalLM, lora: LoraArguments) -> PeftModel:
             target_modules=target_names(model, lora),
             modules_to_save=["query_embed"],
             slot_start=model.config.slot_start,
+            suffix_template=model.config.suffix_template,
         ),
     )
 

@@ -34,6 +34,14 @@ def infill(
         ),
     ],
     auto_lengths: Annotated[str, typer.Option(help="Lengths that <blank:auto> tries.")] = "1..16",
+    suffix_template: Annotated[
+        str | None,
+        typer.Option(
+            help='Words that bring the text after the last blank to the front, as "Later:{suffix}\\n\\n"; "": it stays in '
+            "place. Default: the model's own.",
+            show_default=False,
+        ),
+    ] = None,
     slot_start: SlotStart = None,
     base: Base = None,
     show: Show = False,
@@ -52,7 +60,11 @@ def infill(
     a3, tokenizer = load(model, base=base, slot_start=slot_start)
     if tokenizer.eos_token_id is not None:
         settings["suppress_tokens"] = [tokenizer.eos_token_id]
-    output = a3.infill(tokenizer, [text], auto_lengths=lengths, return_outputs=True, **settings)
+    if suffix_template is not None:  # a shell passes \n as two characters
+        suffix_template = suffix_template.replace("\\n", "\n")
+    output = a3.infill(
+        tokenizer, [text], auto_lengths=lengths, suffix_template=suffix_template, return_outputs=True, **settings
+    )
     _present(output.texts[0], tokenizer, output.generation, show, html, title=text)
     for number, scores in enumerate(output.length_scores[0], start=1):
         if scores:

@@ -32,6 +32,13 @@ class ModelArguments:
             "paper's single vector. None: as stored, and left_token for a LLaMA."
         },
     )
+    suffix_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "a3: words that bring the text after a blank to the front, {suffix} in them; stored with the model, for "
+            "infilling, and used by rows of fim. None: as stored."
+        },
+    )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or hub id of the tokenizer, if not the model's."}
     )

@@ -81,8 +81,9 @@ def _report(recipe: Recipe, state: TrainerState, losses: Table | None) -> str:
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
         "seed": training.seed,
     }
-    if recipe.model.slot_start is not None:
-        rows["slot_start"] = recipe.model.slot_start
+    for name in ("slot_start", "suffix_template"):
+        if getattr(recipe.model, name) is not None:
+            rows[name] = repr(getattr(recipe.model, name))
     if recipe.lora is not None:
         rows["lora"] = f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, rows: {recipe.lora.rows}"
     if recipe.curriculum is not None:

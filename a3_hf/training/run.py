@@ -211,8 +211,9 @@ def _pretrained_settings(model: ModelArguments) -> dict[str, Any]:
     settings = {"dtype": dtype, "attn_implementation": model.attn_implementation}
     if model.load_in_4bit:
         settings["quantization_config"] = nf4_config(dtype)
-    if model.slot_start is not None:
-        settings["slot_start"] = model.slot_start
+    for name in ("slot_start", "suffix_template"):
+        if getattr(model, name) is not None:
+            settings[name] = getattr(model, name)
     return settings
 
 

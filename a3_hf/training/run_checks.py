@@ -9,6 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_bitsandbytes_available
 
 from a3_hf.data.mixture import check_readers
+from a3_hf.models.a3_llama.configuration_a3_llama import check_suffix_template
 from a3_hf.models.auto import ARCHITECTURES
 
 from .arguments import A3TrainingArguments, Recipe
@@ -78,10 +79,11 @@ def _check_architecture(recipe: Recipe) -> None:
         value = getattr(training, name)
         if architecture not in architectures and value != _default(name):
             raise ValueError(f"{name}={value!r} has no effect with architecture {architecture!r}; leave it out")
-    if architecture != "a3" and recipe.model.slot_start is not None:
-        raise ValueError(
-            f"slot_start={recipe.model.slot_start!r} has no effect with architecture {architecture!r}; leave it out"
-        )
+    for name in ("slot_start", "suffix_template"):
+        value = getattr(recipe.model, name)
+        if architecture != "a3" and value is not None:
+            raise ValueError(f"{name}={value!r} has no effect with architecture {architecture!r}; leave it out")
+    check_suffix_template(recipe.model.suffix_template)
     if architecture in ("decoupled_rope", "llama") and recipe.data.documents == "isolated":
         raise ValueError(
             f"documents='isolated': architecture {architecture!r} keeps no documents of one row apart; it takes 'joined'"

@@ -52,7 +52,7 @@ class RunInputs:
         check_attention(recipe, config)
         check_start(start, recipe.lora, config)
         if recipe.lora is not None:
-            start.slot_start_settings(settings.slot_start)  # its check
+            start.base_settings(settings.slot_start)  # its check
         return cls(start, config, tokenizer)
 
     def load_rows(self, recipe: Recipe) -> tuple[Dataset | TextMixture, Dataset | None]:
@@ -64,8 +64,13 @@ class RunInputs:
         training = recipe.training
         load = load_rows if recipe.data.sources is None else open_mixture
         with training.main_process_first(local=False, desc="packing rows"):
+            words = {} if recipe.data.fim is None else {"suffix_template": recipe.model.suffix_template}
             train_rows, eval_rows = load(
-                recipe.data, self.tokenizer, seed=training.seed, context_length=self.config.max_position_embeddings
+                recipe.data,
+                self.tokenizer,
+                seed=training.seed,
+                context_length=self.config.max_position_embeddings,
+                **words,
             )
         if eval_rows is None and training.eval_strategy != IntervalStrategy.NO:
             raise ValueError(

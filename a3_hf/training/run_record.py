@@ -32,6 +32,8 @@ RESULT_NEUTRAL_SETTINGS = set(
 OLD_RUN_DEFAULTS = {
     "architecture": "a3",
     "slot_start": None,
+    "suffix_template": None,
+    "fim": None,
     "masking": "rate",
     "low_discrepancy": False,
     "anneal_steps": 0,

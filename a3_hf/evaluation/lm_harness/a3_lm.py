@@ -116,7 +116,7 @@ class A3LM(BatchedLM):
             super()._create_model(pretrained, **kwargs)
             return
         adapter = CheckpointInfo.read(peft, base=pretrained)
-        kwargs.update(adapter.slot_start_settings(kwargs.pop("slot_start", None)))
+        kwargs.update(adapter.base_settings(kwargs.pop("slot_start", None), kwargs.pop("suffix_template", None)))
         super()._create_model(pretrained, **kwargs)
         self._model = attach_adapter(self._model, adapter)
 
