@@ -955,9 +955,9 @@ def test_other_attention_refuses_documents(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"masking": "all"}, "masking='all'; it takes one of rate, count"),
-        ({"anneal_steps": -1}, "anneal_steps=-1; it takes at least 0"),
-        ({"eval_samples": 0}, "eval_samples=0; it takes at least 1"),
+        ({"masking": "all"}, "masking='all': expected one of rate, count"),
+        ({"anneal_steps": -1}, "anneal_steps=-1: expected at least 0"),
+        ({"eval_samples": 0}, "eval_samples=0: expected at least 1"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False: expected"),
     ],
