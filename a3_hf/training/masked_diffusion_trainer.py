@@ -75,7 +75,7 @@ class DiffusionTrainer(BaseTrainer):
             check_mask_token(tokenizer, self.mask_token_id, vocab_size=model.config.vocab_size)
         if anneal_steps and model.config._attn_implementation not in PATTERNED:
             raise ValueError(
-                f"anneal_steps={anneal_steps} needs an attention implementation that takes any mask, "
+                f"anneal_steps={anneal_steps} needs an attention implementation that supports any mask, "
                 f"{' or '.join(PATTERNED)}; got {model.config._attn_implementation!r}"
             )
         super().__init__(model, args, compute_metrics=_nats_per_token, **trainer)

@@ -59,7 +59,7 @@ class Meter:
         >>> meter = Meter()
         >>> meter.start()
         >>> meter.add(torch.tensor(4096))
-        >>> rate = meter.read()  # tokens per second; starts anew
+        >>> rate = meter.read()  # tokens per second; resets the meter
     """
 
     def __init__(self):

@@ -225,7 +225,7 @@ def test_what_is_refused(tmp_path):
         verdicts(shown, columns={"loss": "lower"}, of="a", against="c")
     with pytest.raises(ValueError, match="'loss' has 'down': expected 'lower' or 'higher'"):
         verdicts(shown, columns={"loss": "down"}, of="a", against="b")
-    with pytest.raises(ValueError, match="of='c' is no arm"):
+    with pytest.raises(ValueError, match="of='c': expected an arm of the result"):
         verdicts(shown, columns={"loss": "lower"}, of="c", against="b")
     with pytest.raises(ValueError, match="the same arm"):
         verdicts(shown, columns={"loss": "lower"}, of="a", against="a")

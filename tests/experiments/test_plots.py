@@ -241,7 +241,7 @@ def test_what_is_refused(tmp_path):
         draw_frontier(shown, "samples", "diversity", "coherence", path, label="temperature")
     with pytest.raises(ValueError, match="an entry without 'temperature', 'diversity' or 'loss'; it has temperature"):
         draw_frontier(shown, "samples", "diversity", "loss", path)
-    with pytest.raises(ValueError, match="of='loss' is 1.0 in a cell"):
+    with pytest.raises(ValueError, match="of='loss': 1.0 in a cell"):
         draw_frontier(shown, "loss", "diversity", "coherence", path)
     with pytest.raises(ValueError, match="of='decoding' is in no cell"):
         draw_frontier(shown, "decoding", "diversity", "coherence", path)

@@ -43,11 +43,11 @@ class A3LM(BatchedLM):
             scored tokens.
         decoding: a strategy of `A3GenerationConfig`; None: `"groupwise"`, or `"dynamic"` with masked diffusion. Masked
             diffusion supports no other, Decoupled RoPE only `"groupwise"` with one token per group.
-        num_samples: masks of masked diffusion's Monte Carlo bound, in place of the likelihood under `order`; no answer is then
-            greedy.
+        num_samples: number of masks of masked diffusion's Monte Carlo bound, which replaces the likelihood under `order`; no
+            answer is then greedy.
         block_length: tokens per block of a continuation, which ends after the block with a stop sequence. Left to right the
             result does not depend on it; `dynamic` and `refine` choose within a block.
-        base: folder or hub id of an adapter's base, in place of the recorded one.
+        base: folder or hub id of an adapter's base, if it is not the recorded one.
         **kwargs: options of the strategy by their own names (`criterion`, `threshold`, `draft_tokens`, …), and arguments of
             `HFLM` (`dtype`, `revision`, `peft`, `max_length`, …).
 

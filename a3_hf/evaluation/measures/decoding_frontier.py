@@ -90,7 +90,7 @@ def measure_decoding(
         )
     nll_judge = None if judging is None else _judge_of(stories, judging)
 
-    # A judge refuses a story that is too long for it before anything is written.
+    # The true sentences are judged first: a story too long for the judge raises before anything is written.
     batches = [
         BlankBatch.of(stories[first : first + batch_size], model.device, side="left")
         for first in range(0, num_stories, batch_size)

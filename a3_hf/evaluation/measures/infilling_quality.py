@@ -16,7 +16,7 @@ from .checks import check_counts, check_length
 from .stories import BlankBatch, StoryBlank, read_stories
 from .trained_run import Trained
 
-WORD = re.compile(r"(?<=\s)[^\W\d_]{3,}(?=\s)")  # letters alone, between white space
+WORD = re.compile(r"(?<=\s)[^\W\d_]{3,}(?=\s)")  # only letters, between white space
 FEWEST_SENTENCES = 3
 ROC_SENTENCES = 5
 

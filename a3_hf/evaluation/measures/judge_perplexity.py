@@ -173,8 +173,8 @@ def judged_nats(
 ) -> tuple[float, int]:
     """−log p of texts given their starts, under a causal model: the sum over all in nats, and its number of tokens.
 
-    Each start and its end are encoded as one text, after BOS if the judge has one. The tokens that the start has
-    alone too are given; a token that lies in both counts as written.
+    Each start and its end are encoded as one text, after BOS if the judge has one. Tokens that the start
+    also has when encoded alone are given; a token that lies in both counts as written.
 
     Raises:
         ValueError: a text longer than the judge's context; ends without a token; a start that leaves none as given.

@@ -28,7 +28,7 @@ SENTENCE_ENDS = (".", "!", "?", "\n")
 
 
 class Needle(NamedTuple):
-    """A text with its question, in tokens from BOS on; the tokens of each answer; and the index of the right one."""
+    """Tokens of a text and its question, from BOS on; the tokens of each answer; and the index of the right one."""
 
     prompt: list[int]
     answers: list[list[int]]
@@ -45,8 +45,8 @@ def make_needle(
     answers: Sequence[str] = ANSWERS,
     seed: int = 0,
 ) -> Needle:
-    """Hides one of the answers in a piece of a haystack and asks for it, so that prompt and longest answer have `length`
-    tokens together.
+    """Hides one of the answers in a piece of a haystack and ends with a question about it, so that prompt and longest answer
+    have `length` tokens together.
 
     Args:
         haystack: tokens, at least as many as fit around the fact.

@@ -24,7 +24,7 @@ DEFAULTS = {
 }
 # Arguments that change where and how a model computes, not its answers.
 NEUTRAL = ("pretrained", "batch_size", "max_batch_size", "device", "parallelize", "trust_remote_code")
-# Factors of metrics that are shown to one decimal, as in the paper. Other metrics are shown unscaled.
+# Factors of the metrics that are shown scaled and to one decimal, as in the paper. Others are shown unscaled.
 SCALES = {
     **dict.fromkeys(("acc", "acc_norm", "exact_match", "alias_match", "em", "f1", "qa_f1_score", "pass@1"), 100),
     **dict.fromkeys(("rouge1", "rouge2", "rougeL"), 1),

@@ -714,7 +714,7 @@ def test_attention_opens_step_by_step(tmp_path):
     trainer.state.global_step = 4
     assert trainer.visible_mask(40) is None
     trainer.train()  # and it is handed on
-    with pytest.raises(ValueError, match="anneal_steps=2 needs an attention implementation that takes any mask"):
+    with pytest.raises(ValueError, match="anneal_steps=2 needs an attention implementation that supports any mask"):
         make_trainer(tmp_path, rows_of([9]), model=tiny_diffusion(attn_implementation="flex_attention"), anneal_steps=2)
 
 
