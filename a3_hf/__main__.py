@@ -1,4 +1,4 @@
-"""`python -m a3_hf`, which launchers such as `accelerate launch -m` call, is `a3`."""
+"""`python -m a3_hf`: the command `a3` for launchers such as `accelerate launch -m`."""
 
 from .cli import app
 

@@ -1,5 +1,5 @@
-"""Registers `a3_llama`, and the controls `decoupled_rope_llama` and `masked_diffusion_llama`, with the Auto classes, and the
-adapters with peft; and holds the package's public names, which `a3_hf` hands on.
+"""Registers `a3_llama` and the controls `decoupled_rope_llama` and `masked_diffusion_llama` with the Auto classes, and the
+adapters with peft. Imports the package's public names, which `a3_hf` re-exports.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

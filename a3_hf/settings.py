@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """Returns a message's suggestion of the nearest known name; empty if none is near."""
+    """Returns a suggestion of the nearest known name for a message; empty if none is near."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -30,12 +30,12 @@ def checked_value(key: str, value: Any, hint: Any, path: str | PathLike) -> Any:
     """Returns `value` as a field of type `hint`; an integer for a float field becomes a float.
 
     Raises:
-        ValueError: another type; the message names the key and its place (`path`).
+        ValueError: a value of another type; the message names the key and its place (`path`).
     """
     members = types_of(hint)
     if not any(_is_a(value, member) for member in members):
-        takes = " or ".join(dict.fromkeys(_described(member) for member in members))
-        raise ValueError(f"{path}: {key} takes {takes}, got {shown_value(value)}")
+        expected = " or ".join(dict.fromkeys(_described(member) for member in members))
+        raise ValueError(f"{path}: {key}: expected {expected}, got {shown_value(value)}")
     if isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members:
         return float(value)
     return value

@@ -1,4 +1,4 @@
-"""The releases of transformers that this release of a3_hf was tested with, and a line where the installed one is newer."""
+"""Range of transformers releases that a3_hf was tested with, and a warning for a newer one."""
 
 import re
 
@@ -9,7 +9,7 @@ TESTED_TRANSFORMERS = ("5.17", "5.24")  # the oldest and the newest minor; pypro
 
 
 def warn_if_newer(installed: str = transformers.__version__) -> None:
-    """Logs one line if the installed transformers is of a newer minor than any that was tested."""
+    """Logs a warning if the installed transformers has a newer minor version than the tested ones."""
     if _minor(installed) > _minor(TESTED_TRANSFORMERS[1]):
         logging.get_logger(__name__).warning(
             f"a3_hf was tested with transformers {TESTED_TRANSFORMERS[0]} to {TESTED_TRANSFORMERS[1]}, this is {installed}"

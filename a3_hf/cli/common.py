@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-UsageError = typer.BadParameter.__bases__[0]  # click's, which typer names differently in each version
+UsageError = typer.BadParameter.__bases__[0]  # click's; its import path differs between versions of typer
 
 
 class Command(TyperCommand):
@@ -21,8 +21,8 @@ class Command(TyperCommand):
 
 
 class Commands(TyperGroup):
-    # Identical to Typer's group except: --num-orders is --num_orders too, errors are printed in one line, and what a command
-    # returns is the exit code.
+    # Identical to Typer's group except: --num-orders may be written --num_orders, errors are printed in one line, and the exit
+    # code is the value that a command returns.
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.context_settings["token_normalize_func"] = lambda name: name.replace("_", "-")
@@ -51,8 +51,8 @@ def _about_dashes(args: list[str]) -> str:
 
 
 def report_user_errors(action: Callable[[], Any]) -> Any:
-    """Runs an action, with the models registered, and returns its result. A ValueError or OSError is printed in one line,
-    without a traceback, and ends the command with exit code 2.
+    """Registers the models, runs an action and returns its result. A ValueError or OSError is printed in one line, without a
+    traceback, and ends the command with exit code 2.
     """
     try:
         from a3_hf import registration  # noqa: F401
@@ -75,15 +75,15 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def _option(kind: type, help: str, default: str | bool = False, *names: str):
-    """An option that is None unless it is given; `default` is what the help shows."""
+    """Makes an option that is None unless given; the help shows `default`."""
     return Annotated[kind | None, typer.Option(*names, help=help, show_default=default)]
 
 
 ModelPath = Annotated[
-    str, typer.Argument(help="An adapted model or an adapter: a folder or a hub name.", show_default=False)
+    str, typer.Argument(help="An adapted model or an adapter: a folder or a hub id.", show_default=False)
 ]
-Base = _option(str, "The adapter's base, if it has moved.")
-SlotStart = _option(str, "Start of the slots, for a plain LLaMA: left_token or query_embed.")
+Base = _option(str, "Path of the adapter's base model, if it has moved.")
+SlotStart = _option(str, "Start of the slots of a plain LLaMA: left_token or query_embed.")
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 SpanLength = _option(int, "Tokens per span, with the order spans.")
 ORDER_HELP = "left_to_right, right_to_left, random or spans."
@@ -117,7 +117,7 @@ GENERATION_OPTIONS = {
 
 
 def with_options(options: dict[str, Any]) -> Callable:
-    """A decorator that adds options to a command. The command gets those that were given as the dict `settings`."""
+    """Returns a decorator that adds options to a command. The command receives the given ones as the dict `settings`."""
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
@@ -149,7 +149,7 @@ def load(
         rope_scaling: stretches the context; see `scale_rope`.
 
     Raises:
-        ValueError: no model that can be loaded, or settings that it does not take.
+        ValueError: no model that can be loaded, or settings that it does not support.
     """
     import torch
 
@@ -185,7 +185,7 @@ def _check_slot_start(slot_start: str, config: dict[str, Any], path: str) -> Non
 
 
 def check_page(path: Path | None) -> None:
-    """Checks, before the work, that a page can be written to `path`.
+    """Checks, before anything is computed, that a page can be written to `path`.
 
     Raises:
         ValueError: a folder, or a file in a folder that does not exist.

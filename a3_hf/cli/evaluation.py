@@ -1,4 +1,4 @@
-"""`a3 eval`, which is lm-eval's command line or a measurement beyond its tasks, and `a3 report`."""
+"""`a3 eval` (lm-eval's command line, and measurements that lm-eval lacks) and `a3 report`."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ HELP = """\
 Usage: a3 eval --model a3|a3_ar|hf --model_args pretrained=PATH,… --tasks NAME,… [any option of lm_eval]
        a3 eval ppl|judge|needle|calibration …   (each has --help)
 
-The first form is lm-eval's own command line, with two more models and the tasks of a3_hf/evaluation/tasks:
+The first form is lm-eval's command line, with two more models and the tasks of a3_hf/evaluation/tasks:
   a3     an A3 model, an adapter, or a LLaMA used as one: order=, group_size=, num_orders=, decoding=, and any option of
          A3GenerationConfig
   a3_ar  a LLaMA, or the content stream of an A3 checkpoint: infilling=prefix|suffix_prompt|best_of
@@ -55,7 +55,7 @@ def run(args: list[str]) -> None:
 
 
 def _underscored(arg: str) -> str:
-    """--model-args as --model_args."""
+    """Returns an option with underscores: --model-args becomes --model_args."""
     name, equals, value = arg.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else arg
 
@@ -67,7 +67,7 @@ def report(
     ] = None,
     plots: Annotated[bool, typer.Option(help="Draw plots as PNG files.")] = True,
 ) -> None:
-    """Write the results in FOLDER as tables and plots, beside the paper's figures."""
+    """Write the results in FOLDER as tables and plots, with the paper's figures."""
     from a3_hf.evaluation.reporting.report import write_report
 
     print(f"The report is {write_report(folder, output, plots=plots)}.")

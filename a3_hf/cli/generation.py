@@ -20,7 +20,7 @@ from .common import (
 )
 
 Show = Annotated[bool, typer.Option("--show", help="Replay the generation in the terminal.")]
-Html = Annotated[Path | None, typer.Option(help="Write a replay as an HTML page, one file.", show_default=False)]
+Html = Annotated[Path | None, typer.Option(help="Write a replay as a single HTML file.", show_default=False)]
 
 
 @with_options(GENERATION_OPTIONS)

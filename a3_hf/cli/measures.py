@@ -1,4 +1,4 @@
-"""The measurements of `a3 eval` beyond lm-eval's tasks: ppl, judge, needle and calibration."""
+"""The measurements of `a3 eval` that lm-eval lacks: ppl, judge, needle and calibration."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import typer
 
 from .common import APP_SETTINGS, DECODING_OPTIONS, Command, ModelPath, Seed, SpanLength, load, with_options
 
-app = typer.Typer(help="Measurements of an A3 model beyond lm-eval's tasks.", **APP_SETTINGS)
+app = typer.Typer(help="Measurements of an A3 model that lm-eval lacks.", **APP_SETTINGS)
 
 TextPath = Annotated[Path, typer.Argument(help="A plain text file, UTF-8.", show_default=False)]
 Separator = Annotated[
@@ -33,7 +33,7 @@ def ppl(
     model: ModelPath,
     text: TextPath,
     base: Annotated[
-        str | None, typer.Option(help="The LLaMA before adaptation, to measure the cost of adaptation.")
+        str | None, typer.Option(help="The LLaMA before adaptation, to report the cost of adaptation.")
     ] = None,
     orders: Annotated[
         str, typer.Option(help="One or more of left_to_right, right_to_left, random, spans.")
@@ -262,6 +262,6 @@ def _parse_scaling(text: str | None) -> dict[str, Any] | None:
 
 
 def _check_file(name: str, path: Path | None, suffix: str) -> None:
-    """Checks, before the work, that a result can be written to `path`."""
+    """Checks, before anything is computed, that a result can be written to `path`."""
     if path is not None and (path.suffix != suffix or path.is_dir()):
         raise ValueError(f"{name}={str(path)!r}: expected a file that ends in {suffix}")

@@ -12,9 +12,9 @@ from .fim import FimArguments
 
 @dataclass(frozen=True)
 class SourceArguments:
-    """One source of a mixture that is read during training, an entry of the recipe's `sources`:
-    `fineweb: {dataset_name: HuggingFaceFW/fineweb, dataset_config_name: sample-10BT, weight: 0.5}`, or
-    `stories: {path: stories/*.jsonl.zst}`; see `a3_hf.data.mixture`.
+    """One source of a mixture, which is read during training (see `a3_hf.data.mixture`). Entries of a recipe's `sources`:
+    `fineweb: {dataset_name: HuggingFaceFW/fineweb, dataset_config_name: sample-10BT, weight: 0.5}`,
+    `stories: {path: stories/*.jsonl.zst}`.
 
     Args:
         path: a file, or a pattern of files of one kind: .jsonl, .json or .txt, plain or as .gz or .zst; .parquet.
@@ -35,23 +35,21 @@ class SourceArguments:
 
     def __post_init__(self):
         if (self.path is None) == (self.dataset_name is None):
-            raise ValueError(
-                f"path={self.path!r}, dataset_name={self.dataset_name!r}: set one of the two, and one only"
-            )
+            raise ValueError(f"path={self.path!r}, dataset_name={self.dataset_name!r}: expected exactly one of the two")
         if self.dataset_name is None and self.dataset_config_name is not None:
             raise ValueError(f"dataset_config_name={self.dataset_config_name!r} has no effect without dataset_name")
         if not 0 < self.weight < float("inf"):
-            raise ValueError(f"weight={self.weight}: takes a number above 0")
+            raise ValueError(f"weight={self.weight}: expected a number above 0")
 
 
 def _sources(config: Any) -> dict[str, SourceArguments]:
     hints = get_type_hints(SourceArguments)
     if not isinstance(config, Mapping) or not config:
-        raise ValueError(f"sources: takes a mapping {{name: {{path: …, weight: …}}}}, got {shown_value(config)}")
+        raise ValueError(f"sources: expected a mapping {{name: {{path: …, weight: …}}}}, got {shown_value(config)}")
     sources = {}
     for name, source in config.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name):
-            raise ValueError(f"sources: a source's name is letters, digits, _ and -, got {shown_value(name)}")
+            raise ValueError(f"sources: expected names of letters, digits, _ and -, got {shown_value(name)}")
         if isinstance(source, Mapping):
             check_keys(f"sources: {name}", source, hints)
             checked = {key: checked_value(key, value, hints[key], f"sources: {name}") for key, value in source.items()}
@@ -60,18 +58,18 @@ def _sources(config: Any) -> dict[str, SourceArguments]:
             except ValueError as error:
                 raise ValueError(f"sources: {name}: {error}") from error
         if not isinstance(source, SourceArguments):
-            raise ValueError(f"sources: {name} takes a mapping of {', '.join(hints)}, got {shown_value(source)}")
+            raise ValueError(f"sources: {name}: expected a mapping of {', '.join(hints)}, got {shown_value(source)}")
         sources[name] = source
     return sources
 
 
 @dataclass
 class DataArguments:
-    """Data sources and how their text becomes rows; see `data.packing.load_rows`, and `data.mixture` for `sources`. Relative
-    paths start at the current directory.
+    """Data sources and how their text is packed into rows; see `data.packing.load_rows`, and `data.mixture` for `sources`.
+    Relative paths start at the current directory.
 
     Raises:
-        ValueError: no source, or two; two sources of validation; a number out of range; a setting without effect.
+        ValueError: no source of text or several; several of validation; a number out of range; a setting without effect.
     """
 
     train_file: str | None = field(
@@ -96,7 +94,9 @@ class DataArguments:
     )
     documents: Literal["joined", "isolated"] = field(
         default="joined",
-        metadata={"help": "joined: documents of a row see each other; isolated: they don't, and each starts with BOS."},
+        metadata={
+            "help": "joined: documents of a row see each other; isolated: they do not, and each starts with BOS."
+        },
     )
     fim: dict | None = field(
         default=None, metadata={"help": "Rows of one blank each, in place of packed rows: {rate: …, psm: …, spm: …}."}
@@ -126,28 +126,28 @@ class DataArguments:
             raise ValueError(f"num_shards={self.num_shards} has no effect without sources")
         elif (self.train_file is None) == (self.dataset_name is None):
             raise ValueError(
-                f"train_file={self.train_file!r}, dataset_name={self.dataset_name!r}: set one of the two, and one only"
+                f"train_file={self.train_file!r}, dataset_name={self.dataset_name!r}: expected exactly one of the two"
             )
         if self.dataset_name is None and self.dataset_config_name is not None:
             raise ValueError(f"dataset_config_name={self.dataset_config_name!r} has no effect without dataset_name")
         if self.block_size < 2:
-            raise ValueError(f"block_size={self.block_size}: a row holds BOS and at least one token, so 2 or more")
+            raise ValueError(f"block_size={self.block_size}: expected 2 or more, for BOS and at least one token")
         if self.document_boundary not in ("bos", "eos"):
-            raise ValueError(f"document_boundary={self.document_boundary!r}: takes 'bos' or 'eos'")
+            raise ValueError(f"document_boundary={self.document_boundary!r}: expected 'bos' or 'eos'")
         if self.documents not in ("joined", "isolated"):
-            raise ValueError(f"documents={self.documents!r}: takes 'joined' or 'isolated'")
+            raise ValueError(f"documents={self.documents!r}: expected 'joined' or 'isolated'")
         if self.document_separator == "":
-            raise ValueError("document_separator='': takes some text, or null where a file is one document")
+            raise ValueError("document_separator='': expected text, or null if a file is one document")
         if self.validation_documents < 0:
-            raise ValueError(f"validation_documents={self.validation_documents}: takes 0 or more")
+            raise ValueError(f"validation_documents={self.validation_documents}: expected 0 or more")
         if self.validation_documents and self.validation_file is not None:
             raise ValueError(
                 f"validation_documents={self.validation_documents} and validation_file={self.validation_file!r}: "
-                "set one of the two, and one only"
+                "expected at most one of the two"
             )
         for name, limit in (("max_train_rows", self.max_train_rows), ("max_eval_rows", self.max_eval_rows)):
             if limit is not None and limit < 1:
-                raise ValueError(f"{name}={limit}: takes 1 or more, or null for no limit")
+                raise ValueError(f"{name}={limit}: expected 1 or more, or null for no limit")
         if self.max_eval_rows is not None and not self.validation_documents and self.validation_file is None:
             raise ValueError(
                 f"max_eval_rows={self.max_eval_rows} has no effect without validation_file or validation_documents"
@@ -173,13 +173,15 @@ class DataArguments:
         given = {"train_file": self.train_file, "dataset_name": self.dataset_name}
         for name, value in {**given, "dataset_config_name": self.dataset_config_name}.items():
             if value is not None:
-                raise ValueError(f"{name}={value!r} and sources: set one of the two, and one only")
+                raise ValueError(f"{name}={value!r} and sources: expected only one of the two")
         if self.max_train_rows is not None:
             raise ValueError(
-                f"max_train_rows={self.max_train_rows}: sources are read as far as max_steps needs; leave it out"
+                f"max_train_rows={self.max_train_rows} has no effect with sources, read until max_steps. Leave it out"
             )
         if self.shuffle_documents:
-            raise ValueError("shuffle_documents=True: sources are read in the order of their files; leave it out")
+            raise ValueError(
+                "shuffle_documents=True has no effect with sources, which are read in the order of their files. Leave it out"
+            )
         if self.num_shards < 1:
-            raise ValueError(f"num_shards={self.num_shards}: takes 1 or more")
+            raise ValueError(f"num_shards={self.num_shards}: expected 1 or more")
         self.sources = _sources(self.sources)

@@ -1,4 +1,4 @@
-"""Rows stacked to padded, checked batches."""
+"""Collator: stacks rows into padded batches and checks them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,11 +8,11 @@ IGNORED_LABEL = -100
 
 
 class RowCollator:
-    """Stacks rows to a batch of (B, S) LongTensors `input_ids`, `attention_mask` and `labels`, and `document_ids` where
+    """Stacks rows into a batch of (B, S) LongTensors `input_ids`, `attention_mask` and `labels`, and `document_ids` where
     the rows have them; shorter rows are padded at the right.
 
     Args:
-        pad_token_id: token id at padding; no model reads it.
+        pad_token_id: token id at padding; models ignore it.
 
     Raises:
         ValueError: no rows; columns of different lengths; a label at padding; a scored token without a given token before it,
@@ -32,14 +32,14 @@ class RowCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         if not rows:
-            raise ValueError("no rows to make a batch of")
+            raise ValueError("rows is empty: expected at least one row")
         names = [name for name in self.fill if name != "document_ids" or any(name in row for row in rows)]
         for index, row in enumerate(rows):
             if any(name not in row for name in names):
                 raise ValueError(f"row {index} lacks {', '.join(name for name in names if name not in row)}")
             lengths = {name: len(row[name]) for name in names}
             if len(set(lengths.values())) > 1:
-                raise ValueError(f"row {index}: its columns differ in length: {lengths}")
+                raise ValueError(f"row {index}: expected columns of equal length, got {lengths}")
         width = max(len(row["input_ids"]) for row in rows)
         batch = {
             name: torch.tensor(
@@ -52,8 +52,8 @@ class RowCollator:
         given_before = (real & ~scored).cumsum(dim=1) > 0
         _raise_at(
             (scored & ~given_before).any(dim=1),
-            "has a scored token and no given token before it, so that its prediction may see nothing; "
-            "set the label of the row's first token (BOS) to -100",
+            "has a scored token without a given token before it, so its prediction may see nothing. Set the label of the "
+            "row's first token (BOS) to -100",
         )
         return batch
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +27,7 @@ CODE = Path(__file__).read_text(encoding="utf-8")  # part of the key of cached d
 
 
 class FileError(ValueError):
-    """A file that is damaged, cut off, or not what its name says. The message names it."""
+    """A file that is damaged, truncated, or of another kind than its name says. The message names it."""
 
 
 def kind_of(file: str | os.PathLike) -> str | None:
@@ -46,8 +46,8 @@ def read_documents(
     .txt file, whose only column is 'text', is one document, or is split at `separator`, stripped, without blank pieces.
 
     Raises:
-        FileError: damaged or cut off (compression, format or UTF-8); no such column, or one that is not text.
-        OSError: the file can't be opened or read at the moment.
+        FileError: damaged or truncated (compression, format or UTF-8); no such column, or one that is not text.
+        OSError: the file can't be opened or read.
     """
     kind = kind_of(file)
     read = {".txt": _text_documents, ".parquet": _parquet_documents}.get(kind, _json_documents)
@@ -65,6 +65,14 @@ def fingerprint(file: str | os.PathLike) -> list[int | str]:
     return [size, hashlib.sha256(ends).hexdigest()]
 
 
+def check_separator(separator: str | None, files: Iterable[str | os.PathLike]) -> None:
+    """Raises ValueError for a document separator without a .txt file."""
+    if separator is not None and not any(kind_of(file) == ".txt" for file in files):
+        raise ValueError(
+            f"document_separator={separator!r} has no effect: it is for .txt files; elsewhere each record is a document"
+        )
+
+
 def split_text(text: str, separator: str | None) -> list[str]:
     """Splits the text of a .txt file into documents, stripped, without blank ones."""
     pieces = text.split(separator) if separator is not None else [text]
@@ -78,13 +86,10 @@ def _naming(file: str | os.PathLike, kind: str | None) -> Iterator[None]:
     except FileError as error:
         raise FileError(f"{file}: {error}") from error
     except EOFError as error:
-        raise FileError(f"{file}: is cut off: its compressed data ends before its end") from error
-    except (zlib.error, zstandard.ZstdError, gzip.BadGzipFile, pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise FileError(f"{file}: can't be read as {kind.lstrip('.')}: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        # pyarrow's, of a damaged page
+        raise FileError(f"{file}: is cut off: its compressed data ends too early") from error
+    except (zlib.error, zstandard.ZstdError, pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the system's; damaged gzip data and parquet pages have no errno
         raise FileError(f"{file}: can't be read as {kind.lstrip('.')}: {' '.join(str(error).split())}") from error
 
 
@@ -191,7 +196,7 @@ def _parsed(text: str, where: str) -> Any:
 
 def _record(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FileError(f"{where} is {json.dumps(value)[:40]}, and not a record {{…}}")
+        raise FileError(f"{where} is {json.dumps(value)[:40]}: expected a record {{…}}")
     return value
 
 

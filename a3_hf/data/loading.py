@@ -7,24 +7,20 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from .arguments import DataArguments
-from .documents import CODE, TAKES, FileError, fingerprint, kind_of, read_documents
+from .documents import CODE, TAKES, FileError, check_separator, fingerprint, kind_of, read_documents
 
 
 def load_documents(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
     """Returns the documents to train on and to evaluate on (None: no evaluation data), each with one column of text.
 
     Raises:
-        ValueError: errors of `load_rows` about files and text.
+        ValueError: the errors of `load_rows` about files and text.
     """
     files = {"train_file": arguments.train_file, "validation_file": arguments.validation_file}
     files = {name: Path(file) for name, file in files.items() if file is not None}
     for name, file in files.items():
         _check_file(name, file)
-    if arguments.document_separator is not None and not any(kind_of(file) == ".txt" for file in files.values()):
-        raise ValueError(
-            f"document_separator={arguments.document_separator!r} has no effect: it is for .txt files, and elsewhere a "
-            "document is a record of the source"
-        )
+    check_separator(arguments.document_separator, files.values())
 
     if arguments.dataset_name is not None:
         source = f"dataset_name={arguments.dataset_name!r}"
@@ -61,6 +57,7 @@ def load_documents(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
 
 
 def texts_of(batch: Mapping[str, list[str | None]]) -> list[str]:
+    """Returns the texts of a batch of one column; an empty text where a record has none."""
     (column,) = batch.values()
     return [text or "" for text in column]
 
@@ -68,9 +65,9 @@ def texts_of(batch: Mapping[str, list[str | None]]) -> list[str]:
 def _check_file(name: str, file: Path):
     """Raises ValueError unless `file` exists, is of a known kind, and holds something."""
     if not file.is_file():
-        raise ValueError(f"{name}={str(file)!r}: there is no such file (relative paths start at {Path.cwd()})")
+        raise ValueError(f"{name}={str(file)!r}: no such file (relative paths start at {Path.cwd()})")
     if kind_of(file) is None:
-        raise ValueError(f"{name}={str(file)!r}: takes a file that ends in {TAKES}")
+        raise ValueError(f"{name}={str(file)!r}: expected a file that ends in {TAKES}")
     if file.stat().st_size == 0:
         raise ValueError(f"{name}={str(file)!r}: the file is empty")
 
@@ -98,7 +95,7 @@ def _read_documents(name: str, file: Path, arguments: DataArguments) -> Dataset:
 
 
 def _documents(file: str, column: str, separator: str | None, version: str) -> Iterator[dict[str, str]]:
-    """Yields the documents of a file. `version` only changes the hash of the arguments, by which they are cached."""
+    """Yields the documents of a file. `version` is unused: datasets hashes the arguments as the key of its cache."""
     is_empty = True
     for text in read_documents(file, column=column, separator=separator):
         is_empty = False

@@ -1,4 +1,4 @@
-"""Rows mixed from several sources during training, divided among readers, and resumed where a run stopped."""
+"""Rows mixed from several sources during training, divided among readers; a resumed run continues at the next row."""
 
 import itertools
 import json
@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments
 from .collator import RowCollator
-from .documents import kind_of
+from .documents import check_separator, kind_of
 from .packing import ISOLATED_ROW_FEATURES, ROW_FEATURES, check_tokens, load_rows, pack_rows
 from .sources import DocumentReader, Source, SourceError, check_shards, open_source
 from .tokenization import pad_id, tokenize
 
 POSITION_FILE = "stream_position.json"
-# Columns of a batch that the trainer removes first.
+# Keys of a batch that `StreamTrainer` removes before the model sees it.
 POSITION, FAILURE = "stream_position", "stream_failure"
 
 
@@ -41,7 +41,7 @@ def open_mixture(
 
     Raises:
         ValueError: a path that matches no file or files of several kinds; a source with no document left to train on; a
-            separator without a .txt file; or what `check_tokens` refuses.
+            separator without a .txt file; the errors of `check_tokens`.
         SourceError: a source that can't be read, or has too few documents for its shards.
     """
     boundary_id = check_tokens(arguments, tokenizer, context_length=context_length)
@@ -49,11 +49,7 @@ def open_mixture(
         open_source(name, source, separator=arguments.document_separator) for name, source in arguments.sources.items()
     ]
     files = [*(file for source in sources for file in source.files), arguments.validation_file or ""]
-    if arguments.document_separator is not None and not any(kind_of(file) == ".txt" for file in files):
-        raise ValueError(
-            f"document_separator={arguments.document_separator!r} has no effect: it is for .txt files, and elsewhere a "
-            "document is a record of the source"
-        )
+    check_separator(arguments.document_separator, files)
     texts, ends = _hold_out(sources, arguments.validation_documents)
     mixture = TextMixture(
         [replace(source, held_out=end) for source, end in zip(sources, ends, strict=True)],
@@ -85,8 +81,8 @@ def open_mixture(
 
 
 def source_choices(weights: Sequence[float], *, seed: Sequence[int], start: int = 0) -> Iterator[int]:
-    """Yields the index of each next document's source without end, drawn by weight, from draw `start` on: the same draws as
-    `datasets.interleave_datasets` makes with these probabilities and this seed.
+    """Yields, without end, the index of the source of each next document, drawn by weight, from draw `start` on. The draws are
+    those of `datasets.interleave_datasets` with these probabilities and this seed.
     """
     generator = np.random.default_rng(seed)
     probabilities = np.array(weights) / np.sum(weights)
@@ -112,8 +108,8 @@ def _hold_out(sources: Sequence[Source], count: int) -> tuple[list[str], list[tu
         reader.next_document()
         if reader.place[0] > 0:
             raise ValueError(
-                f"validation_documents={count}: {number} of them are from source {source.name!r}, which has no more: "
-                "none is left to train on"
+                f"validation_documents={count}: source {source.name!r} has only the {number} documents held out for "
+                "evaluation, so none is left to train on"
             )
     return texts, [(file, document) for _, file, document in ends]
 
@@ -152,7 +148,7 @@ class TextMixture:
             yield tokenize([text], self.tokenizer, boundary_id=self.boundary_id)[0]
 
     def pack(self, documents: Iterator[list[int]]) -> Iterator[tuple[dict[str, list[int]], int]]:
-        """Packs tokenized documents; see `pack_rows`."""
+        """Yields what `pack_rows` makes of tokenized documents."""
         return pack_rows(
             documents,
             bos_id=self.tokenizer.bos_token_id,
@@ -215,7 +211,7 @@ def check_readers(num_shards: int, *, world_size: int, num_workers: int) -> None
     readers = world_size * max(num_workers, 1)
     if num_shards % readers:
         raise ValueError(
-            f"num_shards={num_shards}: takes a multiple of the {readers} readers ({world_size} processes, "
+            f"num_shards={num_shards}: expected a multiple of the {readers} readers ({world_size} processes, "
             f"dataloader_num_workers={num_workers}), so that no two share a shard"
         )
 
@@ -236,13 +232,13 @@ class StreamPosition:
         """
         path = Path(checkpoint) / POSITION_FILE
         if not path.is_file():
-            raise ValueError(f"{path}: is missing, so the run's sources can't be resumed where it stopped")
+            raise ValueError(f"{path}: is missing, so it is unknown where to resume the sources")
         saved = json.loads(path.read_text(encoding="utf-8"))
         for name, value in mixture.described().items():
             if saved["mixture"][name] != value:
                 raise ValueError(
                     f"{path}: the checkpoint's run had {name} {saved['mixture'][name]}, and this one has {value}: documents "
-                    "would be lost or read twice; a run with another mixture takes another output_dir"
+                    "would be lost or read twice. Use the same mixture, or another output_dir"
                 )
         return cls(saved["num_batches"], {int(shard): position for shard, position in saved["shards"].items()})
 
@@ -254,8 +250,8 @@ class StreamPosition:
 
 
 class MixtureBatches(torch.utils.data.IterableDataset):
-    """The batches of one rank, each with its shard's position after it. A source that can't be read gives its failure in place
-    of a batch: an exception in a worker would reach its own rank only, and the others would wait.
+    """The batches of one rank, each with its shard's position after it. If a source can't be read, the message is yielded in
+    place of a batch: an exception in a worker would reach its own rank only, and the others would wait.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ def load_rows(
 
     Raises:
         ValueError: a file that is missing, of an unknown kind, empty or damaged; no text in `text_column`, or none left to
-            train on; a separator without a .txt file; or what `check_tokens` refuses.
+            train on; a separator without a .txt file; the errors of `check_tokens`.
     """
     boundary_id = check_tokens(arguments, tokenizer, context_length=context_length)
     train, evaluation = load_documents(arguments)
@@ -104,16 +104,18 @@ def check_tokens(
         ValueError: block_size above `context_length`; a tokenizer without BOS or without the boundary token.
     """
     if context_length is not None and arguments.block_size > context_length:
-        raise ValueError(f"block_size={arguments.block_size}: more than the model's context of {context_length} tokens")
+        raise ValueError(
+            f"block_size={arguments.block_size}: expected at most the model's context of {context_length} tokens"
+        )
     tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     if tokens["bos"] is None:
         raise ValueError(
-            "the tokenizer has no BOS token, with which rows start: set tokenizer.bos_token, or tokenizer_name_or_path "
-            "to a tokenizer that has one"
+            "the tokenizer has no BOS token, with which rows start. Set tokenizer.bos_token, or tokenizer_name_or_path to a "
+            "tokenizer that has one"
         )
     if tokens[arguments.document_boundary] is None:
         raise ValueError(
-            f"document_boundary={arguments.document_boundary!r}: the tokenizer has no such token; set "
+            f"document_boundary={arguments.document_boundary!r}: the tokenizer has no such token. Set "
             f"tokenizer.{arguments.document_boundary}_token, or the other boundary"
         )
     return tokens[arguments.document_boundary]
@@ -185,8 +187,8 @@ def _packed_rows(
     max_rows: int | None,
     code: str,
 ) -> Iterator[dict[str, list[int]]]:
-    """Yields at most `max_rows` rows of `documents`, and tokenizes no more than they need. `code` only changes the hash of the
-    arguments, by which datasets caches the rows: it does not notice a change in this file.
+    """Yields at most `max_rows` rows of `documents`, and tokenizes no more than they need. `code` is unused: datasets hashes
+    the arguments as the key of its cache and would not notice a change in this file.
     """
     rows = pack_rows(
         _tokenized(documents, tokenizer, boundary_id),

@@ -83,7 +83,7 @@ def open_source(name: str, arguments: SourceArguments, *, separator: str | None 
     # An existing file's name may look like a pattern.
     files = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not files:
-        raise ValueError(f"sources: {name}: path={pattern!r}: there is no such file (relative to {Path.cwd()})")
+        raise ValueError(f"sources: {name}: path={pattern!r}: no such file (relative paths start at {Path.cwd()})")
     files = [str(Path(file).resolve()) for file in files]
     kinds = {kind_of(file) for file in files}
     if None in kinds or len(kinds) > 1:
@@ -92,12 +92,12 @@ def open_source(name: str, arguments: SourceArguments, *, separator: str | None 
 
 
 def _versions(paths: Sequence[str]) -> list[list]:
-    """Name, size and hash of each local file; the URL of each remote one, which contains the revision on the hub."""
+    """Returns [name, size, hash] of each local file and [URL] of each remote one, which contains the revision on the hub."""
     return [[path] if is_remote(path) else [Path(path).name, *fingerprint(path)] for path in paths]
 
 
 class DocumentReader:
-    """Endless reader of one shard of a source; after its last document it starts again at its first.
+    """Endless reader of one shard of a source: after the last document it starts again at the first.
 
     With at least as many files as shards, a shard has whole files. With fewer, k shards share a file and each takes every k-th
     document. Together the shards have each document once.
@@ -117,7 +117,7 @@ class DocumentReader:
         self._texts = self._read(*self.place)
 
     def next_document(self) -> str:
-        """The next document that is not blank.
+        """Returns the next document that is not blank.
 
         Raises:
             SourceError: reading failed, or no document of the shard has text.
@@ -153,7 +153,7 @@ class DocumentReader:
             if not found:
                 advice = "; with so few documents, set num_shards lower" if self.num_shards > 1 else ""
                 raise SourceError(f"{self.whose}: no document to train on holds text{advice}")
-            logger.warning(f"{self.whose}: read to its end {passes + 1} times; starts again at its first document")
+            logger.warning(f"{self.whose}: read to its end {passes + 1} times; starting again at its first document")
             passes, number, found = passes + 1, 0, False
 
 
@@ -179,5 +179,5 @@ def check_shards(source: Source, num_shards: int) -> None:
         if missing:
             raise SourceError(
                 f"source {source.name!r}: {source.files[file]} has {found} documents to train on, too few for the "
-                f"{len(shards)} shards that share it: set num_shards to {max(found, 1) * num_files} at most"
+                f"{len(shards)} shards that share it. Set num_shards to {max(found, 1) * num_files} at most"
             )

@@ -1,4 +1,4 @@
-"""Tokenization of documents, in which special tokens are plain text."""
+"""Tokenization of documents; special tokens in them are read as plain text."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +14,7 @@ def encode_documents(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> li
     Raises:
         ValueError: a special token in a text that the tokenizer can't encode as characters.
     """
-    # `verbose` would warn that a document is longer than the context, which is what packing is for.
+    # `verbose` would warn of documents longer than the context; packing cuts them.
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     return [ids if special.isdisjoint(ids) else _spelled(ids, special, tokenizer) for ids in encoded]
@@ -33,11 +33,11 @@ def _spelled(ids: list[int], special: set[int], tokenizer: PreTrainedTokenizerBa
         found = next(piece for piece in pieces if piece is not None)
         raise ValueError(
             f"a document holds {found!r}, which the tokenizer of {tokenizer.name_or_path!r} always encodes as a special "
-            "token: remove it from the text, or use another tokenizer"
+            "token. Remove it from the text, or use another tokenizer"
         )
     return flat
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the padding token's id, or 0: LLaMA's tokenizers have none, and no model reads it."""
+    """Returns the padding token's id, or 0 if there is none (as in LLaMA's tokenizers); models ignore it."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,1 +1,1 @@
-"""Experiments: grids of complete runs, each trained, measured, tabled and plotted."""
+"""Experiments: grids of complete runs, which are trained, measured and reported in tables and plots."""

@@ -1,4 +1,4 @@
-"""Tables of experiments' results: means over seeds, and where one arm beats another."""
+"""Tables of experiments' results: means over seeds, and comparisons of arms."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ Better = Mapping[str, Literal["lower", "higher"]]
 
 
 class Variant(NamedTuple):
-    """Cells that differ in the seed alone: an arm, and the other axes by name, as text."""
+    """Cells that differ only in the seed: an arm, and the other axes by name, as text."""
 
     arm: str
     axes: tuple[tuple[str, str], ...]
@@ -68,19 +68,19 @@ def _axes_of(variants: Iterable[Variant]) -> list[str]:
 
 
 def check_columns(result: Mapping[str, Any], columns: Iterable[str]) -> None:
-    """Raises a ValueError for a column that is a number in no cell; lists the columns that exist."""
+    """Raises ValueError for a column that is a number in no cell; the message lists the columns that exist."""
     known = scalar_columns(result)
     for column in columns:
         if not _values(result, column):
             raise ValueError(
-                f"column {column!r} is a number in no cell of the result; there are {', '.join((*known, *CELL_COLUMNS))}"
+                f"column {column!r} is a number in no cell of the result: expected one of {', '.join((*known, *CELL_COLUMNS))}"
             )
 
 
 def summary_table(result: Mapping[str, Any], *, columns: Sequence[str] | None = None) -> str:
     """A Markdown table with a line for each arm and axes other than the seed: the mean over seeds ± the sample standard
-    deviation (of a single seed: the value alone), and the number of seeds. A missing value reads "–"; where only some seeds
-    have it, their number follows. A value that is not finite makes its cell "not finite".
+    deviation (of a single seed: the value alone), and the number of seeds. A missing value is "–"; if only some seeds have it,
+    their number follows. A value that is not finite makes its cell "not finite".
 
     Args:
         result: an experiment's result, as in its JSON.
@@ -126,7 +126,7 @@ def list_table(result: Mapping[str, Any], of: str, columns: Sequence[str]) -> st
         raise ValueError(f"of={of!r} is a list of entries in no cell of the result")
     for column in columns:
         if not any(column in entry for entry in entries):
-            raise ValueError(f"{of} has no {column!r}; its entries have {', '.join(entries[0])}")
+            raise ValueError(f"{of} has no {column!r}: expected one of {', '.join(entries[0])}")
     numbers = {
         column: decimals_for(entry[column] for entry in entries if is_number(entry.get(column))) for column in columns
     }
@@ -146,9 +146,9 @@ def list_table(result: Mapping[str, Any], of: str, columns: Sequence[str]) -> st
 def verdicts(result: Mapping[str, Any], *, columns: Better, of: str, against: str) -> list[dict[str, Any]]:
     """Compares arm `of` with arm `against`, seed by seed: the same seed has the same data in both.
 
-    The verdict is "wins" or "loses" where all seeds agree in sign and the mean difference is more than two of its standard
-    errors from zero (the standard deviation of the differences over √seeds), else "ties"; with one seed "one seed", and where
-    a value is not finite "not finite". It is a rule of thumb, not a test: without a difference, normal noise passes it with
+    The verdict is "wins" or "loses" if all seeds agree in sign and the mean difference is more than two of its standard
+    errors from zero (the standard deviation of the differences over √seeds), else "ties"; with one seed "one seed", and if a
+    value is not finite "not finite". It is a rule of thumb, not a test: without a difference, normal noise passes it with
     three seeds about once in five times, with five once in nine.
 
     Args:
@@ -158,12 +158,12 @@ def verdicts(result: Mapping[str, Any], *, columns: Better, of: str, against: st
         A dict for each combination of the other axes that both arms have, and each column: `axes` (as text), `column`,
         `better`, `of` and `against` (means over the seeds that both have), `difference` (the first less the second),
         `spread` (sample standard deviation of the differences per seed) and `standard_error` (both None with one seed),
-        `seeds` (that both have), `unpaired` (values of seeds that only one of them has, which are left out), `verdict`. Where
-        they have no seed in common, the numbers are None and the verdict is "not measured".
+        `seeds` (that both have), `unpaired` (values of seeds that only one of them has, which are ignored), `verdict`. If they
+        have no seed in common, the numbers are None and the verdict is "not measured".
 
     Raises:
-        ValueError: as `summary_table`; a direction that is neither "lower" nor "higher"; the same arm twice; two arms that
-            have no axes in common.
+        ValueError: the errors of `summary_table`; a direction that is neither "lower" nor "higher"; the same arm twice; two
+            arms that have no axes in common.
     """
     groups = group_cells(result)
     check_columns(result, columns)
@@ -177,7 +177,7 @@ def verdicts(result: Mapping[str, Any], *, columns: Better, of: str, against: st
     shared = [variant.axes for variant in groups if variant.arm == of and Variant(against, variant.axes) in groups]
     if not shared:
         raise ValueError(
-            f"of={of!r} and against={against!r} have no cells with the same axes; there is nothing to compare"
+            f"of={of!r} and against={against!r} have no cells with the same axes: expected at least one to compare"
         )
     rows = []
     for axes in shared:
@@ -212,7 +212,7 @@ def _verdict(differences: Sequence[float], standard_error: float | None, better:
 
 
 def verdict_table(rows: Sequence[Mapping[str, Any]], *, of: str, against: str) -> str:
-    """A Markdown table of what `verdicts` returns."""
+    """A Markdown table of the rows that `verdicts` returns."""
     axes = list(dict.fromkeys(name for row in rows for name in row["axes"]))
     lines = []
     for row in rows:
@@ -229,7 +229,7 @@ def verdict_table(rows: Sequence[Mapping[str, Any]], *, of: str, against: str) -
 
 
 def mean_and_spread(values: Sequence[float], decimals: int) -> str:
-    """E.g. "1.603 ± 0.012"; "1.603" of one value, "—" of none."""
+    """Mean ± standard deviation as text, "1.603 ± 0.012"; "1.603" for one value, "–" for none."""
     if not values:
         return ABSENT
     if not all(map(math.isfinite, values)):
@@ -247,13 +247,13 @@ def _number(value: float | None, decimals: int, *, sign: bool = False) -> str:
 
 
 def decimals_for(values: Iterable[float]) -> int:
-    """As many decimals as give the largest finite number four significant digits."""
+    """The number of decimals that gives the largest finite number four significant digits."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     return 3 if largest == 0 else max(3 - math.floor(math.log10(largest)), 0)
 
 
 def check_arm(result: Mapping[str, Any], option: str, arm: str) -> None:
-    """Raises a ValueError for an arm that no cell has."""
+    """Raises ValueError for an arm that no cell has."""
     arms = dict.fromkeys(cell["arm"] for cell in result["cells"])
     if arm not in arms:
-        raise ValueError(f"{option}={arm!r} is no arm of the result; there are {', '.join(arms)}")
+        raise ValueError(f"{option}={arm!r}: expected an arm of the result: {', '.join(arms)}")

@@ -1,4 +1,4 @@
-"""Grids: an experiment's YAML becomes cells, each a complete recipe with a place for its run."""
+"""Grids: turns an experiment's YAML into cells, each a complete recipe with its own folder."""
 
 import inspect
 import itertools
@@ -27,7 +27,7 @@ class Cell:
     Attributes:
         arm: its variant.
         axes: the value of each axis, the seed among them.
-        settings: those of its recipe, in plain values.
+        settings: the settings of its recipe, in plain values.
         recipe: its recipe, whose `output_dir` is the cell's own folder.
     """
 
@@ -66,7 +66,7 @@ class Experiment:
 def read_experiment(
     name: str, *, size: str, runs: Path, known_measures: Mapping[str, Callable[..., Any]]
 ) -> Experiment:
-    """Reads an experiment, a YAML mapping of
+    """Reads an experiment from a YAML mapping with the keys
 
     - `question`: the question, in a sentence;
     - `recipe`: the recipe of all cells, and `settings`, changes to it for all of them;
@@ -122,28 +122,28 @@ def _read_plan(path: Path, name: str, size: str) -> dict[str, Any]:
     """The mapping of a YAML, changed for a size."""
     if not path.is_file():
         there = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml"))) or f"none in {FOLDER}"
-        raise ValueError(f"experiment={name!r}: there is no {path} (relative to {Path.cwd()}); there are {there}")
+        raise ValueError(
+            f"experiment={name!r}: no such file {path} (relative paths start at {Path.cwd()}). Experiments: {there}"
+        )
     plan = read_settings(path)
     check_keys(path, plan, KEYS)
     sizes = _mapping(path, "sizes", plan.pop("sizes", {}))
     if size not in sizes:
-        raise ValueError(f"size={size!r}: {path} has the sizes {', '.join(sizes) or '(none)'}")
+        raise ValueError(f"size={size!r}: expected one of the sizes in {path}: {', '.join(sizes) or '(none)'}")
     plan = _merged(plan, _mapping(path, f"sizes.{size}", sizes[size] or {}))
     check_keys(path, plan, KEYS)
     for key in ("question", "recipe", "arms", "measures"):
         if not plan.get(key):
-            raise ValueError(f"{path}: lacks {key}")
+            raise ValueError(f"{path}: {key} is missing")
     return plan
 
 
 def _check_measures(path: Path, measures: Mapping[str, Any], known: Mapping[str, Callable[..., Any]]) -> None:
     for name, settings in measures.items():
         if name not in known:
-            raise ValueError(f"{path}: unknown measure {name!r}{nearest(name, known)}; there are {', '.join(known)}")
-        takes = list(inspect.signature(known[name]).parameters)[1:]
-        for setting in settings:
-            if setting not in takes:
-                raise ValueError(f"{path}: {name} has an unknown setting {setting!r}{nearest(str(setting), takes)}")
+            raise ValueError(f"{path}: unknown measure {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
+        settable = list(inspect.signature(known[name]).parameters)[1:]
+        check_keys(f"{path}: {name}", settings, settable)
 
 
 def _make_cell(
@@ -159,7 +159,7 @@ def _make_cell(
     except ValueError as error:
         raise ValueError(f"{path}: cell {name}: {error}") from error
     if recipe.data.sources is not None:
-        raise ValueError(f"{path}: cell {name}: sources: measures take train_file or dataset_name")
+        raise ValueError(f"{path}: cell {name}: sources: expected train_file or dataset_name, which measures need")
     return Cell(arm, axes, settings, recipe)
 
 
@@ -168,7 +168,7 @@ def _cell_name(arm: str, axes: Mapping[str, Any]) -> str:
 
 
 def check_record(experiment: Experiment) -> None:
-    """Compares the cells with the folder's record of earlier ones, and updates it. Cells may be added or left out.
+    """Compares the cells with the folder's record of earlier ones, and updates it. Cells may be added or removed.
 
     Raises:
         ValueError: a cell's recipe or the start has changed; lists the changes.
@@ -205,7 +205,7 @@ def check_record(experiment: Experiment) -> None:
 
 
 def _check_set_once(path: Path, arm: str, own: Mapping[str, Any], axes: Mapping[str, Any]) -> None:
-    """Raises a ValueError for a setting that an axis would silently replace, in an arm or in another axis."""
+    """Raises ValueError for a setting of an axis that an arm or another axis sets too."""
     seen = {name: f"the arm {arm!r}" for name in own}
     for axis, values in axes.items():
         names = {name for one in values.values() for name in one} if isinstance(values, Mapping) else {axis}
@@ -229,13 +229,13 @@ def _axes(path: Path, axes: Any) -> dict[str, list | Mapping[Any, Mapping[str, A
             continue
         if axis not in known:
             raise ValueError(
-                f"{path}: unknown axis {axis!r}{nearest(str(axis), known)}; it takes a setting of recipes, or for a name of "
-                "its own a mapping of settings for each value"
+                f"{path}: unknown axis {axis!r}{nearest(str(axis), known)}: expected a setting of recipes, or a new name with "
+                "a mapping of settings for each value"
             )
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{path}: the axis {axis} takes a list of values, got {values!r}")
+            raise ValueError(f"{path}: axis {axis}: expected a list of values, got {values!r}")
         if any(isinstance(value, Mapping | list) for value in values):
-            raise ValueError(f"{path}: the axis {axis} takes plain values, got {values!r}; mappings make arms")
+            raise ValueError(f"{path}: axis {axis}: expected plain values, got {values!r}. Use arms for mappings")
         if len(set(map(str, values))) < len(values):
             raise ValueError(f"{path}: the axis {axis} has a value twice: {values!r}")
     return dict(axes)
@@ -256,5 +256,5 @@ def _merged(plan: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 def _mapping(path: Path, key: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{path}: {key} takes a mapping, got {value!r}")
+        raise ValueError(f"{path}: {key}: expected a mapping, got {value!r}")
     return value

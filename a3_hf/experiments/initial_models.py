@@ -1,4 +1,4 @@
-"""Starts for training from scratch: a folder with a random LLaMA and a tokenizer of characters."""
+"""Initial models for training from scratch: a folder with a random LLaMA and a character tokenizer."""
 
 import hashlib
 import json
@@ -13,9 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from a3_hf.evaluation.measures.checks import check_counts
+from a3_hf.settings import check_keys
+
 SETTINGS_FILE = "start.json"
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-# What the tokenizer decides.
+# Fields that the tokenizer decides.
 NOT_IN_CONFIG = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -29,15 +32,14 @@ def character_tokenizer(text: str, *, min_count: int = 1) -> PreTrainedTokenizer
     Raises:
         ValueError: no character is left, or the text spells a special token, which could not be distinguished from the token.
     """
-    if not isinstance(min_count, int) or isinstance(min_count, bool) or min_count < 1:
-        raise ValueError(f"min_count={min_count!r}; it takes a whole number of at least 1")
+    check_counts(min_count=min_count)
     for token in SPECIAL_TOKENS.values():
         if token in text:
-            raise ValueError(f"text holds {token!r}, a special token of the tokenizer; it takes text without {token!r}")
+            raise ValueError(f"text: expected no {token!r}, which is a special token of the tokenizer")
     characters = sorted(character for character, count in Counter(text).items() if count >= min_count)
     if not characters:
         raise ValueError(
-            f"text has {len(text)} characters, none of them {min_count} times (min_count); it takes more text"
+            f"text has {len(text)} characters, none of them min_count={min_count} times: expected more text"
         )
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS.values(), *characters])}
     # BPE without merges is its alphabet.
@@ -67,22 +69,18 @@ def make_start(
         tokenizer: `"characters"`, see `character_tokenizer`; it decides the vocabulary's size and the special tokens.
         config: fields of `LlamaConfig`, e.g. `{"hidden_size": 64, "num_hidden_layers": 4, …}`.
         seed: seed of the weights.
-        min_count: as in `character_tokenizer`.
+        min_count: see `character_tokenizer`.
 
     Raises:
-        ValueError: another tokenizer; a field that `LlamaConfig` does not have, or that the tokenizer decides; text that no
-            tokenizer can be made from; a folder that is there and was made from other settings, or by someone else.
+        ValueError: another tokenizer; a field that `LlamaConfig` does not have, or that the tokenizer decides; the errors of
+            `character_tokenizer`; an existing folder that was made from other settings, or not by this function.
     """
     if tokenizer != "characters":
-        raise ValueError(f"tokenizer={tokenizer!r} is not known; it takes 'characters'")
-    known = set(LlamaConfig().to_dict()) - set(NOT_IN_CONFIG)
+        raise ValueError(f"tokenizer={tokenizer!r}: expected 'characters'")
     for name in config:
         if name in NOT_IN_CONFIG:
             raise ValueError(f"config.{name}={config[name]!r}: the tokenizer decides it; leave it out")
-        if name not in known:
-            raise ValueError(
-                f"config.{name}={config[name]!r} is no field of LlamaConfig, which has {', '.join(sorted(known))}"
-            )
+    check_keys("config", config, set(LlamaConfig().to_dict()))
     settings = {
         "text": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         "tokenizer": tokenizer,
@@ -105,7 +103,7 @@ def make_start(
         model.save_pretrained(unfinished)
         characters.save_pretrained(unfinished)
         (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        unfinished.chmod(0o755)  # a folder for one user's eyes until now
+        unfinished.chmod(0o755)  # mkdtemp makes a folder that only its owner may read
         try:
             unfinished.rename(folder)
         except OSError:
@@ -121,11 +119,11 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
         found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"folder={str(folder)!r} exists and has no {SETTINGS_FILE}, so it is no start of this function. Give another, or "
-            f"remove {folder}"
+            f"folder={str(folder)!r} exists and has no {SETTINGS_FILE}, so it is no start of this function. Set another "
+            f"folder, or remove {folder}"
         ) from None
     for name, value in settings.items():
-        # As JSON has it, where a tuple is a list.
+        # Compared as JSON, in which a tuple is a list.
         if found.get(name) != json.loads(json.dumps(value)):
             what = "another text" if name == "text" else f"{name}={found.get(name)!r}, not {value!r}"
-            raise ValueError(f"folder={str(folder)!r} was made from {what}; remove {folder} to make it anew")
+            raise ValueError(f"folder={str(folder)!r} was made from {what}. Remove {folder} to make it again")

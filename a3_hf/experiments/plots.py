@@ -1,4 +1,4 @@
-"""Figures of experiments' results, drawn with what `evaluation.reporting.plots` shares."""
+"""Figures of experiments' results; their common parts are in `evaluation.reporting.plots`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +51,7 @@ def axis_label(measure: str) -> str:
 
 
 class Look:
-    """How a figure tells variants apart.
+    """Names, colours and styles by which a figure distinguishes variants.
 
     Args:
         variants: those in the figure.
@@ -83,8 +83,8 @@ class Look:
         combinations = list(dict.fromkeys(kept.values()))
         if len(combinations) > len(styles):
             raise ValueError(
-                f"the result has {len(combinations)} combinations of axes in one panel; a figure tells {len(styles)} apart. "
-                "Draw a part of it, or give an axis panels of its own"
+                f"the result has {len(combinations)} combinations of axes in one panel: expected at most {len(styles)}. "
+                "Draw a part of it, or set panels to an axis"
             )
         self.styles = {variant: styles[combinations.index(own)] for variant, own in kept.items()}
 
@@ -107,7 +107,7 @@ def draw_bars(result: Result, measure: str, path: str | Path) -> None:
         color = look.colors[variant.arm]
         axes.barh(place, fmean(values), height=0.7, color=color, alpha=0.5)
         if len(values) > 1:
-            # below each other, so that equal seeds are seen
+            # below each other, so that equal values are visible
             ys = [place + 0.4 * (number / (len(values) - 1) - 0.5) for number in range(len(values))]
             axes.plot(values, ys, "o", color=color, markersize=3.5)
         text, end = mean_and_spread(values, decimals), max(*values, 0)
@@ -144,7 +144,9 @@ def draw_curves(result: Result, measure: str, path: str | Path, *, panels: str |
     if not curves:
         entries = (entry for cells in groups.values() for cell in cells for entry in cell.get("curve", ()))
         known = dict.fromkeys(name for entry in entries for name in entry if name != "tokens")
-        raise ValueError(f"measure={measure!r} is in no curve of the result; there are {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"measure={measure!r} is in no curve of the result: expected one of {', '.join(known) or 'none'}"
+        )
     look = Look(curves, panels=panels)
     figure, spots = _panels(curves, panels)
     for axes, own in spots:
@@ -191,11 +193,13 @@ def draw_frontier(
         panels: an axis with a panel for each of its values; None: one panel.
 
     Raises:
-        ValueError: no cells, two for one seed, a measure that is nowhere a list of dicts with these keys, `label` without
+        ValueError: no cells, two for one seed, a measure that is not a list of dicts with these keys, `label` without
             `better` or the reverse, an axis that does not exist, too many combinations of axes.
     """
     if (label is None) != (better is None) or better not in (None, "lower", "higher"):
-        raise ValueError(f"label={label!r} and better={better!r}; with a label it takes better='lower' or 'higher'")
+        raise ValueError(
+            f"label={label!r} and better={better!r}: expected better='lower' or 'higher' with a label, and neither without"
+        )
     points = _points(result, of, label or "temperature", x, y)
     if label is None:
         points = {variant: dict(sorted(own.items())) for variant, own in points.items()}
@@ -348,7 +352,7 @@ def _points(result: Result, of: str, key: str, x: str, y: str) -> dict[Variant, 
         for cell in cells:
             entries = cell["measures"].get(of, ())
             if not isinstance(entries, Sequence):
-                raise ValueError(f"of={of!r} is {entries!r} in a cell; it takes a measure that is a list of dicts")
+                raise ValueError(f"of={of!r}: {entries!r} in a cell: expected a measure that is a list of dicts")
             for entry in entries:
                 if key not in entry or not is_number(entry.get(x)) or not is_number(entry.get(y)):
                     raise ValueError(
@@ -356,7 +360,7 @@ def _points(result: Result, of: str, key: str, x: str, y: str) -> dict[Variant, 
                     )
                 points.setdefault(variant, {}).setdefault(entry[key], []).append((entry[x], entry[y]))
     if not points:
-        raise ValueError(f"of={of!r} is in no cell of the result; it takes a measure that is a list of dicts")
+        raise ValueError(f"of={of!r} is in no cell of the result: expected a measure that is a list of dicts")
     return points
 
 

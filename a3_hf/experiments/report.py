@@ -1,4 +1,4 @@
-"""Reports of experiments: the page with its tables and figures, as an experiment's `report` asks for them."""
+"""Reports of experiments: a page with the tables and figures that an experiment's `report` lists."""
 
 import inspect
 import re
@@ -36,7 +36,7 @@ def check_report(report: Mapping[str, Any], arms: Collection[str]) -> None:
 
     Raises:
         ValueError: an unknown key, kind or argument of a plot; a plot without title; two whose titles give one file name;
-            `better` without `compare` or the reverse; a pair that is none, or of unknown arms.
+            `better` without `compare` or the reverse; a pair that is not two known arms.
     """
     check_keys("report", report, KEYS)
     for column, better in (report.get("better") or {}).items():
@@ -49,7 +49,7 @@ def check_report(report: Mapping[str, Any], arms: Collection[str]) -> None:
         for arm in pair:
             if arm not in arms:
                 raise ValueError(
-                    f"report: compare holds the arm {arm!r}{nearest(str(arm), arms)}; there are {', '.join(arms)}"
+                    f"report: compare holds the arm {arm!r}{nearest(str(arm), arms)}; expected one of {', '.join(arms)}"
                 )
     files = set()
     for plot in report.get("plots") or []:
@@ -62,7 +62,7 @@ def check_report(report: Mapping[str, Any], arms: Collection[str]) -> None:
 def _check_together(better: Better | None, compare: Sequence | None) -> None:
     if bool(better) != bool(compare):
         raise ValueError(
-            f"report: better={better!r} and compare={compare!r}; a comparison takes both, columns and pairs of arms"
+            f"report: better={better!r} and compare={compare!r}: expected both (columns, pairs of arms) or neither"
         )
 
 
@@ -75,12 +75,10 @@ def _check_plot(plot: Mapping[str, Any]) -> str:
         raise ValueError(f"report: a plot with title={title!r}: expected text")
     parameters = inspect.signature(KINDS[kind]).parameters
     known = [name for name in parameters if name not in ("result", "path")]
-    for name in plot.keys() - {"kind", "title"}:
-        if name not in known:
-            raise ValueError(f"report: the plot {title!r} has an unknown {name!r}; {kind} takes {', '.join(known)}")
+    check_keys(f"report: the plot {title!r}", plot, ("kind", "title", *known))
     for name in known:
         if name not in plot and parameters[name].default is inspect.Parameter.empty:
-            raise ValueError(f"report: the plot {title!r} lacks {name!r}, which {kind} takes")
+            raise ValueError(f"report: the plot {title!r} lacks {name!r}, which kind {kind} needs")
     return _file_name(title)
 
 
@@ -94,7 +92,7 @@ def present(result: Mapping[str, Any], report: Mapping[str, Any], output: Path) 
             KINDS[plot["kind"]](result, path=output / name, **arguments)
             drawn.append((plot["title"], name))
     elif report.get("plots"):
-        print("matplotlib is not installed, so no plots: pip install 'a3-hf[plot]'")
+        print("matplotlib is not installed, so nothing is plotted: pip install 'a3-hf[plot]'")
     page = output / REPORT_FILE
     tables = {key: report.get(key) for key in ("columns", "lists", "better", "compare")}
     write_report(result, page, drawn, **tables)
@@ -116,20 +114,20 @@ def write_report(
     Args:
         path: path of the page.
         plots: titles and names of PNG files that are in the page's folder already.
-        columns: columns of the table, as in `summary_table`.
-        lists: measures that are lists, each with the columns of its table, as in `list_table`.
+        columns: columns of the table, see `summary_table`.
+        lists: measures that are lists, each with the columns of its table, see `list_table`.
         better: columns that are compared, and whether "lower" or "higher" is better.
-        compare: pairs of arms, each (of, against), as in `verdicts`.
+        compare: pairs of arms, each (of, against), see `verdicts`.
 
     Raises:
-        ValueError: as `summary_table` and `verdicts`; `better` without `compare` or the reverse; a missing picture. Nothing
-            has been written then.
+        ValueError: the errors of `summary_table` and `verdicts`; `better` without `compare` or the reverse; a missing picture.
+            Nothing is written then.
     """
     path = Path(path)
     _check_together(better, compare)
     for _, name in plots:
         if not (path.parent / name).is_file():
-            raise ValueError(f"plots: there is no {name!r} in {str(path.parent)!r}; draw it first")
+            raise ValueError(f"plots: no {name!r} in {str(path.parent)!r}. Draw it first")
     parts = [
         f"# {result['experiment']}",
         result["question"],

@@ -47,14 +47,14 @@ LOG_FILE = "log.txt"
 
 
 def run(experiment: Experiment, output: Path, *, jobs: int = 1, command: str) -> int:
-    """Trains and measures each cell that is not finished, and writes `result.json`, `report.md` and the plots to `output`.
+    """Trains and measures each unfinished cell, and writes `result.json`, `report.md` and the plots to `output`.
 
     Args:
         jobs: cells at a time on a CPU, each in a process of its own, with an equal part of this machine's threads.
-        command: the command that makes the result, quoted in it.
+        command: the command line, which the result quotes.
 
     Returns:
-        0, or 130 where a cell was stopped by Ctrl-C; the same command resumes.
+        0, or 130 if a cell was stopped by Ctrl-C; the same command resumes.
 
     Raises:
         ValueError: fewer than one job, several on a GPU; a grid that changed (`check_record`); an invalid recipe or measure.
@@ -62,7 +62,7 @@ def run(experiment: Experiment, output: Path, *, jobs: int = 1, command: str) ->
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: expected 1 or more")
     if jobs > 1 and torch.cuda.is_available() and not all(cell.recipe.training.use_cpu for cell in experiment.cells):
-        raise ValueError(f"jobs={jobs}: cells share one GPU; expected 1")
+        raise ValueError(f"jobs={jobs}: expected 1, because cells share one GPU")
     check_record(experiment)
     if experiment.start is not None:
         _make_starts(experiment)
@@ -107,7 +107,7 @@ def run_cell(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str,
     """Trains a cell, unless it is finished, and measures its model, unless that was done under the same settings.
 
     Returns:
-        The cell's part of the result, or None where training was stopped.
+        The cell's part of the result, or None if training was stopped.
     """
     path = _measured_file(cell)
     settings = json.loads(json.dumps(measures))
@@ -119,7 +119,7 @@ def run_cell(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str,
     trained = load_trained(cell)
     values = {}
     for name, own in settings.items():
-        # Whatever was measured under the same settings is kept.
+        # Measurements under the same settings are kept.
         if known["measures"].get(name) == own and name in known["values"]:
             values[name] = known["values"][name]
         else:
@@ -148,7 +148,7 @@ def run_cell(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    # Aside and then in place: a file is never half-written.
+    # Written to another file and renamed, so that a file is never half-written.
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -191,7 +191,7 @@ def _measured_file(cell: Cell) -> Path:
 
 
 def _make_starts(experiment: Experiment) -> None:
-    """The models that cells start from: one for each seed, whatever the arm."""
+    """Makes the models that cells start from: one per seed, for all arms."""
     recipes = {cell.recipe.model.model_name_or_path: cell.recipe for cell in experiment.cells}
     for folder, recipe in recipes.items():
         documents, _ = load_documents(recipe.data)
@@ -205,14 +205,14 @@ def _start_worker(threads: int) -> None:
 
 
 def _stop_with_parent() -> None:
-    # A parent that is killed would leave its workers training for hours. They stop with a checkpoint. (Not by SIGINT, which
-    # is ignored in what `nohup` starts.)
+    # Workers stop with a checkpoint if their parent is killed; they would train on for hours. (Not by SIGINT, which processes
+    # started by `nohup` ignore.)
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run_in_worker(cell: Cell, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    # Workers would write over each other's lines; the parent shows progress.
+    # Workers would overwrite each other's lines; the parent shows progress.
     log = Path(cell.recipe.training.output_dir) / LOG_FILE
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):

@@ -1,4 +1,4 @@
-"""Settings of a recipe, one complete run, and their types."""
+"""Settings of a recipe, which describes one complete run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,8 @@ class ModelArguments:
     slot_start: Literal["query_embed", "left_token"] | None = field(
         default=None,
         metadata={
-            "help": "a3: start of a slot. left_token: the embedding of the token on its left, where visible; query_embed: the "
-            "paper's single vector. None: as stored, and left_token for a LLaMA."
+            "help": "a3: start of a slot. left_token: the embedding of the token on its left, if visible; query_embed: the "
+            "paper's single vector. None: as in the checkpoint; left_token for a LLaMA."
         },
     )
     suffix_template: str | None = field(
@@ -63,7 +63,7 @@ class A3TrainingArguments(TrainingArguments):
         default="none", metadata={"help": "Loggers to report to (wandb, tensorboard, …)."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave non-finite losses out of the logs."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Omit non-finite losses from the logs."})
     loss: Literal["plain", "chunked"] = field(
         default="plain",
         metadata={"help": "plain, or chunked: never holds all logits of a batch; less memory, the same values."},
@@ -73,11 +73,11 @@ class A3TrainingArguments(TrainingArguments):
         metadata={"help": "Peak FLOP/s of a device, for the MFU in the logs; None: that of a known device."},
     )
     content_loss_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the content stream's next-token loss in left-to-right rows."}
+        default=0.0, metadata={"help": "Weight of the content stream's next-token loss, in left-to-right rows."}
     )
     distillation_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of distillation from the content stream to the slots in left-to-right rows."},
+        metadata={"help": "Weight of distillation from the content stream to the slots, in left-to-right rows."},
     )
     masking: Literal["rate", "count"] = field(
         default="rate",
@@ -94,11 +94,11 @@ class A3TrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.remove_unused_columns:
             raise ValueError(
-                "remove_unused_columns=True: it would silently drop columns that orders are drawn from; leave it false"
+                "remove_unused_columns=True: expected False, because orders are drawn from columns that it would drop"
             )
         check_fields(self)
         if isinstance(self.deepspeed, str) and not Path(self.deepspeed).is_file():
-            raise ValueError(f"deepspeed={self.deepspeed!r}: there is no such file (relative to {Path.cwd()})")
+            raise ValueError(f"deepspeed={self.deepspeed!r}: no such file (relative paths start at {Path.cwd()})")
         try:
             super().__post_init__()
         except ImportError as error:

@@ -23,14 +23,14 @@ class Pairs(NamedTuple):
 def next_token_pairs(order: GroupOrder, labels: torch.Tensor, document_ids: torch.Tensor | None = None) -> Pairs:
     """Returns the scored tokens of rows in left-to-right order, one token at a time, with the content tokens before them.
 
-    In other orders a content token has seen its own group or other text than that before it: its state is no next-token
-    prediction, and the row is left out.
+    In other orders a content token sees its own group or text after itself, so its state does not predict the next token;
+    such rows are omitted.
 
     Args:
-        order: of a batch (B, S), as text.
-        labels: (B, Q) of the batch in generation order, as `model_inputs` gives them: a slot for every
-            token (Q = S), or one for all but the first (Q = S − 1), or one for the scored ones alone, first to last.
-        document_ids: (B, S), as text; a row is left to right where each of its documents is.
+        order: the orders of a batch (B, S), in text order.
+        labels: (B, Q) in generation order, from `model_inputs`: a slot for every token (Q = S), for all but the first
+            (Q = S − 1), or for the scored ones only, first to last.
+        document_ids: (B, S), in text order; a row counts as left to right if each of its documents is.
     """
     group, real = order.group_ids, order.attention_mask
     neighbours = real[:, 1:] & real[:, :-1]
@@ -45,7 +45,7 @@ def next_token_pairs(order: GroupOrder, labels: torch.Tensor, document_ids: torc
     rows, before = scored.nonzero(as_tuple=True)
     content, place = group[rows, before], group[rows, before + 1]
     if order.context_mask is not None:
-        # Slots of the scored tokens alone: each at its rank among them.
+        # Only scored tokens have slots: each at its rank among them.
         first_scored = group.masked_fill(~order.scored_mask, length).amin(dim=1)
         slots = place - first_scored[rows]
     else:
@@ -54,7 +54,7 @@ def next_token_pairs(order: GroupOrder, labels: torch.Tensor, document_ids: torc
 
 
 def content_loss(content_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Next-token loss of the content stream, summed: logits (N, V), labels (N,)."""
+    """Returns the summed next-token loss of the content stream, from logits (N, V) and labels (N,)."""
     return nn.functional.cross_entropy(content_logits.float(), labels, reduction="sum")
 
 

@@ -1,4 +1,4 @@
-"""Base of the trainers: draws by step and row, a stop before non-finite steps, evaluations without side effects."""
+"""Base of the trainers: random draws by step and row, a stop before non-finite updates, evaluations without side effects."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -18,40 +18,40 @@ EVALUATION_SEED = 20_250_411
 
 
 def row_generator(*seeds: int) -> torch.Generator:
-    """A CPU generator of one row, seeded by the numbers given (the run's seed, the step, the row's index in the global
-    batch). Neighbouring steps and rows get unrelated streams.
+    """Returns a CPU generator for one row, seeded by the given numbers (the run's seed, the step, the row's index in the
+    global batch). Neighbouring steps and rows get unrelated streams.
     """
     mixed = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed) >> 1)
 
 
 def first_row_index(micro_batch: int, *, world_size: int, rank: int, rows_per_batch: int) -> int:
-    """The index in the global batch of the first row of a rank's n-th micro-batch. A row has the same index, and so the same
-    order, on any number of ranks.
+    """Returns the index in the global batch of the first row of a rank's n-th micro-batch. A row has the same index, and so
+    the same order, on any number of ranks.
     """
     return (micro_batch * world_size + rank) * rows_per_batch
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raises ValueError for training arguments that `BaseTrainer` can't follow: label smoothing, Liger's kernels, several
-    devices in one process, and metrics of parts of the evaluation set.
+    """Raises ValueError for training arguments that `BaseTrainer` does not support: label smoothing, Liger's kernels, several
+    devices in one process, metrics of parts of the evaluation set.
     """
     if args.use_liger_kernel:
         raise ValueError(
-            "use_liger_kernel=True: Liger's kernels know no model of this type and would silently do nothing; leave it out"
+            "use_liger_kernel=True: Liger's kernels do not support this model and would silently do nothing; leave it out"
         )
     if args.label_smoothing_factor != 0:
         raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor}: expected 0; it would smooth shifted labels"
+            f"label_smoothing_factor={args.label_smoothing_factor}: expected 0, because it would smooth shifted labels"
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} devices in one process; start one process for each (torchrun or accelerate launch)"
+            f"{args.n_gpu} devices in one process: expected one. Start a process for each (torchrun, accelerate launch)"
         )
     if args.batch_eval_metrics or not args.eval_do_concat_batches:
         raise ValueError(
             f"batch_eval_metrics={args.batch_eval_metrics}, eval_do_concat_batches={args.eval_do_concat_batches}: expected "
-            "False and True; the metrics are those of the whole set"
+            "False and True, because the metrics are those of the whole set"
         )
 
 
@@ -79,7 +79,7 @@ class BaseTrainer(EvenRowsTrainer):
     - The collator gives `input_ids`, `attention_mask` and `labels`, each (B, S), labels unshifted: −100 marks a given token,
       which is not scored. Optional `document_ids` (B, S), from 1 at tokens and 0 at padding, keep documents of a row apart.
     - The model divides the loss by the number of scored tokens of the update step, so every scored token has equal weight.
-    - Each row with a scored token has a given one (BOS), and so has each document of a row.
+    - Each row and each document with a scored token must have a given token (BOS).
     - A subclass draws in `compute_loss`, which numbers its micro-batches by `count`, from (seed, step, the row's index in the
       global batch): a resumed run, or one on another number of ranks, draws the same.
     - A loss that is not finite stops training on all ranks before the weights are updated (`NonFiniteLossError`; with
@@ -88,10 +88,10 @@ class BaseTrainer(EvenRowsTrainer):
     - The logs hold `tokens_per_second` over all ranks, without evaluations, and `peak_memory_mib`.
 
     Args:
-        compute_metrics: as `Trainer`'s; so are the arguments after it.
+        compute_metrics: see `Trainer`, also for the arguments after it.
 
     Raises:
-        ValueError: training arguments that `check_arguments` refuses.
+        ValueError: the errors of `check_arguments`.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class BaseTrainer(EvenRowsTrainer):
         return batches, scored
 
     def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """The number of tokens, (), that the loss of an update step's micro-batches on this rank is divided by."""
+        """Returns the number of scored tokens, (), of an update step on this rank, by which the loss is divided."""
         return torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum()
 
     def count(self, inputs: dict[str, torch.Tensor]) -> int:
@@ -175,7 +175,7 @@ class BaseTrainer(EvenRowsTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
-        # Trainer's for a model that itself divides by `num_items_in_batch`; keeps the loss for `check_finite`.
+        # Identical to Trainer's except: the model divides by `num_items_in_batch`, and the loss is kept for `check_finite`.
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
@@ -185,8 +185,8 @@ class BaseTrainer(EvenRowsTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def ranks_averaged(self) -> int:
-        """The factor that undoes averaging gradients over ranks: their number, or 1 where each rank divides its loss by its
-        own tokens.
+        """Returns the factor that undoes the averaging of gradients over ranks: the number of ranks, or 1 if each rank divides
+        its loss by its own tokens.
         """
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
@@ -205,7 +205,7 @@ class BaseTrainer(EvenRowsTrainer):
         return loss
 
     def first_training_row(self, micro_batch: int) -> int:
-        """The index in the global batch of the first row of this step's n-th micro-batch on this rank."""
+        """Returns the index in the global batch of the first row of this step's n-th micro-batch on this rank."""
         return first_row_index(
             micro_batch,
             world_size=self.args.world_size,
@@ -214,7 +214,7 @@ class BaseTrainer(EvenRowsTrainer):
         )
 
     def training_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
-        """A generator for each row of this step's n-th micro-batch on this rank."""
+        """Returns a generator for each row of this step's n-th micro-batch on this rank."""
         first_row = self.first_training_row(micro_batch)
         return [row_generator(self.args.seed, self.state.global_step, first_row + row) for row in range(num_rows)]
 
@@ -249,7 +249,7 @@ class BaseTrainer(EvenRowsTrainer):
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Measures the losses of a set in nats per token; see the class. Training after it is the same as without it."""
+        """Returns the losses of a set in nats per token (see the class). Does not affect the training that follows."""
         was_training = self.model.training
         self._evaluation_batch = 0
         self._meter.pause()
@@ -265,8 +265,8 @@ class BaseTrainer(EvenRowsTrainer):
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def costs(self) -> dict[str, float]:
-        """Costs for the logs: tokens per second since the last log, over all ranks (taken as equal), and this process's peak
-        memory.
+        """Returns the costs for the logs: tokens per second since the last log, this rank's times the number of ranks, and
+        this process's peak memory in MiB.
         """
         costs = {"peak_memory_mib": peak_memory_mib(self.args.device)}
         rate = self._meter.read()
@@ -282,7 +282,7 @@ class BaseTrainer(EvenRowsTrainer):
 
 
 def scored_tokens(prediction: EvalPrediction) -> int:
-    """The number of scored tokens of the evaluation set, from the number of each row's.
+    """Returns the number of scored tokens of the evaluation set, the sum over its rows.
 
     Raises:
         ValueError: no token is scored.
@@ -294,14 +294,14 @@ def scored_tokens(prediction: EvalPrediction) -> int:
 
 
 def given_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(B, S) bool, True at real tokens whose label is −100: they are known from the start.
+    """Returns (B, S) bool, True at given tokens: real ones whose label is −100.
 
     Raises:
         ValueError: labels at padding; a row or a document with scored tokens and no given one; documents not numbered from 1.
     """
     missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in inputs]
     if missing:
-        raise ValueError(f"the batch has no {', '.join(missing)}; it takes input_ids, attention_mask and labels")
+        raise ValueError(f"the batch has no {', '.join(missing)}: expected input_ids, attention_mask and labels")
     real, scored = inputs["attention_mask"].bool(), inputs["labels"] != -100
     given = real & ~scored
     at_padding = (scored & ~real).any(dim=1)
@@ -309,10 +309,10 @@ def given_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     if (at_padding | blind).any():
         row = int((at_padding | blind).nonzero()[0])
         if at_padding[row]:
-            raise ValueError(f"row {row} of the batch has labels at padding; they take -100 there")
+            raise ValueError(f"row {row} of the batch has labels at padding: expected -100 there")
         raise ValueError(
-            f"row {row} of the batch has no given token, so that the first token it scores would see nothing; put -100 "
-            "into labels at its first (BOS)"
+            f"row {row} of the batch has no given token, so its first scored token would see nothing. Set the label of its "
+            "first token (BOS) to -100"
         )
     if "document_ids" in inputs:
         _check_documents(inputs["document_ids"], real, scored, given)
@@ -322,7 +322,7 @@ def given_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def _check_documents(document_ids: torch.Tensor, real: torch.Tensor, scored: torch.Tensor, given: torch.Tensor) -> None:
     if document_ids.shape != real.shape or ((document_ids < 1) & real).any():
         raise ValueError(
-            f"document_ids has shape {tuple(document_ids.shape)} and {int(document_ids.min())} as its least; it takes "
+            f"document_ids has shape {tuple(document_ids.shape)} and {int(document_ids.min())} as its least: expected "
             f"{tuple(real.shape)}, with numbers from 1 at real tokens"
         )
     number_given = torch.zeros(real.shape[0], int(document_ids.max()) + 1, dtype=torch.long, device=real.device)
@@ -331,6 +331,6 @@ def _check_documents(document_ids: torch.Tensor, real: torch.Tensor, scored: tor
     if blind.any():
         row, column = blind.nonzero()[0].tolist()
         raise ValueError(
-            f"document {int(document_ids[row, column])} in row {row} of the batch has no given token, so that the first "
-            "token it scores would see nothing; put -100 into labels at its first (BOS)"
+            f"document {int(document_ids[row, column])} in row {row} of the batch has no given token, so its first "
+            "scored token would see nothing. Set the label of its first token (BOS) to -100"
         )

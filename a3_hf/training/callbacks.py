@@ -143,7 +143,7 @@ class InterruptCallback(TrainerCallback):
         self.restore_handlers()
 
     def restore_handlers(self) -> None:
-        """Restores the signals' previous handlers; called by training's end, or by hand after an exception."""
+        """Restores the previous signal handlers: at the end of training, or called after an exception."""
         for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
         self._previous_handlers, self._is_training = {}, False
@@ -160,7 +160,9 @@ class WeightsCallback(TrainerCallback):
 
 
 def check_weights(model: nn.Module, args: TrainingArguments, *, step: int) -> None:
-    """Raises ValueError on all ranks if a weight is not finite or absurdly large. Does not see weights sharded by ZeRO-3."""
+    """Raises ValueError on all ranks if a weight is not finite or above `LARGEST_WEIGHT`. Does not see weights sharded by
+    ZeRO-3.
+    """
     found = next((name for name, weight in model.named_parameters() if not _is_sane(weight)), None)
     is_bad = found is not None
     if args.world_size > 1:

@@ -1,4 +1,4 @@
-"""Whole and half-written checkpoints of a run."""
+"""Checkpoints of a run: finds the last whole one and sets half-written ones aside."""
 
 import errno
 import json

@@ -1,8 +1,8 @@
-"""Curriculum: the stages (`ar`, `expand`, `permute`) of a run, and orders drawn in them."""
+"""Curriculum: the stages (`ar`, `expand`, `permute`) of a run, and the orders drawn in them."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from transformers.utils import logging
 
 from a3_hf.models.a3_llama.orders import Generators, GroupOrder
+from a3_hf.settings import check_keys
 
 from .order_sampling import UniformInt, draw_rows
-from .plateaus import Plateau, PlateauInSteps
+from .plateaus import Plateau
 from .schedule import AdaptiveSchedule, Schedule, StageAtStep
 from .stages import STAGES, UNITS, Stage, check_stage, from_plain
 
@@ -24,8 +25,7 @@ class Curriculum:
     """The stages of a run, and the unit of their ends: `"steps"`, `"tokens"` or `"fraction"` of the run.
 
     Raises:
-        ValueError: stages that are unknown, out of order or overlapping, or values that they don't take; the message
-            says which stage and what it takes.
+        ValueError: stages that are unknown, out of order or overlapping, or invalid values; the message names the stage.
 
     Examples:
         >>> stages = [{"name": "ar", "until": 0.5}, {"name": "permute", "group_size": [1, 2]}]
@@ -39,9 +39,9 @@ class Curriculum:
 
     def __post_init__(self):
         if self.unit not in UNITS:
-            raise ValueError(f"curriculum unit={self.unit!r} is not known; it takes one of {', '.join(UNITS)}")
+            raise ValueError(f"curriculum unit={self.unit!r}: expected one of {', '.join(UNITS)}")
         if not self.stages:
-            raise ValueError(f"the curriculum has no stages; it takes one or more of {', '.join(STAGES)}")
+            raise ValueError(f"the curriculum has no stages: expected one or more of {', '.join(STAGES)}")
         for number, stage in enumerate(self.stages, start=1):
             check_stage(stage, number, self.unit, is_last=number == len(self.stages))
         for number, (before, stage) in enumerate(zip(self.stages, self.stages[1:], strict=False), start=2):
@@ -65,23 +65,18 @@ class Curriculum:
         "at_most": …}`, and shapes are `{"scattered": 3, "spans": 1}`.
 
         Raises:
-            ValueError: as for `Curriculum`, and keys that a stage does not take.
+            ValueError: the errors of `Curriculum`, and unknown keys of a stage.
         """
         if isinstance(stages, str) or not isinstance(stages, Sequence):
-            raise ValueError(f"curriculum stages={stages!r}; it takes a list of stages")
+            raise ValueError(f"curriculum stages={stages!r}: expected a list of stages")
         known = [field.name for field in fields(Stage)]
         built = []
         for number, config in enumerate(stages, start=1):
             if not isinstance(config, dict):
-                raise ValueError(f"stage {number} is {config!r}; it takes the keys {', '.join(known)}")
-            unknown = [str(key) for key in config if key not in known]
-            if unknown:
-                raise ValueError(
-                    f"stage {number} has unknown {'key' if len(unknown) == 1 else 'keys'} {', '.join(unknown)}; it "
-                    f"takes {', '.join(known)}"
-                )
+                raise ValueError(f"stage {number} is {config!r}: expected the keys {', '.join(known)}")
+            check_keys(f"stage {number}", config, known)
             if "name" not in config:
-                raise ValueError(f"stage {number} has no name; it takes one of {', '.join(STAGES)}")
+                raise ValueError(f"stage {number} has no name: expected one of {', '.join(STAGES)}")
             label = f"stage {number} ({config['name']!r})"
             built.append(Stage(**{key: from_plain(key, value, label) for key, value in config.items()}))
         return cls(tuple(built), unit)
@@ -92,16 +87,16 @@ class Curriculum:
 
         Args:
             max_steps: update steps of the run.
-            tokens_per_step: tokens of one update step over all ranks; needed for the unit `"tokens"` alone.
+            tokens_per_step: tokens of one update step over all ranks; needed only for the unit `"tokens"`.
 
         Raises:
             ValueError: the last stage ends before the run, or a stage has no step in it.
         """
         if max_steps < 1:
-            raise ValueError(f"max_steps={max_steps}; a curriculum takes a run of at least one step")
+            raise ValueError(f"max_steps={max_steps}: expected at least 1")
         if self.unit == "tokens" and (tokens_per_step is None or tokens_per_step < 1):
-            raise ValueError(f"tokens_per_step={tokens_per_step}; the unit 'tokens' takes a number of at least 1")
-        # Fractions of the decimal as it was written: 0.07 * 100 is 7.000000000000001, which would end one step late.
+            raise ValueError(f"tokens_per_step={tokens_per_step}: expected at least 1 with the unit 'tokens'")
+        # Exact fractions of the written decimals: 0.07 * 100 is 7.000000000000001 and would end one step late.
         scale = {"steps": Fraction(1), "tokens": Fraction(1, tokens_per_step or 1), "fraction": Fraction(max_steps)}
         advice = "" if self.unit == "fraction" else "; unit: fraction follows the length of the run"
 
@@ -114,8 +109,8 @@ class Curriculum:
             if start >= max_steps:
                 raise ValueError(f"{label} would begin at step {start}, but the run has {max_steps} steps{advice}")
             if isinstance(stage.until, Plateau):
-                plateau = PlateauInSteps(
-                    flat=stage.until.flat,
+                plateau = replace(
+                    stage.until,
                     window=in_steps(stage.until.window),
                     at_least=in_steps(stage.until.at_least),
                     at_most=in_steps(stage.until.at_most),
@@ -135,7 +130,7 @@ class Curriculum:
                 f"{label}, the last, ends at step {ends[-1]}, but the run has {max_steps} steps; leave out its until"
                 f"{advice}"
             )
-        if any(isinstance(limit, PlateauInSteps) for limit in limits):
+        if any(isinstance(limit, Plateau) for limit in limits):
             return AdaptiveSchedule(self.stages, limits)
         return Schedule(self.stages, tuple(ends))
 
@@ -159,14 +154,14 @@ def draw_order(
     return GroupOrder.contiguous(attention_mask, group_size=stage.group_size, given_mask=given_mask)
 
 
-def _check_plateau(plateau: PlateauInSteps, stage: Stage, label: str) -> None:
+def _check_plateau(plateau: Plateau, stage: Stage, label: str) -> None:
     if plateau.window < 2:
-        raise ValueError(f"{label} has a window of {plateau.window} step; a line takes 2 steps or more")
+        raise ValueError(f"{label}: window={plateau.window} step: expected 2 or more, to fit a line")
     num_sizes = 1 if isinstance(stage.group_size, UniformInt) else len(stage.group_sizes)
     last_size_begins = math.ceil(Fraction(plateau.at_least * (num_sizes - 1), num_sizes))
     if plateau.at_most <= max(plateau.at_least, last_size_begins + plateau.window):
         raise ValueError(
-            f"{label} may take {plateau.at_most} steps and takes {plateau.at_least} at least; with a window of "
-            f"{plateau.window} at its last group size, which begins after {last_size_begins}, it could hardly end at a "
-            "plateau: raise at_most, or give until as a number"
+            f"{label}: at_most={plateau.at_most} steps is too short to end at a plateau: at_least is {plateau.at_least}, and "
+            f"a window of {plateau.window} steps must fit after the last group size begins, "
+            f"{last_size_begins} steps into the stage. Raise at_most, or give until as a number"
         )

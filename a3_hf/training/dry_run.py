@@ -32,20 +32,20 @@ SHOWN_ROWS, SHOWN_TOKENS = 10, 16
 
 
 def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
-    """Prints the sources, the stages in steps and tokens, memory per GPU under each accelerate config, hours, and ten rows as
-    the last stage would order them. Trains nothing, but opens the data as a run does and so finds what would stop it.
+    """Prints the sources, the stages in steps and tokens, memory per GPU under each accelerate config, hours, and ten rows in
+    orders of the last stage. Trains nothing, but loads the data as a run does and raises the same errors.
 
     Args:
         accelerate_configs: a folder of accelerate configs.
         tflops: assumed TFLOP/s of a GPU.
 
     Raises:
-        ValueError: settings, files or a curriculum that can't be used, or another architecture than A3, for which there are
-            no formulas.
+        ValueError: settings, files or a curriculum that can't be used, or an architecture other than A3, which has no
+            formulas.
     """
     if recipe.model.architecture != "a3":
         raise ValueError(
-            f"architecture={recipe.model.architecture!r}: the plan's formulas are those of architecture 'a3'"
+            f"architecture={recipe.model.architecture!r}: expected 'a3', the only one with formulas for a dry run"
         )
     check_settings(recipe)
     inputs = RunInputs.load(recipe)
@@ -71,16 +71,16 @@ def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
     hours = flops * (4 / 3 if training.gradient_checkpointing else 1.0) / (tflops * 1e12) / 3600  # one more forward
     console.print(_memory_table(recipe, size, accelerate_configs, hours))
     console.print(
-        f"Activations and logits come on top. Hours at {tflops:g} TFLOP/s a GPU, each with its own rows: with more GPUs, the "
-        "same hours for more tokens."
+        f"Activations and logits are not included. Hours at {tflops:g} TFLOP/s per GPU. Each GPU has its own rows: more GPUs "
+        "train on more tokens in the same hours."
     )
     _print_rows(console, recipe.training.seed, schedule, rows, inputs.tokenizer)
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of parameters: all, the trained ones, those of one decoder layer, and those outside the layers (embeddings,
-    lm_head, `query_embed`); and the number of layers.
+    """Numbers of parameters: all, the trained ones, those of one decoder layer, those outside the layers (embeddings, lm_head,
+    `query_embed`); and the number of layers.
     """
 
     total: int
@@ -91,7 +91,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: A3LlamaConfig, lora: LoraArguments | None = None) -> "ModelSize":
-        """Counts the parameters on the meta device, without memory."""
+        """Counts the parameters on the meta device, which allocates no memory."""
         with torch.device("meta"):
             model = A3LlamaForCausalLM(config)
             model.tie_weights()  # parameters() has a tied weight once
@@ -105,14 +105,14 @@ class ModelSize:
 def state_bytes(
     size: ModelSize, spread: ClusterConfig, *, weight_bytes: int, pass_bytes: int, in_4bit: bool = False
 ) -> dict[str, float]:
-    """Bytes on each GPU of weights, gradients, AdamW's two moments, and the engine's own buffers, by the formulas of
-    `accelerate_configs/README.md`.
+    """Returns the bytes on each GPU of weights, gradients, AdamW's two moments and the engine's own buffers, by the formulas
+    of `accelerate_configs/README.md`.
 
     Args:
         spread: an accelerate config.
         weight_bytes: bytes of a number in the recipe's dtype.
         pass_bytes: bytes of a number in forward and backward.
-        in_4bit: the layers' weights take half a byte each.
+        in_4bit: the layers' weights have half a byte each.
     """
     processes, trained = spread.num_processes, size.trained
     weights = weight_bytes * size.total
@@ -140,7 +140,7 @@ def state_bytes(
 
 def _memory_table(recipe: Recipe, size: ModelSize, accelerate_configs: Path, hours: float) -> Table:
     table = Table(title="GiB per GPU, by formula")
-    for column in ("config", "GPUs", "weights", "gradients", "moments", "engine", "all", "hours"):
+    for column in ("config", "GPUs", "weights", "gradients", "moments", "engine", "total", "hours"):
         table.add_column(column, justify="right")
     weight_bytes = 4 if recipe.model.dtype == "float32" else 2
     for path in sorted(accelerate_configs.glob("*.yaml")):
@@ -158,8 +158,8 @@ def _memory_table(recipe: Recipe, size: ModelSize, accelerate_configs: Path, hou
 
 
 def _stages_table(schedule: Schedule | AdaptiveSchedule, tokens_per_step: int) -> Table:
-    table = Table(title=f"stages ({tokens_per_step:,} tokens a step and process)")
-    for column in ("stage", "group sizes", "from step", "to step (at most)", "tokens a process"):
+    table = Table(title=f"stages ({tokens_per_step:,} tokens per step and process)")
+    for column in ("stage", "group sizes", "from step", "to step (at most)", "tokens per process"):
         table.add_column(column, justify="right")
     start = 0
     for stage, end in zip(schedule.stages, schedule.ends, strict=True):

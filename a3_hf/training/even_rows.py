@@ -1,4 +1,4 @@
-"""Rows divided evenly among processes: the last batches of an epoch are filled with rows that are not scored."""
+"""Divides rows evenly among processes: the last batches of an epoch are filled with rows that are not scored."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from transformers import Trainer
 
-IGNORED_LABEL = -100
+from a3_hf.data.collator import IGNORED_LABEL
 
 
 class RowsAndBlank(Dataset):
-    """Rows followed by a blank one: the first row with all labels ignored."""
+    """Rows followed by a blank row: a copy of the first with all labels ignored."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]):
         self.rows = rows
@@ -26,7 +26,7 @@ class RowsAndBlank(Dataset):
 
 
 class FilledBatches(BatchSampler):
-    """Batches of `batch_size` indices, their number a multiple of `multiple`, filled up with `filler`.
+    """Batches of `batch_size` indices, filled up with `filler` to a multiple of `multiple` batches.
 
     Example:
         >>> list(FilledBatches(range(5), batch_size=2, multiple=2, filler=99))

@@ -10,15 +10,15 @@ from .schedule import AdaptiveSchedule, Schedule
 
 
 def loss_names(entry: Mapping[str, float]) -> list[str]:
-    """Names of an evaluation's losses in a log entry: `eval_loss_…` of each order, or `eval_loss` where there are no orders;
-    empty for other entries.
+    """Returns the names of an evaluation's losses in a log entry: `eval_loss_…` of each order, or `eval_loss` if there are no
+    orders; empty for other entries.
     """
     return [name for name in entry if name.startswith("eval_loss_")] or [name for name in entry if name == "eval_loss"]
 
 
 def losses_table(state: TrainerState, schedule: Schedule | AdaptiveSchedule | None) -> Table | None:
-    """A table of the evaluation losses, nats per token, before training and after each stage; without a schedule, before and
-    after training. None where nothing was evaluated.
+    """Returns a table of the evaluation losses, nats per token, before training and after each stage; without a schedule,
+    before and after training. None if nothing was evaluated.
     """
     measured = {entry["step"]: entry for entry in state.log_history if loss_names(entry)}
     names = list(dict.fromkeys(name for entry in measured.values() for name in loss_names(entry)))
@@ -56,7 +56,7 @@ def plot_losses(
         tokens_per_step: tokens of an update step, over all ranks.
 
     Returns:
-        False where no loss was logged: nothing is drawn.
+        False if no loss was logged, so that nothing is drawn.
     """
     from matplotlib.figure import Figure  # an extra
 

@@ -26,7 +26,7 @@ SPREAD, VISIBLE = 1, 2
 
 
 class DiffusionTrainer(BaseTrainer):
-    """A `Trainer` of `MaskedDiffusionLlamaForCausalLM` (paper §3, as DiffuLLaMA and Dream train).
+    """A `Trainer` of `MaskedDiffusionLlamaForCausalLM` (paper §3; trained as DiffuLLaMA and Dream are).
 
     Identical to `BaseTrainer` except:
 
@@ -49,7 +49,7 @@ class DiffusionTrainer(BaseTrainer):
 
     Raises:
         ValueError: no mask token, or one that is a real word of `processing_class`; an unknown masking; an attention
-            implementation that can't be annealed; what `BaseTrainer` refuses.
+            implementation that can't be annealed; the errors of `BaseTrainer`.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class DiffusionTrainer(BaseTrainer):
         **trainer: Any,
     ):
         if masking not in MASKINGS:
-            raise ValueError(f"masking={masking!r}; it takes one of {', '.join(MASKINGS)}")
+            raise ValueError(f"masking={masking!r}: expected one of {', '.join(MASKINGS)}")
         if anneal_steps < 0:
-            raise ValueError(f"anneal_steps={anneal_steps}; it takes at least 0")
+            raise ValueError(f"anneal_steps={anneal_steps}: expected at least 0")
         if eval_samples < 1:
-            raise ValueError(f"eval_samples={eval_samples}; it takes at least 1: the bound is a mean")
+            raise ValueError(f"eval_samples={eval_samples}: expected at least 1")
         self.mask_token_id = required_mask_token(model.config)
         tokenizer = trainer.get("processing_class")
         if tokenizer is not None:
             check_mask_token(tokenizer, self.mask_token_id, vocab_size=model.config.vocab_size)
         if anneal_steps and model.config._attn_implementation not in PATTERNED:
             raise ValueError(
-                f"anneal_steps={anneal_steps} needs an attention implementation that takes any mask, "
+                f"anneal_steps={anneal_steps} needs an attention implementation that supports any mask, "
                 f"{' or '.join(PATTERNED)}; got {model.config._attn_implementation!r}"
             )
         super().__init__(model, args, compute_metrics=_nats_per_token, **trainer)
@@ -83,8 +83,8 @@ class DiffusionTrainer(BaseTrainer):
         self.anneal_steps, self.eval_samples = anneal_steps, eval_samples
 
     def draw(self, is_open: torch.Tensor, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws the tokens to mask (B, S) of the `is_open` (B, S) ones in this step's n-th micro-batch on this rank, and the
-        weights (B, 1); repeated calls draw the same.
+        """Draws which of the `is_open` tokens (B, S) to mask (B, S) in this step's n-th micro-batch on this rank, and the
+        weights (B, 1). Repeated calls draw the same.
         """
         level, noise = _draw_rows(is_open, self.training_generators(micro_batch, len(is_open)))
         if self.low_discrepancy:
@@ -97,7 +97,7 @@ class DiffusionTrainer(BaseTrainer):
         return mask_by_count(is_open, spread_counts(is_open.sum(dim=1), level[:, 0], 1), noise)
 
     def visible_mask(self, length: int) -> torch.Tensor | None:
-        """(S, S) bool, True where a token (row) sees another (column) at this step of the annealing; None: everywhere."""
+        """Returns (S, S) bool, True where a token (row) sees another (column) at this step of annealing; None: everywhere."""
         step = self.state.global_step
         if step >= self.anneal_steps:
             return None
@@ -111,7 +111,7 @@ class DiffusionTrainer(BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
-        """The loss of a micro-batch (B, S) with the tokens of this step masked.
+        """Returns the loss of a micro-batch (B, S) with the tokens of this step masked.
 
         Raises:
             ValueError: labels at padding or at a row's first token, or the mask token in the text.
@@ -129,10 +129,11 @@ class DiffusionTrainer(BaseTrainer):
         real = inputs["attention_mask"].bool()
         is_open = real & ~given_tokens(inputs)
         check_text(inputs["input_ids"], real, self.mask_token_id)
-        if (is_open & (real.long().cumsum(dim=1) == 1)).any():
-            row = int((is_open & (real.long().cumsum(dim=1) == 1)).any(dim=1).nonzero()[0])
+        scores_first = (is_open & (real.long().cumsum(dim=1) == 1)).any(dim=1)
+        if scores_first.any():
+            row = int(scores_first.nonzero()[0])
             raise ValueError(
-                f"row {row} of the batch scores its first token, which nothing predicts; put -100 into labels there (BOS)"
+                f"row {row} of the batch scores its first token, which nothing predicts. Set its label (BOS) to -100"
             )
         return is_open
 
@@ -152,7 +153,7 @@ class DiffusionTrainer(BaseTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Each row's bound in nats (B,) and number of scored tokens (B,); `predict` returns the same."""
+        """Returns each row's bound in nats (B,) and number of scored tokens (B,), which `predict` returns too."""
         inputs = self._prepare_inputs(inputs)
         is_open = self._open_tokens(inputs)
         first_row = self.next_evaluation_row()

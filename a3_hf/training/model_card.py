@@ -28,11 +28,11 @@ print(pipeline("text-generation", model="{name}")("The dog"))
 
 
 def write_run_card(recipe: Recipe, state: TrainerState, losses: Table | None) -> bool:
-    """Saves the model card of a finished run as README.md of its `output_dir`, unless there is one that a3_hf did not write.
+    """Saves the model card of a finished run as README.md in `output_dir`, unless it has one that a3_hf did not write.
 
     Args:
         state: the state of the trainer after the last step.
-        losses: the losses of each order after each stage, nats per token; None where none were measured.
+        losses: the losses of each order after each stage, nats per token; None if none were measured.
 
     Returns:
         Whether the card was saved.
@@ -54,7 +54,7 @@ def write_run_card(recipe: Recipe, state: TrainerState, losses: Table | None) ->
 
 
 def read_card(model: str) -> ModelCard | None:
-    """Returns the model card of a folder, or of a hub id that is in the cache; None where there is none. Asks no network."""
+    """Returns the model card of a folder or of a hub id in the cache; None if there is none. Makes no network request."""
     path = Path(model) / CARD_FILE if Path(model).is_dir() else try_to_load_from_cache(model, CARD_FILE)
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
@@ -109,7 +109,7 @@ def _hub_datasets(recipe: Recipe) -> list[str]:
 
 
 def _shown(name: str) -> str:
-    """A hub id as it is; of a local path the last part, since the card may be published."""
+    """Returns a hub id unchanged, and the last part of a local path, since the card may be published."""
     is_local = Path(name).is_absolute() or Path(name).exists() or name.startswith(".")
     return f"`{Path(name).name if is_local else name}`"
 

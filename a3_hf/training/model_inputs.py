@@ -1,4 +1,4 @@
-"""From a batch of rows and its orders to the arguments of the model's forward."""
+"""Turns a batch of rows and its orders into the arguments of the model's forward."""
 
 from typing import Any
 
@@ -22,13 +22,20 @@ def model_inputs(
     slot_start: str = "query_embed",
     scored_only: bool = False,
 ) -> dict[str, Any]:
-    """The arguments of `A3LlamaForCausalLM.forward`, `labels` (−100 where nothing is scored) among them, that score
-    `input_ids` (B, S) under an order. In generation order singletons need plain causal masks alone, which any attention
-    kernel takes; not so where a row holds several documents (`document_ids`, (B, S)), which are kept apart. Where the
-    order leaves open tokens out of the loss, there are slots for the scored ones alone (and to fill up shorter rows); with
-    `scored_only` also where at least a quarter of the tokens is given.
-    `kept` carries masks from one batch to the next, where groups allow it. With `one_stream` they are those of
-    `DecoupledRopeLlamaForCausalLM.forward`, which has a mask of its own. `slot_start` is the model's.
+    """Returns the arguments of the model's forward that score `input_ids` (B, S) under an order, in generation order; `labels`
+    are −100 where nothing is scored.
+
+    Groups of one token need only plain causal masks, which every attention kernel supports, unless rows hold several
+    documents. If the order leaves open tokens out of the loss, only scored tokens have slots (and the fill of shorter rows).
+
+    Args:
+        group_size: the largest group of the order.
+        implementation: the model's attention implementation.
+        document_ids: (B, S); documents of a row do not see each other.
+        kept: masks reused between batches, if the groups allow it.
+        one_stream: the model is Decoupled RoPE's, which makes its own mask; otherwise it is A3's.
+        slot_start: the model's.
+        scored_only: only scored tokens have slots also where at least a quarter of the tokens is given.
     """
     layout = order.lay_out(input_ids, document_ids=document_ids)
     content, slots = layout.content, layout.content.slots()
@@ -54,7 +61,7 @@ def model_inputs(
     if masks is not None:
         content, slots = content._replace(group_ids=None), slots._replace(group_ids=None)
         return _forward_arguments(content, slots, masks, layout.labels)
-    no_slots_given = QuerySlots(None)  # then there is one for each token
+    no_slots_given = QuerySlots(None)  # the model then makes one for each token
     return _forward_arguments(content, no_slots_given, layout.attention_mask, layout.labels)
 
 

@@ -1,4 +1,4 @@
-"""Orders drawn row by row where rows of a step differ (rehearsal, sizes, shapes, partial prediction)."""
+"""Orders drawn row by row, if rows of a step differ (rehearsal, sizes, shapes, partial prediction)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class RowSpec:
 
     @property
     def scores_everything(self) -> bool:
-        """False where a row may leave open tokens out of the loss."""
+        """Whether every open token of a row is in the loss."""
         return self.predict_last == 1 and all(shape != "infilling" for shape, _ in self.shapes)
 
 

@@ -1,4 +1,4 @@
-"""Plateaus: when the loss of a stage has stopped improving."""
+"""Plateaus: detect that the loss of a stage has stopped improving."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plateau:
-    """End of a stage where its loss is flat (not in the paper, which names an adaptive schedule as future work). In a recipe:
+    """End of a stage when its loss is flat (not in the paper, which names an adaptive schedule as future work). In a recipe:
     `until: {flat: 0.02, window: 0.05, at_least: 0.05, at_most: 0.3}`.
 
     The stage ends when the line fitted to the losses of the last `window` falls by less than `flat`. Noise of standard
@@ -15,23 +15,14 @@ class Plateau:
 
     Attributes:
         flat: nats per token.
-        window, at_least, at_most: lengths in the curriculum's unit, the last two counted from the stage's own start.
+        window: length in the curriculum's unit; in steps, once the curriculum is resolved.
+        at_least, at_most: bounds of the stage's own length, in the same unit.
     """
 
     flat: float
     window: int | float
     at_least: int | float
     at_most: int | float
-
-
-@dataclass(frozen=True)
-class PlateauInSteps:
-    """A `Plateau` with its lengths in whole steps."""
-
-    flat: float
-    window: int
-    at_least: int
-    at_most: int
 
 
 def fitted_fall(losses: Sequence[float]) -> float:

@@ -29,8 +29,8 @@ def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
         path: the YAML file.
         overrides: settings of the command line, which take precedence: `["--learning_rate", "1e-3", "--max_steps=20"]`.
             `curriculum`, `lora` and `sources` are YAML on one line: `["--lora", "{r: 8}"]`. A setting inside lora or a source:
-            `["--lora.r", "8"]`, `["--sources.fineweb.path", "local.jsonl"]` (which drops the source's dataset). `null` unsets
-            a setting. Hyphens count as underscores.
+            `["--lora.r", "8"]`, `["--sources.fineweb.path", "local.jsonl"]` (which removes the source's dataset). `null`
+            unsets a setting. Hyphens count as underscores.
 
     Raises:
         ValueError: no such file; not YAML; a duplicate or unknown key; a value of another type than the field's (`"3"` is not
@@ -48,7 +48,7 @@ def known_settings() -> set[str]:
 
 
 def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str | PathLike) -> Recipe:
-    """As `parse_recipe`, from the mapping in place of the file; `origin` names it in messages."""
+    """Builds a recipe from a mapping of settings; see `parse_recipe`. `origin` is its name in messages."""
     values, path = dict(settings), origin
     hints = {name: hint for cls in ARGUMENT_CLASSES for name, hint in get_type_hints(cls).items()}
     known = known_settings()
@@ -70,7 +70,7 @@ def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, 
     architecture = ARCHITECTURES[model.architecture]
     if curriculum is not None and not architecture.has_curriculum:
         raise ValueError(
-            f"architecture={model.architecture!r} is trained without orders: curriculum has no effect; leave it out (on the "
+            f"architecture={model.architecture!r} is trained without orders: curriculum has no effect. Leave it out (on the "
             "command line: --curriculum null)"
         )
     return Recipe(
@@ -83,7 +83,7 @@ def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, 
 
 
 class _RecipeParser(HfArgumentParser):
-    # Identical to HfArgumentParser except: a wrong argument raises, where argparse would end the process.
+    # Identical to HfArgumentParser except: a wrong argument raises ValueError; argparse would end the process.
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
@@ -123,12 +123,12 @@ def read_settings(path: str | PathLike) -> dict[str, Any]:
     """Reads the mapping in a YAML file.
 
     Raises:
-        ValueError: no such file; not YAML; a key twice; not a mapping.
+        ValueError: no such file; not YAML; a duplicate key; not a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such recipe (relative to {Path.cwd()})") from None
+        raise ValueError(f"{path}: no such recipe (relative paths start at {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read as a recipe: {error}") from error
     try:
@@ -136,7 +136,7 @@ def read_settings(path: str | PathLike) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not a recipe: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of settings, got {shown_value(values)}")
+        raise ValueError(f"{path}: expected a recipe, a mapping of settings, got {shown_value(values)}")
     return values
 
 
@@ -148,14 +148,14 @@ def _inline_yaml(name: str, text: str) -> Any:
 
 
 def _curriculum(config: Any, path: str | PathLike) -> Curriculum:
-    expected = "takes a mapping {unit: fraction | steps | tokens, stages: [{name: ar, until: 0.2}, …]}"
+    expected = "expected a mapping {unit: fraction | steps | tokens, stages: [{name: ar, until: 0.2}, …]}"
     if config is None:
-        raise ValueError(f"{path}: lacks curriculum, which {expected}")
+        raise ValueError(f"{path}: curriculum is missing: {expected}")
     if not isinstance(config, Mapping):
         raise ValueError(f"curriculum: {expected}, got {shown_value(config)}")
     check_keys("curriculum", config, ("unit", "stages"))
     if "stages" not in config:
-        raise ValueError(f"curriculum: lacks stages; it {expected}")
+        raise ValueError(f"curriculum: stages is missing: {expected}")
     return Curriculum.from_config(config["stages"], unit=config.get("unit", "fraction"))
 
 
@@ -232,6 +232,6 @@ def _lora(config: Any) -> LoraArguments | None:
         return None
     hints = get_type_hints(LoraArguments)
     if not isinstance(config, Mapping):
-        raise ValueError(f"lora: takes a mapping of {', '.join(hints)}, got {shown_value(config)}")
+        raise ValueError(f"lora: expected a mapping of {', '.join(hints)}, got {shown_value(config)}")
     check_keys("lora", config, hints)
     return LoraArguments(**{key: checked_value(key, value, hints[key], "lora") for key, value in config.items()})

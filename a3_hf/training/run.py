@@ -1,4 +1,4 @@
-"""A run of one recipe, from the files it names to a trained model, resumed where it was interrupted."""
+"""Runs a recipe, from its data and base model to a trained model; resumes an interrupted run."""
 
 import math
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def run(recipe: Recipe, *, resume: bool = True) -> int:
     try:
         with _lock_output_dir(training):
             code = _run(recipe, resume=resume)
-        # Else one of its threads may abort a process that is about to end.
+        # Otherwise one of its threads may abort the process as it ends.
         PartialState().destroy_process_group()
         return code
     except KeyboardInterrupt:
@@ -72,19 +72,19 @@ def run(recipe: Recipe, *, resume: bool = True) -> int:
         if not is_disk_full(error):
             raise
         raise OSError(
-            f"output_dir={training.output_dir!r}: the disk is full; {_what_is_kept(training)}. With more room, the same "
-            "command resumes from there"
+            f"output_dir={training.output_dir!r}: the disk is full; {_what_is_kept(training)}. Free some space; the same "
+            "command then resumes from there"
         ) from error
 
 
 def _run(recipe: Recipe, *, resume: bool) -> int:
     training = recipe.training
     output_dir = Path(training.output_dir)
-    say = print if training.process_index == 0 else _say_nothing
+    say = print if training.process_index == 0 else lambda message: None
 
     # 1. Find out where the run is.
     if resume and _is_finished(training, output_dir):
-        say(f"The run in {output_dir} is finished: nothing to do. A new run takes another output_dir.")
+        say(f"The run in {output_dir} is finished: nothing to do. For a new run, set another output_dir.")
         say(_next_command(output_dir, recipe.model.architecture))
         return 0
     checkpoint = _find_checkpoint(training, output_dir, resume=resume)
@@ -150,13 +150,9 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     return 0
 
 
-def _say_nothing(message: str) -> None:
-    pass
-
-
 @contextmanager
 def _lock_output_dir(training: A3TrainingArguments) -> Iterator[None]:
-    """Holds the folder for this run; its main process holds the lock for all."""
+    """Locks the folder for this run; the main process holds the lock for all ranks."""
     refusal, lock = None, ExitStack()
     with lock:
         if training.process_index == 0:
@@ -173,7 +169,7 @@ def _lock_output_dir(training: A3TrainingArguments) -> Iterator[None]:
 
 def _what_is_kept(training: A3TrainingArguments) -> str:
     checkpoint, _ = last_whole_checkpoint(training.output_dir)
-    return "there is no checkpoint yet" if checkpoint is None else f"the last whole one is {checkpoint}"
+    return "there is no checkpoint yet" if checkpoint is None else f"the last whole checkpoint is {checkpoint}"
 
 
 def _is_finished(training: A3TrainingArguments, output_dir: Path) -> bool:
@@ -278,7 +274,7 @@ def _report(recipe: Recipe, state: TrainerState, schedule: Schedule | AdaptiveSc
     if table is not None:
         Console().print(table)
     if not is_matplotlib_available():
-        print("matplotlib is not installed, so no plot of the losses: pip install 'a3-hf[plot]'")
+        print("matplotlib is not installed, so the losses are not plotted: pip install 'a3-hf[plot]'")
     elif plot_losses(
         state.log_history,
         output_dir / PLOT_FILE,
@@ -293,5 +289,5 @@ def _report(recipe: Recipe, state: TrainerState, schedule: Schedule | AdaptiveSc
 
 def _next_command(output_dir: Path, architecture: str) -> str:
     if architecture == "llama":
-        return "It is a LLaMA: transformers' generate takes it."
+        return "It is a LLaMA: use it with transformers' generate."
     return f'  a3 infill {output_dir} "Once upon a time <blank:8> happy."'

@@ -1,4 +1,4 @@
-"""Checks that the settings of a recipe go together and can be followed on this machine, before anything is trained."""
+"""Checks, before training, that the settings of a recipe are compatible with each other and with this machine."""
 
 import copy
 from typing import Any
@@ -33,7 +33,7 @@ def check_settings(recipe: Recipe) -> None:
     """Checks the settings of a recipe against each other, without its model.
 
     Raises:
-        ValueError: settings that don't go together or have no effect, or a package that is missing.
+        ValueError: settings that are incompatible or have no effect, or a missing package.
     """
     training = recipe.training
     try:
@@ -44,7 +44,7 @@ def check_settings(recipe: Recipe) -> None:
     if training.save_only_model:
         raise ValueError("save_only_model=True: such checkpoints can't be resumed from; leave it out")
     if recipe.model.load_in_4bit and recipe.lora is None:
-        raise ValueError("load_in_4bit=True: weights in 4 bits can't be trained; set lora, whose adapters can")
+        raise ValueError("load_in_4bit=True: weights in 4 bits can't be trained. Set lora, to train adapters")
     if recipe.model.load_in_4bit and not is_bitsandbytes_available():
         raise ValueError("load_in_4bit=True needs bitsandbytes: pip install bitsandbytes")
     if training.content_loss_weight and recipe.lora is not None and recipe.lora.rows == "slots":
@@ -86,12 +86,12 @@ def _check_architecture(recipe: Recipe) -> None:
     check_suffix_template(recipe.model.suffix_template)
     if architecture in ("decoupled_rope", "llama") and recipe.data.documents == "isolated":
         raise ValueError(
-            f"documents='isolated': architecture {architecture!r} keeps no documents of one row apart; it takes 'joined'"
+            f"documents='isolated': expected 'joined' with architecture {architecture!r}, which can't isolate documents"
         )
     if recipe.curriculum is None and recipe.data.sources is not None:
         raise ValueError(
-            f"sources: architecture {architecture!r} is trained on train_file or dataset_name; mixtures are for those with a "
-            "curriculum"
+            f"sources: expected train_file or dataset_name with architecture {architecture!r}; mixtures are for architectures "
+            "with a curriculum"
         )
 
 

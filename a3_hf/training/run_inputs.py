@@ -1,4 +1,4 @@
-"""What a run needs besides weights: the checkpoint it starts from, the tokenizer, the configuration, the rows."""
+"""Inputs of a run other than weights: the checkpoint it starts from, the tokenizer, the configuration, the rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ class RunInputs:
 
     @classmethod
     def load(cls, recipe: Recipe) -> "RunInputs":
-        """Reads them and checks that they go together, without weights.
+        """Reads the inputs and checks that they are compatible, without loading weights.
 
         Raises:
             ValueError: no checkpoint or no tokenizer; a tokenizer of another model; an attention implementation, lora or
@@ -47,19 +47,19 @@ class RunInputs:
         if largest >= config.vocab_size:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path} has ids up to {largest}, and the model {start.path} embeds ids "
-                f"below {config.vocab_size}: they don't belong together; set tokenizer_name_or_path to the model's own"
+                f"below {config.vocab_size}: they don't belong together. Set tokenizer_name_or_path to the model's own"
             )
         check_attention(recipe, config)
         check_start(start, recipe.lora, config)
         if recipe.lora is not None:
-            start.base_settings(settings.slot_start)  # its check
+            start.base_settings(settings.slot_start)  # raises for a slot_start that the checkpoint does not support
         return cls(start, config, tokenizer)
 
     def load_rows(self, recipe: Recipe) -> tuple[Dataset | TextMixture, Dataset | None]:
-        """The rows to train on and to evaluate on (None: no evaluation data).
+        """Returns the rows to train on and to evaluate on (None: no evaluation data).
 
         Raises:
-            ValueError: evaluations without data, or what `load_rows` or `open_mixture` refuses.
+            ValueError: evaluations without data; the errors of `load_rows` and `open_mixture`.
         """
         training = recipe.training
         load = load_rows if recipe.data.sources is None else open_mixture
@@ -74,7 +74,7 @@ class RunInputs:
             )
         if eval_rows is None and training.eval_strategy != IntervalStrategy.NO:
             raise ValueError(
-                f"eval_strategy={training.eval_strategy.value!r} needs something to evaluate on: set validation_file or "
+                f"eval_strategy={training.eval_strategy.value!r} needs evaluation data. Set validation_file or "
                 "validation_documents, or eval_strategy: no"
             )
         return train_rows, eval_rows

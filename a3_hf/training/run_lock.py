@@ -36,7 +36,7 @@ def sole_use(folder: str | os.PathLike) -> Iterator[None]:
             file.close()
             raise ValueError(
                 f"output_dir={str(folder)!r}: another run is writing there{holder and f' (process {holder})'}; wait until "
-                "it ends, stop it, or give another output_dir"
+                "it ends, stop it, or set another output_dir"
             ) from error
         except OSError as error:  # a file system without locks
             logger.warning(f"{path}: can't be locked ({error}): make sure that no other run uses this output_dir")

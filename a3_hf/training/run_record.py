@@ -1,4 +1,4 @@
-"""Record of what a run was started with, and the check that a resumed run has the same."""
+"""Record of the settings and input files of a run, and the check that a resumed run has the same."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from a3_hf.data.documents import fingerprint
 from .arguments import Recipe
 
 RECORD_FILE = "run.json"
-NO_RECORD = "remove it, and the same command resumes without comparing its settings with those of the start"
+NO_RECORD = "remove it to resume without comparing settings with those of the start"
 # Settings that may differ in a resumed run, because they don't change its result. Batch sizes and accumulation steps may
 # differ as long as `rows_per_step` is the same.
 RESULT_NEUTRAL_SETTINGS = set(
@@ -57,8 +57,8 @@ def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
 
 
 def describe_inputs(recipe: Recipe, train_rows: Any) -> dict[str, list]:
-    """Returns the versions of a run's input files: for each input a list of [name, size, hash], or of URLs of hub files, which
-    contain the revision; for a packed hub dataset the number of rows and a hash.
+    """Returns the versions of a run's input files: for each input a list of [name, size, hash], or of URLs of hub files (which
+    contain the revision); for a packed hub dataset the number of rows and a hash.
     """
     data = recipe.data
     paths = {name: [Path(path)] for name in ("train_file", "validation_file") if (path := getattr(data, name))}

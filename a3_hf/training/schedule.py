@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .order_sampling import RowSpec, UniformInt
-from .plateaus import PlateauInSteps, fitted_fall
+from .plateaus import Plateau, fitted_fall
 from .stages import Stage
 
 # Key of an adaptive schedule's record in `TrainerState.stateful_callbacks`, and so in `trainer_state.json`.
@@ -13,8 +13,8 @@ RECORD = "AdaptiveSchedule"
 
 @dataclass(frozen=True)
 class StageAtStep:
-    """The stage of one step: its name, group size (the largest, where rows draw their own), index in the curriculum, and the
-    kinds of its rows where they differ.
+    """The stage of one step: its name, group size (the largest one if rows draw their own), index in the curriculum, and the
+    kinds of its rows if they differ.
     """
 
     name: str
@@ -29,7 +29,7 @@ class StageAtStep:
 
     @property
     def scores_everything(self) -> bool:
-        """False where a row may leave open tokens out of the loss."""
+        """Whether every open token of every row is in the loss."""
         return all(kind.scores_everything for kind in self.kinds)
 
 
@@ -73,10 +73,10 @@ class AdaptiveSchedule:
 
     Args:
         stages: those of the curriculum.
-        limits: for each stage the step at which it ends, or its plateau.
+        limits: for each stage the step at which it ends, or its plateau with lengths in steps.
     """
 
-    def __init__(self, stages: tuple[Stage, ...], limits: Sequence[int | PlateauInSteps]):
+    def __init__(self, stages: tuple[Stage, ...], limits: Sequence[int | Plateau]):
         self.stages = stages
         self.limits = tuple(limits)
         self._found: dict[int, int] = {}  # stage index → the step at which it ended
@@ -88,13 +88,13 @@ class AdaptiveSchedule:
         return self._schedule.ends
 
     def at(self, step: int) -> StageAtStep:
-        """As `Schedule.at`; the stages of later steps than the next may still change."""
+        """Returns the stage of a step, counted from 0. Stages of steps after the next may still change."""
         return self._schedule.at(step)
 
     def watches(self, step: int) -> bool:
         """Returns whether the loss of a step, counted from 0, may end its stage."""
         index = self.at(step).index
-        return isinstance(self.limits[index], PlateauInSteps) and index not in self._found
+        return isinstance(self.limits[index], Plateau) and index not in self._found
 
     def observe(self, step: int, loss: float) -> str | None:
         """Takes the loss of a finished step, counted from 0, in nats per token: the same number on all ranks.
@@ -116,7 +116,7 @@ class AdaptiveSchedule:
             if fall < plateau.flat:
                 reason = f"its loss fell by {fall:.4f} over {plateau.window} steps, less than {plateau.flat}"
         if reason is None and length == plateau.at_most:
-            reason = f"it has had its {plateau.at_most} steps"
+            reason = f"it reached at_most, {plateau.at_most} steps"
         if reason is not None:
             self._found[index] = step + 1
             self._losses = []
@@ -140,12 +140,12 @@ class AdaptiveSchedule:
         if record is None:
             raise ValueError(
                 f"the checkpoint of step {step} has no record of where stages ended: the run that wrote it had a fixed "
-                "curriculum; resume with that one, or start anew in another output_dir"
+                "curriculum. Resume with that one, or start a new run in another output_dir"
             )
         found = dict(record["ends"])
         for index, limit in enumerate(self.limits):
             start, end = self.ends[index - 1] if index else 0, found.pop(index, None)
-            is_plateau = isinstance(limit, PlateauInSteps)
+            is_plateau = isinstance(limit, Plateau)
             if end is None and not (is_plateau and start + limit.at_most <= step):
                 continue
             if end is None or not is_plateau or not limit.at_least <= end - start <= limit.at_most or end > step:
@@ -159,7 +159,7 @@ class AdaptiveSchedule:
     def _plan(self) -> Schedule:
         ends, grown, start = [], [], 0
         for index, limit in enumerate(self.limits):
-            if isinstance(limit, PlateauInSteps):
+            if isinstance(limit, Plateau):
                 end = self._found.get(index, start + limit.at_most)
                 grown.append(start + limit.at_least)
             else:
@@ -172,6 +172,6 @@ class AdaptiveSchedule:
 
 def _other_curriculum(step: int, index: int, end: int | None) -> ValueError:
     return ValueError(
-        f"the checkpoint of step {step} has stage {index + 1} ending at step {end}, which this curriculum can't do; resume "
-        "with the curriculum of the run that wrote it, or start anew in another output_dir"
+        f"the checkpoint of step {step} has stage {index + 1} ending at step {end}, which does not fit this curriculum. "
+        "Resume with the curriculum of the run that wrote it, or start a new run in another output_dir"
     )

@@ -21,12 +21,12 @@ def check_stages(
     content_loss_weight: float = 0.0,
     distillation_weight: float = 0.0,
 ) -> None:
-    """Checks a curriculum before training, not hours later when a stage begins.
+    """Checks the stages of a curriculum before training, not hours later when a stage begins.
 
     Args:
         one_stream: the model is Decoupled RoPE's.
         implementation: the model's attention implementation.
-        is_evaluated: evaluations come with training; their orders have groups.
+        is_evaluated: whether training has evaluations, whose orders have groups.
 
     Raises:
         ValueError: one stream and groups of several tokens or a loss between two streams; a weight below 0 or infinite; a
@@ -38,25 +38,25 @@ def check_stages(
         for number, stage in enumerate(stages, start=1):
             if stage.group_sizes[-1] > 1:
                 raise ValueError(
-                    f"stage {number} ({stage.name!r}) has group_size={stage.group_size!r}; it takes 1. {SINGLETONS_ONLY}"
+                    f"stage {number} ({stage.name!r}): group_size={stage.group_size!r}: expected 1. {SINGLETONS_ONLY}"
                 )
         for name, weight in weights.items():
             if weight:
                 raise ValueError(
-                    f"{name}={weight}: it is a loss of two streams, and Decoupled RoPE has one; it takes 0"
+                    f"{name}={weight}: expected 0, because this loss needs two streams and Decoupled RoPE has one"
                 )
         return
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
-            raise ValueError(f"{name}={weight!r}; it takes a number of at least 0")
+            raise ValueError(f"{name}={weight!r}: expected a number of at least 0")
         if weight and not any(stage.name != "permute" and stage.group_sizes[0] == 1 for stage in stages):
             raise ValueError(
-                f"{name}={weight}, but no row is left to right, one token at a time: the curriculum has no stage ar, nor "
-                "expand with group_size 1"
+                f"{name}={weight} has no effect without rows of single tokens from left to right. Add a stage ar, or expand "
+                "with group_size 1"
             )
     if distillation_weight and chunked_loss:
         raise ValueError(
-            f"distillation_weight={distillation_weight} with loss='chunked', which holds no logits to teach; use loss='plain'"
+            f"distillation_weight={distillation_weight} with loss='chunked', which has no logits to distil. Set loss='plain'"
         )
     if is_evaluated or any(stage.group_sizes[-1] > 1 or stage.predict_last != 1 for stage in stages):
         group = torch.zeros(1, 1, dtype=torch.long)

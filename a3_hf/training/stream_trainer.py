@@ -34,8 +34,8 @@ class StreamTrainer(A3Trainer):
 
     - Batches come from `MixtureBatches`: each rank and each of its workers reads its own shards.
     - A checkpoint stores how far all ranks have read, and a resumed run continues exactly at the next row, on any number of
-      ranks and workers that divides the shards. Of each source and shard only the file it stopped in is read again, up to
-      the place. Nothing is shuffled.
+      ranks and workers that divides the shards. For each source and shard only the file in which it stopped is read again, up
+      to that place. Nothing is shuffled.
     - When a source can't be read further, all ranks stop after the same step and save a checkpoint.
     """
 
@@ -95,7 +95,7 @@ class StreamTrainer(A3Trainer):
         return super().get_batch_samples(iter(batches), num_batches, device)
 
     def _stop_if_any(self, failures: list[str]) -> None:
-        """If any rank has a failure, saves a checkpoint of the last step on all ranks and raises."""
+        """If any rank has a failure, saves a checkpoint of the last step on all ranks and raises SourceError."""
         if self.args.world_size > 1:
             flag = torch.tensor(len(failures), device=self.args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
@@ -114,7 +114,7 @@ class StreamTrainer(A3Trainer):
         )
         raise SourceError(
             f"{failures[0]}. {kept}; once the source can be read, the same command resumes from there (with "
-            "--accept_changed_inputs true, where a file had to change)"
+            "--accept_changed_inputs true, if a file had to change)"
         )
 
     def _save_rng_state(self, output_dir: str) -> None:

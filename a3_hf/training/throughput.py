@@ -7,7 +7,7 @@ import time
 import torch
 from transformers import LlamaConfig
 
-# Dense 16-bit products with fp32 sums per second, from the makers' data sheets, by the start of the device's name.
+# Dense 16-bit FLOP/s with fp32 accumulation, from the makers' data sheets, by the start of the device's name.
 PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
@@ -21,9 +21,10 @@ PEAK_FLOPS = {
 
 
 def training_flops(config: LlamaConfig, *, length: int, slots: bool = True) -> float:
-    """Returns the floating-point operations per token of a training step, forward and backward, on rows of `length` tokens: a
-    content row and a slot per token, the last layer's content rows as keys and values only; without `slots`, LLaMA's
-    next-token step. Attention counts all pairs whatever the mask skips; recomputed activations don't count.
+    """Returns the FLOPs per token of a training step, forward and backward, on rows of `length` tokens.
+
+    Each token has a content row and a slot, and the last layer computes only keys and values of content rows. Without `slots`
+    it is LLaMA's next-token step. Attention counts all pairs, whatever the mask skips; recomputed activations don't count.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     width = config.head_dim * heads
@@ -32,7 +33,7 @@ def training_flops(config: LlamaConfig, *, length: int, slots: bool = True) -> f
     layers = config.num_hidden_layers
     rows = 2 * layers - 1 if slots else layers
     products = rows * row + layers * keys_and_values + hidden * config.vocab_size
-    return 6.0 * products  # 2 operations a product; once forward, twice backward
+    return 6.0 * products  # 2 operations per product; once forward, twice backward
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -58,7 +59,7 @@ class Meter:
         >>> meter = Meter()
         >>> meter.start()
         >>> meter.add(torch.tensor(4096))
-        >>> rate = meter.read()  # tokens per second; starts anew
+        >>> rate = meter.read()  # tokens per second; resets the meter
     """
 
     def __init__(self):
@@ -78,7 +79,7 @@ class Meter:
             self._since = None
 
     def add(self, tokens: torch.Tensor) -> None:
-        """Adds tokens, a tensor () that stays on its device, so that nothing waits for it."""
+        """Adds a number of tokens, a tensor () that stays on its device to avoid a synchronization."""
         self._tokens = self._tokens + tokens
 
     def read(self) -> float | None:

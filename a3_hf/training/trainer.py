@@ -1,7 +1,6 @@
 """Trainer of A3 and Decoupled RoPE: orders drawn by the curriculum, evaluation under fixed orders."""
 
 import math
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ class A3Trainer(BaseTrainer):
 
     Identical to `BaseTrainer` except:
 
-    - Each row's order is drawn on the main process, as the stage of the step says.
+    - Each row's order is drawn in the main process, not in data loader workers, in the stage of the step.
     - `evaluate` measures nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
       `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. Decoupled RoPE is
       trained and evaluated under the orders of single tokens only.
@@ -56,7 +55,7 @@ class A3Trainer(BaseTrainer):
         **trainer: other arguments of `BaseTrainer`.
 
     Raises:
-        ValueError: a curriculum that doesn't fit the run or the model (see `check_stages`), or what `BaseTrainer` refuses.
+        ValueError: a curriculum that doesn't fit the run or the model (see `check_stages`); the errors of `BaseTrainer`.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class A3Trainer(BaseTrainer):
         **trainer: Any,
     ):
         if loss not in LOSSES:
-            raise ValueError(f"loss={loss!r}; it takes one of {', '.join(LOSSES)}")
+            raise ValueError(f"loss={loss!r}: expected one of {', '.join(LOSSES)}")
         super().__init__(model, args, compute_metrics=self._losses_by_order, **trainer)
         self.curriculum = curriculum
         self.chunked_loss = loss == "chunked"
@@ -111,8 +110,8 @@ class A3Trainer(BaseTrainer):
         if isinstance(self.schedule, AdaptiveSchedule):
             if has_callback:
                 raise ValueError(
-                    "callbacks holds a CurriculumCallback; this curriculum has stages that end at a plateau, which needs the "
-                    "trainer's own callback: leave it out"
+                    "callbacks has a CurriculumCallback, but stages that end at a plateau need the trainer's own callback. "
+                    "Leave it out"
                 )
             self.add_callback(AdaptiveCallback(self.schedule, self.step_loss))
         elif self.schedule is not None and not has_callback:
@@ -132,7 +131,7 @@ class A3Trainer(BaseTrainer):
         return self.curriculum.resolve(max_steps=max_steps, tokens_per_step=tokens_per_step)
 
     def count_scored(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """As `BaseTrainer.count_scored`, without tokens that orders leave out of the loss.
+        """Returns the number of scored tokens, (), of an update step on this rank, without those that orders leave out.
 
         Raises:
             RuntimeError: `Trainer` makes another number of steps than the curriculum was planned for.
@@ -140,7 +139,7 @@ class A3Trainer(BaseTrainer):
         if self.state.max_steps != self._planned_steps:
             raise RuntimeError(
                 f"the Trainer of transformers {transformers.__version__} makes {self.state.max_steps} steps; the curriculum "
-                f"was planned for {self._planned_steps}. Give max_steps in place of num_train_epochs"
+                f"was planned for {self._planned_steps}. Set max_steps instead of num_train_epochs"
             )
         if self.schedule.at(self.state.global_step).scores_everything:
             return super().count_scored(batches)
@@ -158,8 +157,8 @@ class A3Trainer(BaseTrainer):
         )
 
     def step_loss(self) -> float:
-        """The loss of the last step in nats per scored token over all ranks, without auxiliary losses; bit for bit the same on
-        each rank.
+        """Returns the loss of the last step in nats per scored token over all ranks, without auxiliary losses; bitwise equal
+        on all ranks.
         """
         of_ranks = self.accelerator.gather(torch.stack(self._step_losses).sum()[None]).tolist()
         return math.fsum(of_ranks) / len(of_ranks)
@@ -171,10 +170,10 @@ class A3Trainer(BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
-        """The loss of a micro-batch (B, S) under the orders of this step; logits come in generation order.
+        """Returns the loss of a micro-batch (B, S) under the orders of this step; logits are in generation order.
 
         Raises:
-            ValueError: batches that `given_tokens` refuses.
+            ValueError: the errors of `given_tokens`.
         """
         order = self._draw(inputs, self.count(inputs))
         self._row_length = inputs["input_ids"].shape[1]
@@ -224,8 +223,8 @@ class A3Trainer(BaseTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Each row's loss, summed over its scored tokens, under each of the `evaluation_orders` (B, orders), and the number of
-        these tokens (B,); `predict` returns the same.
+        """Returns each row's loss, summed over its scored tokens, under each of the `evaluation_orders` (B, orders), and the
+        number of these tokens (B,); `predict` returns them too.
         """
         inputs = self._prepare_inputs(inputs)
         given = given_tokens(inputs)
@@ -259,10 +258,17 @@ class A3Trainer(BaseTrainer):
         return None, torch.stack(losses, dim=1), (inputs["labels"] != -100).sum(dim=1)
 
     def _losses_by_order(self, prediction: EvalPrediction) -> dict[str, float]:
-        return losses_by_order(prediction, self.evaluation_orders)
+        """Returns nats per token under each of the `evaluation_orders`, and `loss`, their mean.
+
+        Raises:
+            ValueError: no token is scored.
+        """
+        losses = prediction.predictions.astype(np.float64).sum(axis=0) / scored_tokens(prediction)
+        by_order = {f"loss_{name}": float(loss) for name, loss in zip(self.evaluation_orders, losses, strict=True)}
+        return {**by_order, "loss": float(losses.mean())}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The stage by its index: not every logger takes its name, a text.
+        # The stage by its index: not every logger supports text.
         if "loss" in logs:
             stage = self.schedule.at(self.state.global_step - 1)
             logs["stage_index"] = stage.index
@@ -273,7 +279,7 @@ class A3Trainer(BaseTrainer):
         super().log(logs, start_time)
 
     def costs(self) -> dict[str, float]:
-        """As in `BaseTrainer`, and `mfu` where the device's peak is known."""
+        """Returns the costs of `BaseTrainer.costs`, and `mfu` if the device's peak is known."""
         costs = super().costs()
         dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((self.args.bf16, self.args.fp16))
         peak = self.peak_flops or peak_flops(self.args.device, dtype or self.model.dtype)
@@ -283,7 +289,7 @@ class A3Trainer(BaseTrainer):
         return costs
 
     def _auxiliary_logs(self) -> dict[str, float]:
-        """Auxiliary losses since the last log, in nats per token of the rows that have them, over all ranks."""
+        """Returns the auxiliary losses since the last log, in nats per token of the rows that have them, over all ranks."""
         sums = self.accelerator.gather(self._auxiliary_sums[None]).sum(dim=0).tolist()
         self._auxiliary_sums.zero_()
         weights = {"content_loss": self.content_loss_weight, "distillation_loss": self.distillation_weight}
@@ -292,15 +298,3 @@ class A3Trainer(BaseTrainer):
             for (name, weight), total in zip(weights.items(), sums[:2], strict=True)
             if weight and sums[2]
         }
-
-
-def losses_by_order(prediction: EvalPrediction, orders: Collection[str]) -> dict[str, float]:
-    """Nats per token under each of the `orders`, and `loss`, their mean, from the losses of rows (N, orders) and their numbers
-    of scored tokens (N,).
-
-    Raises:
-        ValueError: no token is scored.
-    """
-    losses = prediction.predictions.astype(np.float64).sum(axis=0) / scored_tokens(prediction)
-    by_order = {f"loss_{name}": float(loss) for name, loss in zip(orders, losses, strict=True)}
-    return {**by_order, "loss": float(losses.mean())}

@@ -1,4 +1,4 @@
-"""Fields of transformers' TrainingArguments: the used ones, the refused ones, and ranges of numbers."""
+"""Fields of transformers' TrainingArguments: those in use, those refused, and ranges of numbers."""
 
 import math
 from collections.abc import Callable
@@ -47,10 +47,10 @@ REFUSED = {
     "fp16_full_eval": "evaluations are part of training, where it has no effect",
     "label_names": "the rows' columns are known",
     "length_column_name": "the rows' columns are known",
-    "auto_find_batch_size": "another number of rows per step would be another run",
-    "accelerator_config": "the division of rows among processes is part of what a resumed run repeats exactly",
+    "auto_find_batch_size": "it would change the number of rows per step, and so the result",
+    "accelerator_config": "a resumed run must divide rows among processes as before",
     "parallelism_config": "rows are spread over processes as the accelerate config says",
-    "liger_kernel_config": "Liger's kernels know no model of these types",
+    "liger_kernel_config": "Liger's kernels do not support these models",
     "use_cache": "training has no cache",
     "neftune_noise_alpha": "noise on the embeddings would reach the content stream and not the query slots",
 }
@@ -97,7 +97,7 @@ RANGES = {
     "torch_empty_cache_steps": (_is_whole(1), COUNT),
     "dataloader_prefetch_factor": (_is_whole(1), COUNT),
     "dataloader_num_workers": (_is_whole(0), "a whole number of 0 or more"),
-    "max_steps": (lambda value: value == -1 or value >= 1, "1 or more, or -1, where num_train_epochs decides"),
+    "max_steps": (lambda value: value == -1 or value >= 1, "1 or more, or -1 to train for num_train_epochs"),
     "num_train_epochs": (_is_above_0, ABOVE_0),
     "learning_rate": (_is_from_0, NUMBER),
     "weight_decay": (_is_from_0, NUMBER),
@@ -123,7 +123,7 @@ def check_fields(arguments: Any) -> None:
     """Checks training arguments before transformers processes them.
 
     Raises:
-        ValueError: a refused field that is set, one on no list here (new in transformers), or a number out of range.
+        ValueError: a refused field that is set, an unknown field (new in transformers), or a number out of range.
     """
     own = {f.name for f in fields(type(arguments)) if f.name in type(arguments).__annotations__} - USED
     for field in fields(arguments):
@@ -132,14 +132,14 @@ def check_fields(arguments: Any) -> None:
         value = getattr(arguments, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if value != default:
-            why = REFUSED.get(field.name, "what it would do is not known here: it is new in the installed transformers")
+            why = REFUSED.get(field.name, "a3_hf does not know this field, which is new in the installed transformers")
             raise ValueError(f"{field.name}={value!r}: {why}; leave it out")
-    for name, (is_in_range, takes) in RANGES.items():
+    for name, (is_in_range, expected) in RANGES.items():
         value = getattr(arguments, name)
         if value is not None and not is_in_range(value):
-            raise ValueError(f"{name}={value}: takes {takes}")
+            raise ValueError(f"{name}={value}: expected {expected}")
     if arguments.train_sampling_strategy not in STRATEGIES:
         raise ValueError(
-            f"train_sampling_strategy={arguments.train_sampling_strategy!r}: takes {' or '.join(map(repr, STRATEGIES))}; "
-            "rows are of one length"
+            f"train_sampling_strategy={arguments.train_sampling_strategy!r}: expected "
+            f"{' or '.join(map(repr, STRATEGIES))}, because all rows have one length"
         )

@@ -16,7 +16,7 @@ HIGHEST_SURPRISE = 8.0  # nats; the end of the colour scale of a surprise page
 def replay_page(pieces: Sequence[Piece], title: str) -> str:
     """The HTML of a page that replays how a text was written.
 
-    Written tokens have the colour of their confidence; without JavaScript the page shows the whole text. `#step=3` opens it
+    Written tokens are coloured by their confidence; without JavaScript the page shows the whole text. `#step=3` opens it
     after three steps. Every token is a `span.token` whose `data-step` is `Piece.step`, from 0; the counter and the tooltips
     count steps from 1.
 
@@ -56,7 +56,7 @@ def surprise_page(columns: Sequence[tuple[str, Sequence[Piece]]], title: str) ->
         raise ValueError("columns is empty: expected at least one (name, pieces)")
     for name, pieces in columns:
         if not pieces:
-            raise ValueError(f"columns: {name!r} has no pieces; expected at least one token")
+            raise ValueError(f"columns: {name!r} has no pieces: expected at least one token")
     lengths = [len(pieces) for _, pieces in columns]
     if len(set(lengths)) > 1:
         raise ValueError(f"columns have {lengths} tokens: expected the same tokens in every column")

@@ -17,7 +17,7 @@ def animate(pieces: Sequence[Piece], console: Console) -> None:
     """Replays on a terminal how a text was written, step by step, and leaves the whole text there.
 
     While it runs, a text taller than the terminal is cut to the lines around the tokens being written. A console that is
-    not a terminal gets the text alone.
+    not a terminal gets only the text.
 
     Raises:
         ValueError: no pieces.
@@ -39,7 +39,7 @@ def animate(pieces: Sequence[Piece], console: Console) -> None:
 def frame(pieces: Sequence[Piece], step: int) -> Text:
     """The text after a step (-1: before the first): tokens given and written so far, and boxes for the others.
 
-    Written tokens have the colour of their confidence; those of this step are bold, except in the last step.
+    Written tokens are coloured by their confidence; those of this step are bold, except in the last step.
 
     Raises:
         ValueError: no pieces.

@@ -1,4 +1,4 @@
-"""The tokens of a text: what each adds to it, when it was written and how likely it was."""
+"""The tokens of a text: the text that each adds, the step at which it was written, and its log-probability."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 # visible without colour and with any kind of colour blindness.
 SCALE = ("#f09103", "#d38b69", "#b08695", "#8182ba", "#3d7adc")
 CUT_AFTER = 64  # tokens decoded together before token_texts starts a new part
-# Stand-ins for what a terminal or a page would obey or can't encode: control characters other than newline and tab, marks
-# that change the direction of a text, and lone surrogates.
+# Replacements of characters that a terminal or a page would execute or can't encode: control characters other than newline
+# and tab, marks that change the direction of a text, and lone surrogates.
 PICTURES = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
     127: "\u2421",
@@ -23,7 +23,7 @@ class Piece:
     """One token of a text.
 
     Attributes:
-        text: what the token adds to the text.
+        text: the text that the token adds.
         group: lower groups are earlier.
         step: the step at which it was written, from 0; -1: given.
         log_prob: its log-probability in nats; None: not scored.

@@ -336,7 +336,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
     settings = json.loads(config.read_text())
 
     config.write_text(json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(ValueError, match=r"its base '.*gone': there is no such folder .*--base"):
+    with pytest.raises(ValueError, match=r"its base '.*gone': no such folder .*--base"):
         load_model(path)
     assert isinstance(load_model(path, base=base), PeftModel)
 
@@ -576,18 +576,18 @@ def test_lora_in_a_recipe_and_on_the_command_line(parsed):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora: 8", "lora: takes a mapping of r, alpha, dropout, target, rows, got 8"),
+        ("lora: 8", "lora: expected a mapping of r, alpha, dropout, target, rows, got 8"),
         ("lora: {rank: 8}", "lora: unknown key 'rank'"),
         ("lora: {targets: [q_proj]}", "lora: unknown key 'targets'; did you mean 'target'"),
-        ("lora: {r: 8.0}", "lora: r takes an integer, got 8.0"),
-        ("lora: {r: true}", "lora: r takes an integer, got True"),
+        ("lora: {r: 8.0}", "lora: r: expected an integer, got 8.0"),
+        ("lora: {r: true}", "lora: r: expected an integer, got True"),
         ("lora: {r: 0}", r"lora.r=0: expected 1 or more"),
         ("lora: {alpha: 0}", r"lora.alpha=0.0: expected a number above 0"),
         ("lora: {dropout: 1.0}", r"lora.dropout=1.0: expected 0 or more, and less than 1"),
-        ("lora: {target: q_proj}", "lora: target takes a list or one of 'all-linear', got 'q_proj'"),
+        ("lora: {target: q_proj}", "lora: target: expected a list or one of 'all-linear', got 'q_proj'"),
         ("lora: {target: []}", r"lora.target=\[\]: expected a list of names"),
         ("lora: {target: [q_proj, q_proj]}", "expected each name once"),
-        ("lora: {rows: content}", "lora: rows takes one of 'all', 'slots', got 'content'"),
+        ("lora: {rows: content}", "lora: rows: expected one of 'all', 'slots', got 'content'"),
     ],
 )
 def test_wrong_settings_are_refused(parsed, text, message):

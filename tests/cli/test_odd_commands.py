@@ -196,7 +196,7 @@ ODD = [
     ([*ADAPT, "--max_steps", "many"], "max_steps"),
     ([*ADAPT, "--max_steps"], "max_steps"),
     ([*ADAPT, "--max_steps", "null"], "max_steps"),
-    ([*ADAPT, "--lora.r", "x"], "r takes an integer"),
+    ([*ADAPT, "--lora.r", "x"], "r: expected an integer"),
     ([*ADAPT, "--lora.q", "8"], "--lora.q"),
     ([*ADAPT, "--lora.r"], "--lora.r"),
     ([*ADAPT, "--lora.r", "{"], "--lora.r"),

@@ -116,8 +116,8 @@ def test_a_file_of_an_url_is_read_as_a_local_one(compression):
 ODD_FILES = {
     "a.jsonl": [
         (b'{"text": "a"}\n{"text": "b', "line 2 is not JSON: Unterminated string"),
-        (b'{"text": "a"}\n[1]\n', r"line 2 is \[1\], and not a record"),
-        (b'{"text": "a"}\n\n3\n', "line 3 is 3, and not a record"),
+        (b'{"text": "a"}\n[1]\n', r"line 2 is \[1\]: expected a record"),
+        (b'{"text": "a"}\n\n3\n', "line 3 is 3: expected a record"),
         (b'{"text": "a"}\n{"text": ["b"]}\n', r"text_column='text': line 2 holds \[\"b\"\] there, not text"),
         (b'{"text": "a"}\n{"text": 1.5}\n', "line 2 holds 1.5 there, not text"),
         (b'{"text": "a\\ud800"}\n', "line 1 holds half a character"),
@@ -130,7 +130,7 @@ ODD_FILES = {
     ],
     "a.json": [
         (b'[{"text": "a"}, {"text": "b"', "it is not JSON: Expecting ',' delimiter"),
-        (b'[{"text": "a"}, 3]', "record 1 is 3, and not a record"),
+        (b'[{"text": "a"}, 3]', "record 1 is 3: expected a record"),
         (b'[{"text": "a"}, {"text": 3}]', "record 1 holds 3 there, not text"),
         (b'[{"body": "a"}]', "text_column='text': not in it, which has body"),
         (b'{\n "text": "a"\n}', "line 1 is not JSON"),

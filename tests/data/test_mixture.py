@@ -267,7 +267,9 @@ def test_training_never_sees_what_is_evaluated_on(mixture_of, words):
     }
     assert trained == {f"a{n}" for n in range(42, 200)} | {f"b{n}" for n in range(18, 90)}
     assert len(mixture_of(validation_documents=60, max_eval_rows=5)[1]) == 5
-    with pytest.raises(ValueError, match="validation_documents=400: 280 of them are from source 'a'.*none is left"):
+    with pytest.raises(
+        ValueError, match="validation_documents=400: source 'a' has only the 280 documents.*none is left"
+    ):
         mixture_of(validation_documents=400)
 
 
@@ -303,9 +305,9 @@ def test_no_text_at_all(mixture_of, tmp_path, texts):
 
 def test_fewer_documents_than_shards_are_named(mixture_of, tmp_path, words):
     few = {"few": {"path": write(tmp_path / "few.jsonl", documents("a", 3))}}
-    with pytest.raises(SourceError, match="few.jsonl has 3 documents.*the 4 shards.*set num_shards to 3 at most"):
+    with pytest.raises(SourceError, match="few.jsonl has 3 documents.*the 4 shards.*Set num_shards to 3 at most"):
         mixture_of(few)
-    with pytest.raises(SourceError, match="has 2 documents to train on.*set num_shards to 2 at most"):
+    with pytest.raises(SourceError, match="has 2 documents to train on.*Set num_shards to 2 at most"):
         mixture_of(few, num_shards=3, validation_documents=1)
     names = names_in(
         [row for shard in range(3) for row, _ in take(mixture_of(few, num_shards=3)[0].rows(shard), 2)], words
@@ -323,9 +325,9 @@ def test_a_file_of_no_text_for_a_whole_shard_is_named(mixture_of, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sources": {"a": {"path": "nowhere/*.jsonl"}}}, "sources: a: path='nowhere/.*there is no such file"),
+        ({"sources": {"a": {"path": "nowhere/*.jsonl"}}}, "sources: a: path='nowhere/.*no such file"),
         ({"document_separator": "|"}, "document_separator='|' has no effect"),
-        ({"block_size": 300}, "block_size=300: more than the model's context"),
+        ({"block_size": 300}, "block_size=300: expected at most the model's context"),
     ],
 )
 def test_bad_settings_are_named(mixture_of, tmp_path, words, settings, message):
@@ -357,7 +359,7 @@ def test_a_column_that_is_not_text(mixture_of, tmp_path, column, message):
 def test_readers_share_shards_evenly_or_are_refused():
     check_readers(16, world_size=4, num_workers=2)
     check_readers(16, world_size=8, num_workers=0)
-    with pytest.raises(ValueError, match="num_shards=16: takes a multiple of the 24 readers"):
+    with pytest.raises(ValueError, match="num_shards=16: expected a multiple of the 24 readers"):
         check_readers(16, world_size=8, num_workers=3)
 
 

@@ -262,7 +262,7 @@ def test_a_file_name_is_not_a_pattern(write, arguments):
             r"train_file: .*latin\.jsonl: not UTF-8: .* at byte 10",
         ),
         ("late.txt", b"\xef\xbb\xbf" + b"a " * (1 << 23) + b"\xff", {}, r"not UTF-8: .* at byte 16777219"),
-        ("a.csv", "text\nhome\n", {}, r"a\.csv': takes a file that ends in \.txt, \.jsonl, \.json, \.parquet \("),
+        ("a.csv", "text\nhome\n", {}, r"a\.csv': expected a file that ends in \.txt, \.jsonl, \.json, \.parquet \("),
         ("a.jsonl", '{"body": "home", "n": 1}\n', {}, r"a\.jsonl: text_column='text': not in it, which has body, n"),
         ("b.txt", "home", {"text_column": "body"}, r"b\.txt: text_column='body': not in it, which has text"),
         ("n.jsonl", '{"text": 3}\n', {}, r"n\.jsonl: text_column='text': line 1 holds 3 there, not text"),
@@ -284,24 +284,24 @@ def test_bad_sources_are_named(write, arguments, name, content, settings, messag
 
 
 def test_missing_files_are_named(write, arguments):
-    with pytest.raises(ValueError, match=r"train_file='.*absent\.txt': there is no such file"):
+    with pytest.raises(ValueError, match=r"train_file='.*absent\.txt': no such file"):
         load_rows(arguments("somewhere/absent.txt"), build_tokenizer(), seed=0)
-    with pytest.raises(ValueError, match=r"validation_file='absent\.txt': there is no such file"):
+    with pytest.raises(ValueError, match=r"validation_file='absent\.txt': no such file"):
         load_rows(arguments(write("a.txt", "home"), validation_file="absent.txt"), build_tokenizer(), seed=0)
 
 
 def test_a_block_is_no_longer_than_the_context(write, arguments):
     path = write("a.txt", "home")
     load_rows(arguments(path, block_size=8), build_tokenizer(), seed=0, context_length=8)
-    with pytest.raises(ValueError, match="block_size=9: more than the model's context of 8"):
+    with pytest.raises(ValueError, match="block_size=9: expected at most the model's context of 8"):
         load_rows(arguments(path, block_size=9), build_tokenizer(), seed=0, context_length=8)
 
 
 def test_a_tokenizer_needs_bos_and_the_boundary(write, arguments):
     path = write("a.txt", "home")
-    with pytest.raises(ValueError, match=r"no BOS token.*set tokenizer\.bos_token, or tokenizer_name_or_path"):
+    with pytest.raises(ValueError, match=r"no BOS token.*Set tokenizer\.bos_token, or tokenizer_name_or_path"):
         load_rows(arguments(path), build_tokenizer(bos=None), seed=0)
-    with pytest.raises(ValueError, match=r"document_boundary='eos'.*set tokenizer\.eos_token"):
+    with pytest.raises(ValueError, match=r"document_boundary='eos'.*Set tokenizer\.eos_token"):
         load_rows(arguments(path), build_tokenizer(eos=None), seed=0)
     train, _ = load_rows(arguments(path, document_boundary="bos"), build_tokenizer(eos=None), seed=0)
     assert train[0]["labels"] == [-100, 7, 1, -100, -100]
@@ -331,11 +331,11 @@ def test_collator_takes_the_rows_of_load_rows(write, arguments):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (([1, 7], [1, 1], [1, 7]), "row 1 has a scored token and no given token before it"),
-        (([0, 7, 8], [0, 1, 1], [-100, 7, 8]), "row 1 has a scored token and no given token before it"),
-        (([1, 7, 8], [1, 1, 1], [1, -100, 8]), "row 1 has a scored token and no given token before it"),
+        (([1, 7], [1, 1], [1, 7]), "row 1 has a scored token without a given token before it"),
+        (([0, 7, 8], [0, 1, 1], [-100, 7, 8]), "row 1 has a scored token without a given token before it"),
+        (([1, 7, 8], [1, 1, 1], [1, -100, 8]), "row 1 has a scored token without a given token before it"),
         (([1, 7], [1, 0], [-100, 7]), "row 1 has a label at padding"),
-        (([1, 7], [1, 1], [-100]), "row 1: its columns differ in length"),
+        (([1, 7], [1, 1], [-100]), "row 1: expected columns of equal length"),
     ],
 )
 def test_collator_refuses_rows_that_cannot_be_scored(row, message):
@@ -348,5 +348,5 @@ def test_collator_refuses_rows_that_cannot_be_scored(row, message):
 def test_collator_takes_rows_without_a_score_but_not_without_rows():
     row = {"input_ids": [1, 7], "attention_mask": [1, 1], "labels": [-100, -100]}
     assert RowCollator()([row])["labels"].tolist() == [[-100, -100]]
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="rows is empty"):
         RowCollator()([])

@@ -129,7 +129,7 @@ def test_the_diagram_is_drawn(tmp_path):
     [
         ({"share": 0.0}, "share=0.0"),
         ({"share": 1.5}, "share=1.5"),
-        ({"shape": "round"}, "shape='round' is not known; it takes one of scattered, spans, middle"),
+        ({"shape": "round"}, "shape='round': expected one of scattered, spans, middle"),
         ({"shape": "spans"}, "blank_length=None with shape='spans'"),
         ({"shape": "spans", "blank_length": 0}, "blank_length=0 with shape='spans'"),
         ({"blank_length": 3}, "blank_length=3 with shape='scattered'"),
@@ -138,7 +138,7 @@ def test_the_diagram_is_drawn(tmp_path):
         ({"max_length": 129}, "max_length=129 is above the model's context"),
         ({"max_length": 2}, "max_length=2"),
         ({"settings": {"strategy": "luck"}}, "strategy='luck' is not known"),
-        ({"settings": {"strategy": "refine"}}, "refine.* writes tokens again"),
+        ({"settings": {"strategy": "refine"}}, "refine.* writes tokens several times"),
         ({"settings": {"order": "spiral"}}, "order='spiral' is not known; it takes one of left_to_right"),
         ({"settings": {"do_sample": True}}, "do_sample=True"),
         ({"settings": {"criterion": "margin"}}, "no effect with strategy='groupwise'"),

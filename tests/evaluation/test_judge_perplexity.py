@@ -65,7 +65,7 @@ def test_a_judge_without_bos(judge, tokenizer):
     given = len(tokenizer.encode("The dog", add_special_tokens=False))
     nats, tokens = judged_nats(judge, without, ["The dog"], [" ran home."])
     assert nats == pytest.approx(nats_one_by_one(judge, ids, given), abs=1e-4) and tokens == len(ids) - given
-    with pytest.raises(ValueError, match="nothing of the start 'The do' is given"):
+    with pytest.raises(ValueError, match="no token of the start 'The do' is given"):
         judged_nats(judge, _joined(without), ["The do"], ["g"])
 
 
@@ -148,11 +148,11 @@ def test_special_tokens_are_never_written(model, judge, tokenizer):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"steps": [4, 5]}, "steps=5 does not divide new_tokens=12"),
-        ({"steps": [0]}, "steps=0 does not divide"),
+        ({"steps": [4, 5]}, "steps=5: expected a divisor of new_tokens=12"),
+        ({"steps": [0]}, "steps=0: expected a divisor of"),
         ({"steps": []}, "expected at least one each"),
         ({"criteria": ["luck"]}, "criterion='luck' is not known; it takes one of confidence"),
-        ({"count": 5}, "count=5: of 5 documents 4 have the 18 tokens of a prompt and its continuation"),
+        ({"count": 5}, "count=5: only 4 of 5 documents have the 18 tokens of a prompt and its continuation"),
         ({"count": 0}, "count=0"),
         ({"prompt_tokens": 0}, "prompt_tokens=0"),
         ({"new_tokens": 0}, "new_tokens=0"),
@@ -166,7 +166,7 @@ def test_bad_input_names_the_argument(model, judge, tokenizer, changes, message)
 
 
 def test_bad_judges_and_tokenizers(model, judge, tokenizer):
-    with pytest.raises(ValueError, match="no text has a token"):
+    with pytest.raises(ValueError, match="expected at least one text with a token"):
         judged_nats(judge, tokenizer, ["The dog"], [""])
     with pytest.raises(ValueError, match="judge: a text has .* more than its context"):
         judged_nats(judge, tokenizer, ["The dog"], [" ran home." * 100])

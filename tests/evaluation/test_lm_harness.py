@@ -252,7 +252,7 @@ def test_long_contexts_are_cut_as_hf_cuts_them_and_said_once(source, caplog, mon
     # 127 tokens of context and 2 to score: what HFLM keeps
     assert [answer[0] for answer in answers] == pytest.approx([answers[2][0]] * 3, abs=1e-3)
     assert len(said) == 1 and "2 of 3 requests" in said[0] and a3.get_model_info()["truncated"] == {"long": 2}
-    with pytest.raises(ValueError, match="has 300 tokens; the model takes 128"):
+    with pytest.raises(ValueError, match="has 300 tokens: expected at most 128"):
         a3.loglikelihood(asking([("w1", " " + long)]), disable_tqdm=True)
 
 
@@ -408,7 +408,7 @@ def test_a_killed_run_goes_on_from_lm_evals_cache(source, tmp_path, monkeypatch)
     unused = like(source)
     unused.continue_batch = None
     assert CachingLM(unused, path).generate_until(asking([("w1", kwargs)], kind="generate_until")) == texts
-    with pytest.raises(ValueError, match="another model filled, or the same with other settings: .*order was"):
+    with pytest.raises(ValueError, match="a cache of another model or other settings: .*order was"):
         CachingLM(like(source, order="right_to_left"), path)
 
 

@@ -89,12 +89,12 @@ def test_texts_are_the_models_own(controls, name):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("decoupled_rope", {"group_size": 2}, "Decoupled RoPE takes group_size=1"),
+        ("decoupled_rope", {"group_size": 2}, "expected group_size=1, decoding='groupwise'"),
         ("decoupled_rope", {"decoding": "dynamic"}, "decoding='groupwise'"),
         ("decoupled_rope", {"num_samples": 8}, "likelihoods are exact; leave it out"),
-        ("masked_diffusion", {"decoding": "groupwise"}, "takes decoding='dynamic'"),
-        ("masked_diffusion", {"num_samples": 2, "order": "random"}, "leave the others out"),
-        ("masked_diffusion", {"num_samples": 0}, "num_samples=0; it takes at least 1"),
+        ("masked_diffusion", {"decoding": "groupwise"}, "expected 'dynamic' with masked diffusion"),
+        ("masked_diffusion", {"num_samples": 2, "order": "random"}, "Leave the others out"),
+        ("masked_diffusion", {"num_samples": 0}, "num_samples=0: expected at least 1"),
         (
             "masked_diffusion",
             {"num_samples": 2, "order": "random", "num_orders": 2},

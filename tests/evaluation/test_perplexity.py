@@ -227,12 +227,12 @@ def test_scaling_from_another_original_length():
 @pytest.mark.parametrize(
     "scaling, message",
     [
-        ({"factor": 2}, "rope_type=None; it takes one of linear, yarn, llama3"),
+        ({"factor": 2}, "rope_type=None: expected one of linear, yarn, llama3"),
         ({"rope_type": "dynamic", "factor": 2}, "rope_type='dynamic'"),
         ({"rope_type": "yarn"}, "factor=None"),
-        ({"rope_type": "yarn", "factor": 0.5}, "factor=0.5; it takes a number of at least 1"),
+        ({"rope_type": "yarn", "factor": 0.5}, "factor=0.5: expected a number of at least 1"),
         ({"rope_type": "llama3", "factor": 2}, "lacks 'low_freq_factor'"),
-        ({"rope_type": "linear", "factor": 2, "beta_fast": 3}, "has 'beta_fast'; rope_type='linear' takes"),
+        ({"rope_type": "linear", "factor": 2, "beta_fast": 3}, "has 'beta_fast': expected rope_type, factor"),
     ],
 )
 def test_bad_scaling(scaling, message):
@@ -245,7 +245,7 @@ def test_bad_scaling(scaling, message):
     [
         (
             {"orders": ["left_to_right", "spiral"]},
-            "'spiral', which is not known; .* left_to_right, right_to_left, random",
+            "'spiral': expected .* left_to_right, right_to_left, random",
         ),
         ({"orders": []}, "orders is empty"),
         ({"group_sizes": [0]}, "group_sizes=\\[0\\]"),
@@ -271,7 +271,7 @@ def test_a_base_that_cannot_be_compared(model, tokenizer):
     base = tiny_base(vocab_size=len(tokenizer), max_position_embeddings=16)
     with pytest.raises(ValueError, match="max_length=128 is above the model's context"):
         perplexity_rows(model, tokenizer, TEXTS, base=base)
-    with pytest.raises(ValueError, match="base is compared with the order left_to_right in groups of 1"):
+    with pytest.raises(ValueError, match="expected left_to_right and 1 among them, with which base is compared"):
         perplexity_rows(model, tokenizer, TEXTS, base=base, group_sizes=[2], max_lengths=[9])
     with pytest.raises(ValueError, match="base has a vocabulary of 61 tokens"):
         perplexity_rows(model, tokenizer, TEXTS, base=tiny_base())

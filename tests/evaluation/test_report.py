@@ -220,7 +220,7 @@ def test_output_goes_elsewhere_if_asked(tmp_path):
     path = write_report(tmp_path / "results", tmp_path / "new" / "page", plots=False)
     assert path == tmp_path / "new" / "page" / "report.md" and path.is_file()
     assert not list((tmp_path / "results").glob("*.md"))
-    with pytest.raises(ValueError, match=r"output='.*report\.md' is a file"):
+    with pytest.raises(ValueError, match=r"output='.*report\.md': expected a folder, got a file"):
         write_report(tmp_path / "results", path, plots=False)
 
 
@@ -275,7 +275,7 @@ def test_the_same_value_twice_is_one_cell(tmp_path):
 def test_two_values_for_a_cell_name_both_files(tmp_path, other):
     write(tmp_path, one=harness({"a3_piqa": {"acc": (0.625, 0.1, 16)}}), two=harness({"a3_piqa": {"acc": other}}))
     with pytest.raises(
-        ValueError, match=r"one\.json and two\.json tell different acc of a3_piqa for the run a3 models/a"
+        ValueError, match=r"one\.json and two\.json have different acc of a3_piqa for the run a3 models/a"
     ):
         write_report(tmp_path, plots=False)
     assert not (tmp_path / "report.md").exists()
@@ -570,7 +570,7 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_results(tmp_path):
-    with pytest.raises(ValueError, match="holds no result"):
+    with pytest.raises(ValueError, match="expected a folder with results"):
         write_report(tmp_path, plots=False)
 
 

@@ -37,10 +37,10 @@ def test_both_forms_in_the_order_of_their_paths_and_nothing_else(tmp_path):
 
 
 def test_no_folder_and_no_result(tmp_path):
-    with pytest.raises(ValueError, match=r"folder='.*nowhere': there is no such folder"):
+    with pytest.raises(ValueError, match=r"folder='.*nowhere': no such folder"):
         read_results(tmp_path / "nowhere")
     write(tmp_path / "other.json", {"a": 1})
-    with pytest.raises(ValueError, match="holds no result of `a3 eval`"):
+    with pytest.raises(ValueError, match="expected a folder with results of `a3 eval`"):
         read_results(tmp_path)
 
 

@@ -260,7 +260,7 @@ def test_a_missing_column_of_the_hub_is_named(monkeypatch):
 @pytest.mark.parametrize("name", FILES)
 def test_local_data_that_is_absent(name, tmp_path):
     with pytest.raises(
-        ValueError, match=f"no file {re.escape(str(tmp_path / FILES[name]))}.*--metadata data_dir=FOLDER"
+        ValueError, match=f"no such file: {re.escape(str(tmp_path / FILES[name]))}.*--metadata data_dir=FOLDER"
     ):
         load(name, tmp_path)
 
@@ -278,10 +278,10 @@ def test_a_hub_that_is_not_reached_says_how_to_do_without(name, monkeypatch):
 def test_labels_that_are_absent_or_too_few(tmp_path):
     labels = write_items(tmp_path, "piqa", LOCAL["piqa"]).with_name("valid-labels.lst")
     labels.write_text("0\n1\n")
-    with pytest.raises(ValueError, match="valid-labels.lst has 2 labels; it takes one for each of the 10 items"):
+    with pytest.raises(ValueError, match="valid-labels.lst has 2 labels: expected 10, one per item"):
         load("piqa", tmp_path)
     labels.unlink()
-    with pytest.raises(ValueError, match=r"no file .*valid-labels.lst"):
+    with pytest.raises(ValueError, match=r"no such file: .*valid-labels.lst"):
         load("piqa", tmp_path)
 
 
@@ -291,19 +291,19 @@ def test_labels_that_are_absent_or_too_few(tmp_path):
         (
             "hellaswag",
             {"endings": ["only one"], "label": 0},
-            r"endings are \['only one'\]; they take two texts or more",
+            r"endings are \['only one'\]: expected two texts or more",
         ),
         ("hellaswag", {"endings": ["runs", " "]}, "none of them empty"),
-        ("hellaswag", {"label": 4}, "label is 4; it takes one of 0, 1, 2, 3"),
+        ("hellaswag", {"label": 4}, "label is 4: expected one of 0, 1, 2, 3"),
         ("hellaswag", {"label": ""}, "label is ''"),
         ("piqa", {"goal": ""}, "goal is ''"),
         ("piqa", {"sol2": ""}, "none of them empty"),
-        ("piqa", {"label": 2}, "label is '2'; it takes one of 0, 1"),
+        ("piqa", {"label": 2}, "label is '2': expected one of 0, 1"),
         ("social_iqa", {"answerC": " "}, "answerA, answerB and answerC are"),
-        ("social_iqa", {"label": "0"}, "label is '0'; it takes one of 1, 2, 3"),
+        ("social_iqa", {"label": "0"}, "label is '0': expected one of 1, 2, 3"),
         ("winogrande", {"sentence": "Ann saw Sue."}, "sentence 'Ann saw Sue.' has no `_`"),
         ("winogrande", {"option1": ""}, "option1 and option2 are"),
-        ("winogrande", {"answer": "3"}, "answer is '3'; it takes one of 1, 2"),
+        ("winogrande", {"answer": "3"}, "answer is '3': expected one of 1, 2"),
         ("triviaqa", {"aliases": []}, r"aliases is \[\]"),
         ("triviaqa", {"aliases": ["Apple", ""]}, "aliases is .*none of them empty"),
         ("triviaqa", {"context": "Question: \nAnswer:"}, "question is ''"),
@@ -314,7 +314,7 @@ def test_labels_that_are_absent_or_too_few(tmp_path):
         ("webqs", {"answers": [""]}, r"answers is \[''\]"),
         ("humaneval_infill", {"canonical_solution": "\n"}, "canonical_solution is"),
         ("rocstories", {"InputSentence3": ""}, "InputSentence3 is ''"),
-        ("rocstories", {"AnswerRightEnding": "0"}, "AnswerRightEnding is '0'; it takes one of 1, 2"),
+        ("rocstories", {"AnswerRightEnding": "0"}, "AnswerRightEnding is '0': expected one of 1, 2"),
     ],
 )
 def test_an_item_that_cannot_be_asked_is_named(name, changed, message, tmp_path):

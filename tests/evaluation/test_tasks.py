@@ -364,7 +364,7 @@ def test_lengths_that_the_model_chooses_from(ten):
 
 @pytest.mark.parametrize("lengths", [[0, 4], [5, 4], [4], "4..48", 4, [1.0, 2.0], [True, 2]])
 def test_lengths_that_are_no_range(lengths, ten):
-    with pytest.raises(ValueError, match="of rocstories_infill_3_auto; it takes .least, most. tokens"):
+    with pytest.raises(ValueError, match="of rocstories_infill_3_auto: expected .least, most. tokens"):
         requests_of("rocstories_infill_3_auto", ten, lengths=lengths)
 
 
@@ -394,10 +394,10 @@ def infill_task(name: str, **changes):
         (
             "rocstories_infill_3",
             {"lengths": [1, 2]},
-            "takes exactly one of doc_to_length_of, lengths, doc_to_max_gen_toks",
+            "expected exactly one of doc_to_length_of, lengths, doc_to_max_gen_toks",
         ),
-        ("a3_winogrande_infill", {"lengths": [1, 2]}, "with output_type: multiple_choice it takes doc_to_suffix"),
-        ("rocstories_infill_3", {"output_type": "loglikelihood"}, "it takes multiple_choice or generate_until"),
+        ("a3_winogrande_infill", {"lengths": [1, 2]}, "expected doc_to_suffix with output_type: multiple_choice"),
+        ("rocstories_infill_3", {"output_type": "loglikelihood"}, "expected multiple_choice or generate_until"),
         (
             "rocstories_infill_3_as_published_ar_prefix_only_char_length",
             {"doc_to_suffix": "suffix"},
@@ -413,7 +413,7 @@ def test_keys_that_do_not_go_together(name, changes, message):
 def test_a_chat_template_is_refused_where_text_follows(ten):
     task = infill_task("rocstories_infill_3", metadata={"data_dir": str(ten)})
     settings = {"metadata": ("rocstories_infill_3", 0, 1), "apply_chat_template": True, "chat_template": str}
-    with pytest.raises(ValueError, match="leave --apply_chat_template out"):
+    with pytest.raises(ValueError, match="Leave out --apply_chat_template"):
         task.construct_requests(task.task_docs[0], "context", **settings)
     task = infill_task("a3_triviaqa", metadata={"data_dir": str(ten)})
     assert task.construct_requests(task.task_docs[0], "context", **settings).args[0] == "context"
@@ -535,7 +535,7 @@ def test_what_a_program_leaves_behind_is_ended(tmp_path):
 
 @pytest.mark.parametrize("limit", ["cpu_seconds", "wall_seconds", "memory_megabytes"])
 def test_a_limit_of_nothing(limit):
-    with pytest.raises(ValueError, match=f"{limit}=0; it takes more than 0"):
+    with pytest.raises(ValueError, match=f"{limit}=0: expected a number above 0"):
         run_program("", **{limit: 0})
 
 

@@ -194,7 +194,7 @@ def test_the_implementation_is_put_back_after_an_error(monkeypatch):
     ("settings", "what"),
     [
         ({"num_rows": 0}, "num_rows=0"),
-        ({"num_rows": 99}, r"num_rows=99 of 16 tokens; the 4 held-out documents fill \d+"),
+        ({"num_rows": 99}, r"num_rows=99 of 16 tokens: the 4 held-out documents fill \d+"),
         ({"length": 2}, "length=2"),
         ({"length": 129}, "length=129 is above the model's context"),
         ({"distances": ()}, "distances"),

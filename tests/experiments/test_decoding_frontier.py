@@ -239,7 +239,7 @@ def test_what_is_refused(a3, tokenizer, judge, stories, tmp_path):
         ({"num_stories": 4, "data_dir": None}, "num_stories=4: 4 held-out documents give 3 stories"),
         ({"strategies": {}}, "strategies is empty"),
         ({"strategies": {"one": 4}}, "'one' is 4"),
-        ({"strategies": {"one": {"seed": 4}}}, "'one' has 'seed': expected strategy"),
+        ({"strategies": {"one": {"seed": 4}}}, "'one': unknown key 'seed'"),
         ({"strategies": {"one": {"threshold": 0.5}}}, "'one': threshold=0.5 has no effect with strategy='groupwise'"),
         ({"judge": str(tmp_path / "none")}, "none' can't be loaded"),
         ({"data_dir": str(tmp_path)}, "cloze_test_val__spring2016.csv"),
@@ -247,7 +247,7 @@ def test_what_is_refused(a3, tokenizer, judge, stories, tmp_path):
         with pytest.raises(ValueError, match=message):
             measure_decoding(a3, **{**one, "num_stories": 3, **settings})
     a3.model.save_pretrained(tmp_path / "a3")
-    with pytest.raises(ValueError, match="it is a a3_llama, expected a plain LLaMA"):
+    with pytest.raises(ValueError, match="model_type='a3_llama': expected a plain LLaMA"):
         measure_decoding(a3, **one, num_stories=3, judge=str(tmp_path / "a3"))
     short = tiny_model(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=20)
     with pytest.raises(ValueError, match=r"story 1 has \d+ tokens, more than the model's context"):

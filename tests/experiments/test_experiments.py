@@ -92,27 +92,27 @@ BARS = {"kind": "bars", "measure": "nll_left_to_right"}
     ("change", "message"),
     [
         ({"axes": {"sead": [1]}}, "unknown axis 'sead'; did you mean 'seed'"),
-        ({"axes": {"seed": []}}, "axis seed takes a list of values"),
+        ({"axes": {"seed": []}}, "axis seed: expected a list of values"),
         ({"axes": {"seed": [1, 1]}}, "a value twice"),
-        ({"axes": {"curriculum": [{"stages": []}]}}, "takes plain values"),
+        ({"axes": {"curriculum": [{"stages": []}]}}, "expected plain values"),
         ({"axes": {"architecture": ["a3"]}}, "architecture is set by the axis architecture, and the arm 'ar' sets it"),
         ({"axes": {"seed": [1], "go": {"a": {"seed": 2}}}}, "seed is set by the axis go, and the axis seed sets it"),
         ({"arms": {"a": {"output_dir": "x"}}, "report": {}}, "output_dir is set by the arm 'a'"),
         ({"arms": {"a b": {}, "a_b": {}}, "report": {}}, "two cells would train in one folder, a_b-seed_1"),
-        ({"measures": {"losses": {"num_docs": 3}}}, "losses has an unknown setting 'num_docs'"),
+        ({"measures": {"losses": {"num_docs": 3}}}, "losses: unknown key 'num_docs'; did you mean 'num_documents'"),
         (
             {"arms": {"a3": {"learning_rat": 1}}, "report": {}},
             "cell a3-seed_1: .*learning_rat.*did you mean 'learning_rate'",
         ),
         ({"measures": {"loss": {}}}, "unknown measure 'loss'; did you mean 'losses'"),
-        ({"question": None}, "lacks question"),
+        ({"question": None}, "question is missing"),
         ({"answers": {}}, "unknown key 'answers'"),
         ({"report": {"plot": []}}, "report: unknown key 'plot'; did you mean 'plots'"),
         ({"report": {"plots": [{"kind": "pie", "title": "Pie"}]}}, "a plot of kind 'pie'"),
         ({"report": {"plots": [{"kind": "bars", "title": "Bars"}]}}, "lacks 'measure'"),
         ({"report": {"better": {"rouge1": "more"}}}, "'lower' or 'higher'"),
         ({"report": {"plots": [{**BARS, "title": 2024}]}}, "title=2024: expected text"),
-        ({"report": {"better": {"rouge1": "higher"}}}, "compare=None; a comparison takes both"),
+        ({"report": {"better": {"rouge1": "higher"}}}, "compare=None: expected both"),
         ({"report": {"better": {"rouge1": "higher"}, "compare": [["a3"]]}}, "compare holds .'a3'.: expected pairs"),
         ({"report": {"better": {"rouge1": "higher"}, "compare": [["a3", "arr"]]}}, "arm 'arr'; did you mean 'ar'"),
         (
@@ -127,10 +127,10 @@ def test_a_plan_that_cannot_be_run_is_refused(plan, tmp_path, change, message):
 
 
 def test_an_unknown_experiment_or_size_lists_those_there_are(plan, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="has the sizes cpu, longer"):
+    with pytest.raises(ValueError, match="expected one of the sizes in .*: cpu, longer"):
         written(plan, tmp_path, size="gpu")
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match="there are .*equal_tokens"):
+    with pytest.raises(ValueError, match="Experiments: .*equal_tokens"):
         read_experiment("equal_token", size="cpu", runs=tmp_path, known_measures=MEASURES)
 
 

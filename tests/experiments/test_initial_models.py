@@ -126,7 +126,7 @@ def test_made_once(start):
 def test_other_settings_want_another_folder(start, changes, what):
     with pytest.raises(ValueError, match=what) as error:
         make(start, **changes)
-    assert f"remove {start}" in str(error.value)
+    assert f"Remove {start}" in str(error.value)
 
 
 def test_a_folder_of_someone_else_is_left_alone(tmp_path):
@@ -181,11 +181,11 @@ def test_one_that_comes_second_finds_the_first(tmp_path, monkeypatch):
     ("changes", "what"),
     [
         ({"tokenizer": "words"}, "tokenizer='words'"),
-        ({"config": {**CONFIG, "hiden_size": 16}}, r"config\.hiden_size=16 is no field"),
+        ({"config": {**CONFIG, "hiden_size": 16}}, r"config: unknown key 'hiden_size'; did you mean 'hidden_size'"),
         ({"config": {**CONFIG, "vocab_size": 99}}, r"config\.vocab_size=99"),
         ({"text": ""}, "text has 0 characters"),
-        ({"text": "abc", "min_count": 2}, "none of them 2 times"),
-        ({"text": "an end</s>"}, "text holds '</s>'"),
+        ({"text": "abc", "min_count": 2}, "none of them min_count=2 times"),
+        ({"text": "an end</s>"}, "text: expected no '</s>'"),
         ({"min_count": 0}, "min_count=0"),
     ],
 )

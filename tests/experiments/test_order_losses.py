@@ -209,7 +209,7 @@ def score_of(model, ids, mask, token: int) -> float:
     "changes, message",
     [
         ({"num_documents": 0}, "num_documents=0"),
-        ({"num_documents": 5}, "num_documents=5: there are 4"),
+        ({"num_documents": 5}, "num_documents=5: expected at most the 4"),
         ({"num_ordered_documents": 5}, "num_ordered_documents=5"),
         ({"group_size": 1}, "group_size=1"),
         ({"orders": 0}, "orders=0"),

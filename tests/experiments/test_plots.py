@@ -226,20 +226,22 @@ def test_what_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="column 'los' is a number in no cell"):
         draw_bars(shown, "los", path)
-    with pytest.raises(ValueError, match="measure='eval_los' is in no curve of the result; there are eval_loss, other"):
+    with pytest.raises(
+        ValueError, match="measure='eval_los' is in no curve of the result: expected one of eval_loss, other"
+    ):
         draw_curves(shown, "eval_los", path)
     with pytest.raises(ValueError, match="panels='length' is no axis of arm 'a'; it has {'size': '1'}"):
         draw_curves(shown, "eval_loss", path, panels="length")
     many = result(*(cell("a", 1, curve=curve(1.0), size=size) for size in range(7)))
-    with pytest.raises(ValueError, match="7 combinations of axes in one panel; a figure tells 6 apart"):
+    with pytest.raises(ValueError, match="7 combinations of axes in one panel: expected at most 6"):
         draw_curves(many, "eval_loss", path)
     with pytest.raises(ValueError, match="21 arms"):
         draw_bars(result(*(cell(f"arm {number}", 1, {"loss": 1.0}) for number in range(21))), "loss", path)
-    with pytest.raises(ValueError, match="with a label it takes better='lower' or 'higher'"):
+    with pytest.raises(ValueError, match="expected better='lower' or 'higher'"):
         draw_frontier(shown, "samples", "diversity", "coherence", path, label="temperature")
     with pytest.raises(ValueError, match="an entry without 'temperature', 'diversity' or 'loss'; it has temperature"):
         draw_frontier(shown, "samples", "diversity", "loss", path)
-    with pytest.raises(ValueError, match="of='loss' is 1.0 in a cell"):
+    with pytest.raises(ValueError, match="of='loss': 1.0 in a cell"):
         draw_frontier(shown, "loss", "diversity", "coherence", path)
     with pytest.raises(ValueError, match="of='decoding' is in no cell"):
         draw_frontier(shown, "decoding", "diversity", "coherence", path)

@@ -144,16 +144,16 @@ def test_curricula_without_a_plateau_stay_functions_of_the_step():
 
 GOOD = STAGES[0]["until"]
 BAD = {
-    "a key missing": ({"flat": 0.1, "window": 3}, "a plateau takes the keys flat, window, at_least, at_most"),
-    "a key too many": ({**GOOD, "patience": 2}, "a plateau takes the keys"),
-    "flat 0": ({**GOOD, "flat": 0}, "flat=0; it takes a number of nats above 0"),
+    "a key missing": ({"flat": 0.1, "window": 3}, "expected a plateau with the keys flat, window, at_least, at_most"),
+    "a key too many": ({**GOOD, "patience": 2}, "expected a plateau with the keys"),
+    "flat 0": ({**GOOD, "flat": 0}, "flat=0: expected a number of nats above 0"),
     "flat a word": ({**GOOD, "flat": "x"}, "flat='x'"),
     "flat a bool": ({**GOOD, "flat": True}, "flat=True"),
     "flat nan": ({**GOOD, "flat": float("nan")}, "flat=nan"),
-    "half a step": ({**GOOD, "window": 2.5}, "window=2.5; steps are whole numbers"),
-    "no minimum": ({**GOOD, "at_least": 0}, "at_least=0; steps are whole numbers of at least 1"),
-    "a word": ({**GOOD, "at_most": "many"}, "at_most='many'; it takes a number"),
-    "null": ({**GOOD, "at_most": None}, "at_most=None; it takes a number"),
+    "half a step": ({**GOOD, "window": 2.5}, "window=2.5: expected a whole number of steps"),
+    "no minimum": ({**GOOD, "at_least": 0}, "at_least=0: expected a whole number of steps, at least 1"),
+    "a word": ({**GOOD, "at_most": "many"}, "at_most='many': expected a number"),
+    "null": ({**GOOD, "at_most": None}, "at_most=None: expected a number"),
 }
 
 
@@ -165,17 +165,17 @@ def test_bad_plateaus_are_refused(name):
 
 
 def test_the_last_stage_goes_on_to_the_end():
-    with pytest.raises(ValueError, match=r"stage 2 \('permute'\), the last.*lasts to the end"):
+    with pytest.raises(ValueError, match=r"stage 2 \('permute'\).*the last stage can't end at a plateau"):
         Curriculum.from_config([{"name": "ar", "until": 3}, {"name": "permute", "until": GOOD}], unit="steps")
 
 
 @pytest.mark.parametrize(
     "stages, message",
     [
-        ([{**STAGES[0], "until": {**GOOD, "window": 1}}, STAGES[2]], "a window of 1 step; a line takes 2"),
-        ([{**STAGES[0], "until": {**GOOD, "at_most": 4}}, STAGES[2]], "may take 4 steps and takes 4 at least"),
-        ([{**STAGES[0], "until": {**GOOD, "window": 9}}, STAGES[2]], "with a window of 9"),
-        ([{**STAGES[1], "until": {**GOOD, "at_most": 5}}, STAGES[2]], "which begins after 2"),
+        ([{**STAGES[0], "until": {**GOOD, "window": 1}}, STAGES[2]], "window=1 step: expected 2"),
+        ([{**STAGES[0], "until": {**GOOD, "at_most": 4}}, STAGES[2]], "at_most=4 steps is too short"),
+        ([{**STAGES[0], "until": {**GOOD, "window": 9}}, STAGES[2]], "a window of 9 steps"),
+        ([{**STAGES[1], "until": {**GOOD, "at_most": 5}}, STAGES[2]], "begins, 2 steps into the stage"),
         ([{**STAGES[0], "until": {**GOOD, "at_most": 30}}, STAGES[2]], "stage 2 .* would begin at step 30"),
         ([STAGES[0], {"name": "expand", "until": 7}, STAGES[2]], r"stage 2 \('expand'\) has no step of its own"),
     ],
@@ -189,7 +189,7 @@ def test_plateaus_that_do_not_fit_the_run_are_refused(stages, message):
     "record, message",
     [
         (None, "of step 10 has no record of where stages ended"),
-        ({"ends": [[0, 10]], "losses": []}, "has stage 1 ending at step 10, which this curriculum can't do"),
+        ({"ends": [[0, 10]], "losses": []}, "has stage 1 ending at step 10, which does not fit this curriculum"),
         ({"ends": [[0, 3]], "losses": []}, "has stage 1 ending at step 3"),
         ({"ends": [], "losses": []}, "has stage 1 ending at step None"),
         ({"ends": [[0, 5], [1, 11]], "losses": []}, "has stage 2 ending at step 11"),  # later than the checkpoint
@@ -228,7 +228,7 @@ def test_the_trainer_decides_by_the_losses_of_its_steps(tmp_path):
 
 
 def test_a_callback_that_can_not_know_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="needs the trainer's own callback"):
+    with pytest.raises(ValueError, match="need the trainer's own callback"):
         make_trainer(
             tmp_path,
             rows([6] * 4),

@@ -142,7 +142,9 @@ def test_a_mixture_is_for_those_with_a_curriculum(source, tmp_path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith(("train_file", "validation_file"))]
     lines += [f"sources: {{words: {{path: {source / 'train.txt'}}}}}", "validation_documents: 1"]
     path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="sources: architecture 'masked_diffusion' is trained on train_file"):
+    with pytest.raises(
+        ValueError, match="sources: expected train_file or dataset_name with architecture 'masked_diffusion'"
+    ):
         train_module.run(parse_recipe(path))
 
 

@@ -100,30 +100,30 @@ def test_a_curriculum_without_a_unit_counts_in_fractions(recipe):
         ("blocksize: 8", "unknown key 'blocksize'; did you mean 'block_size'"),
         ("xyzzy: 8", "unknown key 'xyzzy'$"),
         ("3: 8", "unknown key 3"),
-        ('learning_rate: "3"', r"learning_rate takes a number, got '3' \(str\)"),
-        ('learning_rate: "1e-4"', r"learning_rate takes a number, got '1e-4' \(str\)"),
-        ("learning_rate: true", r"learning_rate takes a number, got True \(bool\)"),
-        ("learning_rate:", "learning_rate takes a number, got nothing"),
-        ("seed: 3.0", r"seed takes an integer, got 3\.0 \(float\)"),
-        ("seed: true", r"seed takes an integer, got True \(bool\)"),
-        ("max_train_rows: 1e3", r"max_train_rows takes an integer or null, got 1000\.0 \(float\)"),
-        ("eval_on_start: 1", r"eval_on_start takes true or false, got 1 \(int\)"),
-        ("eval_on_start: yes", r"eval_on_start takes true or false, got 'yes' \(str\)"),
-        ("validation_file: 3", r"validation_file takes text or null, got 3 \(int\)"),
-        ("attn_implementation: 3", r"attn_implementation takes text, got 3 \(int\)"),
-        ("dtype: float8", "dtype takes one of 'float32', 'bfloat16', 'float16', got 'float8'"),
-        ("document_boundary: none", "document_boundary takes one of 'bos', 'eos', got 'none'"),
-        ("lr_scheduler_type: cosin", "lr_scheduler_type takes one of 'linear', 'cosine'"),
-        ("fsdp_config: [1]", "fsdp_config takes a mapping or text or null"),
+        ('learning_rate: "3"', r"learning_rate: expected a number, got '3' \(str\)"),
+        ('learning_rate: "1e-4"', r"learning_rate: expected a number, got '1e-4' \(str\)"),
+        ("learning_rate: true", r"learning_rate: expected a number, got True \(bool\)"),
+        ("learning_rate:", "learning_rate: expected a number, got nothing"),
+        ("seed: 3.0", r"seed: expected an integer, got 3\.0 \(float\)"),
+        ("seed: true", r"seed: expected an integer, got True \(bool\)"),
+        ("max_train_rows: 1e3", r"max_train_rows: expected an integer or null, got 1000\.0 \(float\)"),
+        ("eval_on_start: 1", r"eval_on_start: expected true or false, got 1 \(int\)"),
+        ("eval_on_start: yes", r"eval_on_start: expected true or false, got 'yes' \(str\)"),
+        ("validation_file: 3", r"validation_file: expected text or null, got 3 \(int\)"),
+        ("attn_implementation: 3", r"attn_implementation: expected text, got 3 \(int\)"),
+        ("dtype: float8", "dtype: expected one of 'float32', 'bfloat16', 'float16', got 'float8'"),
+        ("document_boundary: none", "document_boundary: expected one of 'bos', 'eos', got 'none'"),
+        ("lr_scheduler_type: cosin", "lr_scheduler_type: expected one of 'linear', 'cosine'"),
+        ("fsdp_config: [1]", "fsdp_config: expected a mapping or text or null"),
         ("remove_unused_columns: true", "remove_unused_columns=True"),
         ("max_steps: 21", "the key 'max_steps' comes twice"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", "the key 'a' comes twice"),
         ("a: [", "config.yaml: not a recipe"),
-        ("dataset_name: some/data", "set one of the two, and one only"),
+        ("dataset_name: some/data", "expected exactly one of the two"),
         ("dataset_config_name: part", "dataset_config_name='part' has no effect without dataset_name"),
         ("validation_documents: -1", "validation_documents=-1"),
-        ("validation_documents: 1\nvalidation_file: a.txt", "set one of the two, and one only"),
-        ("max_train_rows: 0", "max_train_rows=0: takes 1 or more"),
+        ("validation_documents: 1\nvalidation_file: a.txt", "expected at most one of the two"),
+        ("max_train_rows: 0", "max_train_rows=0: expected 1 or more"),
         ("max_eval_rows: 1", "max_eval_rows=1 has no effect without"),
         ('document_separator: ""', "document_separator=''"),
     ],
@@ -149,7 +149,7 @@ def test_bad_settings_are_named(recipe, extra, message):
         (["--block_size=1"], "block_size=1"),
         (["--remove_unused_columns", "true"], "remove_unused_columns=True"),
         (["--curriculum", "{unit: ["], "curriculum.*not YAML"),
-        (["--curriculum", "ar"], "curriculum: takes a mapping"),
+        (["--curriculum", "ar"], "curriculum: expected a mapping"),
     ],
 )
 def test_bad_overrides_raise_and_do_not_exit(recipe, overrides, message):
@@ -160,9 +160,9 @@ def test_bad_overrides_raise_and_do_not_exit(recipe, overrides, message):
 @pytest.mark.parametrize(
     ("curriculum", "message"),
     [
-        ("", "lacks curriculum"),
-        ("curriculum: [ar]", "curriculum: takes a mapping"),
-        ("curriculum: {unit: steps}", "curriculum: lacks stages"),
+        ("", "curriculum is missing"),
+        ("curriculum: [ar]", "curriculum: expected a mapping"),
+        ("curriculum: {unit: steps}", "curriculum: stages is missing"),
         ("curriculum: {unit: epochs, stages: [{name: ar}]}", "unit='epochs'"),
         ("curriculum: {units: steps, stages: [{name: ar}]}", "curriculum: unknown key 'units'; did you mean 'unit'"),
         ("curriculum: {unit: steps, stages: [{name: xyzzy}]}", "xyzzy"),
@@ -179,7 +179,7 @@ def test_block_size_is_at_least_two(recipe):
 
 
 def test_the_file_itself(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.yaml: there is no such recipe"):
+    with pytest.raises(ValueError, match=r"absent\.yaml: no such recipe"):
         parse_recipe(tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match="can't be read as a recipe"):
         parse_recipe(tmp_path)
@@ -227,9 +227,9 @@ def test_the_command_line_replaces_a_source(recipe):
         ),
         (["--sources.web.paht", "b"], "unknown setting '--sources.web.paht'; did you mean 'path'"),
         (["--sources.web.path"], "--sources.web.path: expected one argument"),
-        (["--sources.web.weight", "much"], "sources: web: weight takes a number, got 'much'"),
-        (["--sources.web.weight", "0"], "sources: web: weight=0.0: takes a number above 0"),
-        (["--sources", "[a]"], "sources takes a mapping"),
+        (["--sources.web.weight", "much"], "sources: web: weight: expected a number, got 'much'"),
+        (["--sources.web.weight", "0"], "sources: web: weight=0.0: expected a number above 0"),
+        (["--sources", "[a]"], "sources: expected a mapping"),
     ],
 )
 def test_bad_overrides_of_sources_are_named(recipe, overrides, message):
@@ -242,22 +242,26 @@ def test_bad_overrides_of_sources_are_named(recipe, overrides, message):
 @pytest.mark.parametrize(
     ("sources", "extra", "message"),
     [
-        ("[a, b]", "", "sources takes a mapping or null, got"),
-        ("{}", "", "sources: takes a mapping"),
-        ("{a: b.txt}", "", "sources: a takes a mapping of path"),
-        ("{a/b: {path: b.txt}}", "", "sources: a source's name is letters"),
+        ("[a, b]", "", "sources: expected a mapping or null, got"),
+        ("{}", "", "sources: expected a mapping"),
+        ("{a: b.txt}", "", "sources: a: expected a mapping of path"),
+        ("{a/b: {path: b.txt}}", "", "sources: expected names of letters"),
         ("{a: {path: b.txt, weigth: 1}}", "", "sources: a: unknown key 'weigth'; did you mean 'weight'"),
-        ("{a: {path: 3}}", "", "sources: a: path takes text or null, got 3"),
-        ("{a: {weight: 1}}", "", "sources: a: path=None, dataset_name=None: set one of the two"),
-        ("{a: {path: b, dataset_name: c}}", "", "sources: a: path='b', dataset_name='c': set one of the two"),
+        ("{a: {path: 3}}", "", "sources: a: path: expected text or null, got 3"),
+        ("{a: {weight: 1}}", "", "sources: a: path=None, dataset_name=None: expected exactly one of the two"),
+        (
+            "{a: {path: b, dataset_name: c}}",
+            "",
+            "sources: a: path='b', dataset_name='c': expected exactly one of the two",
+        ),
         ("{a: {path: b, dataset_config_name: c}}", "", "sources: a: dataset_config_name='c' has no effect"),
         ("{a: {path: b, weight: -1}}", "", "sources: a: weight=-1.0"),
-        ("{a: {path: b}}", "train_file: c", "train_file='c' and sources: set one"),
-        ("{a: {path: b}}", "max_train_rows: 3", "max_train_rows=3: sources are read as far as max_steps needs"),
-        ("{a: {path: b}}", "shuffle_documents: true", "shuffle_documents=True: sources are read in the order"),
-        ("{a: {path: b}}", "num_shards: 0", "num_shards=0: takes 1 or more"),
+        ("{a: {path: b}}", "train_file: c", "train_file='c' and sources: expected only one"),
+        ("{a: {path: b}}", "max_train_rows: 3", "max_train_rows=3 has no effect with sources"),
+        ("{a: {path: b}}", "shuffle_documents: true", "shuffle_documents=True has no effect with sources"),
+        ("{a: {path: b}}", "num_shards: 0", "num_shards=0: expected 1 or more"),
         ("null", "train_file: c\nnum_shards: 4", "num_shards=4 has no effect without sources"),
-        ("{a: {path: b}}", "documents: apart", "documents takes one of 'joined', 'isolated'"),
+        ("{a: {path: b}}", "documents: apart", "documents: expected one of 'joined', 'isolated'"),
     ],
 )
 def test_bad_sources_are_named(recipe, sources, extra, message):
@@ -280,7 +284,7 @@ def test_null_unsets_and_settings_inside_others_are_named(recipe):
     changed = parse_recipe(path, words)
     assert (changed.lora.r, changed.lora.rows, changed.lora.target) == (8, "all", ["q_proj", "o_proj"])
     assert (changed.data.max_train_rows, parse_recipe(path).data.max_train_rows) == (None, 5)
-    with pytest.raises(ValueError, match="dtype takes one of .* got nothing"):
+    with pytest.raises(ValueError, match="dtype: expected one of .* got nothing"):
         parse_recipe(path, ["--dtype", "null"])
     assert parse_recipe(path, ["--lora", "null"]).lora is None
     assert parse_recipe(path, ["--lora", "null", "--lora.r", "2"]).lora.r == 2

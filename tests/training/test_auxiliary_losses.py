@@ -207,11 +207,19 @@ def test_off_by_default_and_then_the_content_is_not_asked_for(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "settings, stages, message",
     [
-        ({"content_loss_weight": -0.1}, STAGES, "content_loss_weight=-0.1; it takes a number of at least 0"),
+        ({"content_loss_weight": -0.1}, STAGES, "content_loss_weight=-0.1: expected a number of at least 0"),
         ({"distillation_weight": float("nan")}, STAGES, "distillation_weight=nan"),
-        ({"content_loss_weight": 1.0}, [{"name": "permute"}], "no row is left to right, one token at a time"),
-        ({"distillation_weight": 1.0}, [{"name": "expand", "group_size": 2}], "no row is left to right"),
-        ({"distillation_weight": 1.0, "loss": "chunked"}, STAGES, "holds no logits to teach"),
+        (
+            {"content_loss_weight": 1.0},
+            [{"name": "permute"}],
+            "content_loss_weight=1.0 has no effect without rows",
+        ),
+        (
+            {"distillation_weight": 1.0},
+            [{"name": "expand", "group_size": 2}],
+            "distillation_weight=1.0 has no effect without rows",
+        ),
+        ({"distillation_weight": 1.0, "loss": "chunked"}, STAGES, "has no logits to distil"),
     ],
 )
 def test_weights_that_can_not_be_used_are_refused(tmp_path, settings, stages, message):

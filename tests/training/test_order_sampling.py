@@ -258,31 +258,40 @@ def test_what_a_recipe_does_not_mention_changes_no_order():
 
 
 BAD = {
-    "draw of one": ({"group_size": {"draw": [2]}}, r"group_size=\{'draw': \[2\]\}; a drawn number"),
-    "draw with more": ({"group_size": {"draw": [2, 3], "per": "step"}}, "a drawn number is written"),
-    "draw a word": ({"group_size": {"draw": "ab"}}, r"draw: \['a', 'b'\]\}; it takes two whole numbers"),
+    "draw of one": (
+        {"group_size": {"draw": [2]}},
+        r"group_size=\{'draw': \[2\]\}: expected .draw: .smallest, largest..",
+    ),
+    "draw with more": (
+        {"group_size": {"draw": [2, 3], "per": "step"}},
+        "expected .draw: .smallest, largest..",
+    ),
+    "draw a word": ({"group_size": {"draw": "ab"}}, r"draw: \['a', 'b'\]\}: expected two whole numbers"),
     "draw backwards": ({"group_size": {"draw": [3, 2]}}, "the smaller first"),
     "draw 0": ({"group_size": {"draw": [0, 2]}}, "at least 1"),
     "draw a bool": ({"group_size": {"draw": [True, 2]}}, "two whole numbers"),
-    "unknown shape": ({"shapes": {"rings": 1}}, "'rings'; it takes scattered, spans, infilling"),
-    "shape of weight 0": ({"shapes": {"scattered": 0}}, "the weight 0; it takes a number above 0"),
-    "shape of weight nan": ({"shapes": {"scattered": float("nan")}}, "the weight nan"),
-    "shape of no weight": ({"shapes": {"scattered": "x"}}, "the weight 'x'"),
-    "shapes in a list": ({"shapes": ["scattered"]}, "it takes weights"),
+    "unknown shape": ({"shapes": {"rings": 1}}, "'rings': expected scattered, spans, infilling"),
+    "shape of weight 0": ({"shapes": {"scattered": 0}}, "weight 0 of scattered: expected a number above 0"),
+    "shape of weight nan": ({"shapes": {"scattered": float("nan")}}, "weight nan of scattered"),
+    "shape of no weight": ({"shapes": {"scattered": "x"}}, "weight 'x' of scattered"),
+    "shapes in a list": ({"shapes": ["scattered"]}, "expected weights"),
     "no shapes": ({"shapes": {}}, "has no shapes"),
-    "shapes of ar": ({"name": "ar", "shapes": {"infilling": 1}}, "they belong to permute"),
-    "spans without length": ({"shapes": {"spans": 1}}, "span_length=None; the shape spans needs it"),
-    "length without spans": ({"span_length": 4}, "span_length=4; the shape spans needs it, others"),
-    "length 0": ({"shapes": {"spans": 1}, "span_length": 0}, "span_length=0; it takes a whole"),
+    "shapes of ar": ({"name": "ar", "shapes": {"infilling": 1}}, "which only permute has"),
+    "spans without length": ({"shapes": {"spans": 1}}, "span_length=None: expected a length with the shape spans"),
+    "length without spans": (
+        {"span_length": 4},
+        "span_length=4: expected a length with the shape spans, and none without",
+    ),
+    "length 0": ({"shapes": {"spans": 1}, "span_length": 0}, "span_length=0: expected a whole"),
     "length drawn backwards": ({"shapes": {"spans": 1}, "span_length": {"draw": [4, 2]}}, "span_length={draw"),
     "a length that grows": ({"shapes": {"spans": 1}, "span_length": [2, 4]}, "span_length="),
-    "predict nothing": ({"predict_last": 0}, "predict_last=0; it takes a fraction above 0"),
+    "predict nothing": ({"predict_last": 0}, "predict_last=0: expected a fraction above 0"),
     "predict more than all": ({"predict_last": "7/6"}, "predict_last='7/6'"),
     "predict a word": ({"predict_last": "half"}, "predict_last='half'"),
     "predict by zero": ({"predict_last": "1/0"}, "predict_last='1/0'"),
     "predict a bool": ({"predict_last": True}, "predict_last=True"),
     "predict null": ({"predict_last": None}, "predict_last=None"),
-    "rehearse everything": ({"rehearsal": 1}, "rehearsal=1; it takes a fraction"),
+    "rehearse everything": ({"rehearsal": 1}, "rehearsal=1: expected a fraction"),
     "rehearse less than nothing": ({"rehearsal": -0.1}, "rehearsal=-0.1"),
     "rehearse a bool": ({"rehearsal": True}, "rehearsal=True"),
     "rehearse a word": ({"rehearsal": "0.1"}, "rehearsal='0.1'"),
@@ -298,7 +307,7 @@ def test_bad_settings_are_refused(name):
 
 
 def test_the_first_stage_has_nothing_to_rehearse():
-    with pytest.raises(ValueError, match=r"stage 1 \('permute'\) has rehearsal=0.5; there is no earlier stage"):
+    with pytest.raises(ValueError, match=r"stage 1 \('permute'\): rehearsal=0.5: expected 0 in the first stage"):
         Curriculum.from_config([{"name": "permute", "rehearsal": 0.5}])
 
 

@@ -304,7 +304,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(source, tmp_path, monk
 
     bad = recipe(source, tmp_path / "out")
     bad.data.train_file = str(tmp_path / "nowhere.txt")
-    with pytest.raises(ValueError, match=r"train_file='.*nowhere.txt': there is no such file"):
+    with pytest.raises(ValueError, match=r"train_file='.*nowhere.txt': no such file"):
         train_module.run(bad)
 
     bad = recipe(source, tmp_path / "out")
@@ -318,7 +318,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(source, tmp_path, monk
         train_module.run(bad)
 
     good.data.validation_file = None
-    with pytest.raises(ValueError, match="needs something to evaluate on"):
+    with pytest.raises(ValueError, match="needs evaluation data"):
         train_module.run(good)
 
 

@@ -562,9 +562,9 @@ def test_the_chunked_loss_trains_and_evaluates_as_the_plain_one(tmp_path):
 
 
 def test_losses_that_do_not_exist_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="loss='fused'; it takes one of plain, chunked"):
+    with pytest.raises(ValueError, match="loss='fused': expected one of plain, chunked"):
         make_trainer(tmp_path, rows([6] * 4), loss="fused")
-    with pytest.raises(ValueError, match="use_liger_kernel=True: Liger's kernels know no model"):
+    with pytest.raises(ValueError, match="use_liger_kernel=True: Liger's kernels do not support this model"):
         make_trainer(tmp_path, rows([6] * 4), use_liger_kernel=True)
 
 

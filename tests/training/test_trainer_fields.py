@@ -45,7 +45,7 @@ def test_a_field_without_effect_is_refused_with_the_reason(tmp_path, name):
 def test_a_field_that_nobody_knows_is_refused_where_it_is_set(tmp_path, monkeypatch):
     monkeypatch.setattr(training_fields, "USED", USED - {"weight_decay"})
     A3TrainingArguments(str(tmp_path), use_cpu=True)
-    with pytest.raises(ValueError, match="weight_decay=0.1: what it would do is not known here"):
+    with pytest.raises(ValueError, match="weight_decay=0.1: a3_hf does not know this field"):
         A3TrainingArguments(str(tmp_path), use_cpu=True, weight_decay=0.1)
 
 

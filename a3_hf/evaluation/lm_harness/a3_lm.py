@@ -26,11 +26,11 @@ SHARED = ("order", "group_size", "span_length")
 
 @register_model("a3")
 class A3LM(BatchedLM):
-    """An A3 model, or a LLaMA as one, for lm-eval: `--model a3 --model_args pretrained=…,order=random,num_orders=8`; and the
-    controls, Decoupled RoPE and masked diffusion, by the checkpoint's architecture.
+    """An A3 model, a LLaMA used as one, Decoupled RoPE or masked diffusion (by the checkpoint's architecture), for lm-eval:
+    `--model a3 --model_args pretrained=…,order=random,num_orders=8`.
 
-    `loglikelihood` takes one forward pass per request, whatever the order; given text, on one side or both, is encoded first,
-    as singletons in text order. Masked diffusion takes a pass for every group, or `num_samples` for the bound.
+    `loglikelihood` needs one forward pass per request, in any order; the given text, on one side or both, is encoded first, as
+    singletons in text order. Masked diffusion needs one pass per group, or `num_samples` passes for the bound.
 
     Args:
         pretrained: folder or hub id of a model or an adapter; or a model, together with `tokenizer`.
@@ -39,21 +39,21 @@ class A3LM(BatchedLM):
         group_size: tokens scored together, and written together by `groupwise`.
         num_orders: number of random orders; the likelihood is the mean over them (log-mean-exp of the log-likelihoods: itself
             a proper likelihood; not specified in the paper).
-        seed: seed of random orders and sampling. A request's orders depend on it, the given text, and the number of scored
-            tokens alone.
-        decoding: a strategy of `A3GenerationConfig`; None: `"groupwise"`, and with masked diffusion `"dynamic"`. Masked
-            diffusion takes no other, Decoupled RoPE only `"groupwise"`, one token a group.
-        num_samples: masks of masked diffusion's Monte Carlo bound, in place of the likelihood under `order`; no answer is then
-            greedy.
+        seed: seed of random orders and sampling. A request's orders depend only on it, the given text, and the number of
+            scored tokens.
+        decoding: a strategy of `A3GenerationConfig`; None: `"groupwise"`, or `"dynamic"` with masked diffusion. Masked
+            diffusion supports no other, Decoupled RoPE only `"groupwise"` with one token per group.
+        num_samples: number of masks of masked diffusion's Monte Carlo bound, which replaces the likelihood under `order`; no
+            answer is then greedy.
         block_length: tokens per block of a continuation, which ends after the block with a stop sequence. Left to right the
             result does not depend on it; `dynamic` and `refine` choose within a block.
-        base: folder or hub id of an adapter's base, in place of the recorded one.
+        base: folder or hub id of an adapter's base, if it is not the recorded one.
         **kwargs: options of the strategy by their own names (`criterion`, `threshold`, `draft_tokens`, …), and arguments of
             `HFLM` (`dtype`, `revision`, `peft`, `max_length`, …).
 
     Raises:
-        ValueError: an unknown order or strategy, an option of another strategy, several orders where nothing is drawn; groups,
-            a strategy or samples that the architecture doesn't take.
+        ValueError: an unknown order or strategy; an option of another strategy; several orders of a kind that is not random;
+            groups, a strategy or samples that the architecture does not support.
     """
 
     def __init__(
@@ -80,20 +80,20 @@ class A3LM(BatchedLM):
         if num_samples is not None and (num_orders, order, group_size) != (1, "left_to_right", 1):
             raise ValueError(
                 f"num_samples={num_samples} with order={order!r}, group_size={group_size}, num_orders={num_orders}: the bound "
-                "is over all orders of single tokens; leave the others out"
+                "is over all orders of single tokens. Leave the others out"
             )
         self.AUTO_MODEL_CLASS = ARCHITECTURES[architecture].model
         self._num_samples, self._pass_per_group = num_samples, is_diffusion
         own = {name: kwargs.pop(name) for name in OWN_OPTIONS if name in kwargs and name not in SHARED}
         if order not in ORDERS:
-            raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+            raise ValueError(f"order={order!r}: expected one of {', '.join(ORDERS)}")
         if not 1 <= num_orders <= MOST_ORDERS or (num_orders > 1 and order not in RANDOM_ORDERS):
             raise ValueError(
-                f"num_orders={num_orders} with order={order!r}; it takes 1, and up to {MOST_ORDERS} with "
+                f"num_orders={num_orders} with order={order!r}: expected 1, or up to {MOST_ORDERS} with "
                 f"{' and '.join(RANDOM_ORDERS)}"
             )
         if block_length < 1:
-            raise ValueError(f"block_length={block_length}; it takes at least 1 token")
+            raise ValueError(f"block_length={block_length}: expected at least 1 token")
         GroupOrder.infilling(torch.ones(1, 2).bool(), order=order, group_size=group_size, span_length=span_length)
         self._orders = {"order": order, "group_size": group_size, "span_length": span_length}
         self._num_orders, self._seed, self._block_length = num_orders, seed, block_length
@@ -108,7 +108,7 @@ class A3LM(BatchedLM):
             kwargs = {"tokenizer": load_tokenizer(checkpoint), **kwargs, "peft": pretrained}
             pretrained = checkpoint.base
         elif base is not None:
-            raise ValueError(f"base={base!r}: pretrained is a whole model and needs none; leave it out")
+            raise ValueError(f"base={base!r}: pretrained is not an adapter and needs no base; leave it out")
         super().__init__(pretrained, **kwargs)
 
     def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs) -> None:
@@ -121,7 +121,6 @@ class A3LM(BatchedLM):
         self._model = attach_adapter(self._model, adapter)
 
     def settings(self) -> dict[str, Any]:
-        """See `BatchedLM`."""
         likelihood = {**self._orders, "num_orders": self._num_orders, "seed": self._seed}
         likelihood["num_samples"] = self._num_samples
         return {
@@ -132,7 +131,7 @@ class A3LM(BatchedLM):
         }
 
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
-        """See `BatchedLM`. Greedy means under every order that was drawn."""
+        """See `BatchedLM`. Greedy means greedy under every order that was drawn."""
         copies = self._num_orders
         rows = [row for row in batch for _ in range(copies)]
         ids, real = pad_rows([[*row.context, *row.continuation, *row.suffix] for row in rows])
@@ -142,7 +141,7 @@ class A3LM(BatchedLM):
             with self.autocast():
                 bounds = self.model.log_likelihood_bound(*inputs, num_samples=self._num_samples, seed=self._seed)
             return [(value, False, self._num_samples) for value in bounds.double().tolist()]
-        # An order must not look at what it scores: only then do the probabilities of all continuations sum to 1.
+        # An order must not depend on the scored tokens: only then do the probabilities of all continuations sum to 1.
         generators = [
             torch.Generator().manual_seed(
                 seed_of(self._seed, row.context, row.suffix, len(row.continuation), number % copies)
@@ -199,7 +198,7 @@ class A3LM(BatchedLM):
         ]
 
     def _end_token_ids(self) -> list[int]:
-        """Tokens that end a continuation, as in `generate`: the tokenizer's EOS and those of the model's generation config."""
+        """Tokens that end a continuation, as in `generate`: EOS of the tokenizer and of the model's generation config."""
         named = self.model.generation_config.eos_token_id
         named = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
         return sorted({self.eot_token_id, *named})
@@ -226,8 +225,8 @@ def _architecture(pretrained: PreTrainedModel) -> str:
     model_type = pretrained.config.model_type
     if model_type not in types:
         raise ValueError(
-            f"pretrained is a model of type {model_type!r}; it takes {', '.join(types)} (a LLaMA as it is: a3_ar, or as an A3 "
-            "model, by its path)"
+            f"pretrained is a model of type {model_type!r}: expected {', '.join(types)} (for a LLaMA use a3_ar, or give "
+            "its path to use it as an A3 model)"
         )
     return types[model_type]
 
@@ -235,13 +234,13 @@ def _architecture(pretrained: PreTrainedModel) -> str:
 def _check_architecture(architecture: str, *, decoding: str, group_size: int, num_samples: int | None) -> None:
     if architecture == "decoupled_rope" and (group_size > 1 or decoding != "groupwise"):
         raise ValueError(
-            f"group_size={group_size}, decoding={decoding!r}: Decoupled RoPE takes group_size=1 and decoding='groupwise'"
+            f"group_size={group_size}, decoding={decoding!r}: expected group_size=1, decoding='groupwise' with Decoupled RoPE"
         )
     if architecture == "masked_diffusion" and decoding != "dynamic":
-        raise ValueError(f"decoding={decoding!r}: masked diffusion takes decoding='dynamic'")
+        raise ValueError(f"decoding={decoding!r}: expected 'dynamic' with masked diffusion")
     if num_samples is not None and architecture != "masked_diffusion":
         raise ValueError(
             f"num_samples={num_samples}: with architecture {architecture!r} likelihoods are exact; leave it out"
         )
     if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}; it takes at least 1")
+        raise ValueError(f"num_samples={num_samples}: expected at least 1")

@@ -1,4 +1,4 @@
-"""lm-eval's requests in batches: encoded, cut where they are too long, cached, timed."""
+"""Base of the lm-eval models: encodes requests, cuts long ones, batches, caches and times them."""
 
 import abc
 import inspect
@@ -61,10 +61,10 @@ class BatchedLM(HFLM):
     """Identical to `HFLM` except: requests may have text after the blank (`requests.Blank`); answers to `loglikelihood` have
     their number of tokens; each task is timed; a cache that was filled under other settings is refused; several processes
     share the work on a CPU too; and every text begins with one BOS, as in training, `score` and `infill`, whether the
-    tokenizer adds it or not. `add_bos_token=False` leaves it out, except for blanks and where nothing else is given: with a
-    tokenizer that adds none, `HFLM`'s answers.
+    tokenizer adds it or not. `add_bos_token=False` omits it, except for blanks and empty contexts; with a tokenizer that adds
+    no BOS, the answers are then those of `HFLM`.
 
-    Subclasses score and write batches.
+    Subclasses implement the scoring and writing of batches.
     """
 
     def __init__(self, pretrained, **kwargs):
@@ -83,7 +83,7 @@ class BatchedLM(HFLM):
         if accelerator is not None:  # HFLM shares the work among GPUs only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self.prefix_token_id is None:
-            raise ValueError("tokenizer has neither BOS nor EOS; give prefix_token_id, the token that begins a text")
+            raise ValueError("tokenizer has neither BOS nor EOS. Set prefix_token_id, the token that begins a text")
         given = {"pretrained": pretrained, **kwargs}
         self.identity = {
             **identity_of(self.model, self.tokenizer, given),
@@ -101,13 +101,13 @@ class BatchedLM(HFLM):
 
     @abc.abstractmethod
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
-        """Log-likelihood (nats) of each continuation, whether it is the greedy one, and the passes it took."""
+        """Returns each continuation's log-likelihood (nats), whether greedy decoding writes it, and its forward passes."""
 
     @abc.abstractmethod
     def continue_batch(
         self, contexts: Sequence[list[int]], *, max_tokens: int, until: list[str], **sampling
     ) -> list[Written]:
-        """Goes on from each context until a stop sequence (which is left out), the end of the text, or `max_tokens`."""
+        """Continues each context until a stop sequence (which is omitted), the end of the text, or `max_tokens`."""
 
     @abc.abstractmethod
     def fill_batch(self, contexts: Sequence[str], blanks: Sequence[Blank], **sampling) -> list[Written]:
@@ -116,7 +116,7 @@ class BatchedLM(HFLM):
     # Likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[LogLikelihood]:
-        """As in lm-eval; a third argument {"suffix": text} is given text after the continuation."""
+        """See lm-eval. A third argument {"suffix": text} is given text after the continuation."""
         return self._by_task(requests, lambda part: self._loglikelihood(part, disable_tqdm))
 
     def _loglikelihood(self, requests: list[Instance], disable_tqdm: bool) -> list[LogLikelihood]:
@@ -155,19 +155,19 @@ class BatchedLM(HFLM):
         return self._begun(context_ids), ids
 
     def _begun(self, ids: list[int]) -> list[int]:
-        """Token ids of a text, with BOS in front."""
+        """Token ids of a text that begin with BOS."""
         if self.add_bos_token is False or ids[:1] == [self.prefix_token_id]:
             return ids
         return [self.prefix_token_id, *ids]
 
     def _fit(self, row: Scored, task: str) -> Scored:
-        """Cuts the given text, the context from the left and then the suffix from the right. As in `HFLM`, the last token
-        of a row, which nothing has to see, may lie beyond the model's context.
+        """Cuts the given text to the model's context: the context from the left, then the suffix from the right. As in `HFLM`,
+        the last token of a row, which no other token sees, may lie beyond the context.
         """
         room = self.max_length + 1 - len(row.continuation)
         if room < 1:
             raise ValueError(
-                f"continuation of a request of {task} has {len(row.continuation)} tokens; the model takes {self.max_length}"
+                f"continuation of a request of {task} has {len(row.continuation)} tokens: expected at most {self.max_length}"
             )
         over = len(row.context) + len(row.suffix) - room
         if over <= 0:
@@ -177,7 +177,7 @@ class BatchedLM(HFLM):
         return Scored(row.context[len(row.context) - kept :], row.continuation, row.suffix[: room - kept])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """As in lm-eval: the log-likelihood (nats) of each text, in windows of the model's context, each token scored once."""
+        """Returns the log-likelihood (nats) of each text, in windows of the model's context; each token is scored once."""
         rows, texts = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -196,7 +196,7 @@ class BatchedLM(HFLM):
         return totals
 
     def _loglikelihood_tokens(self, requests, **kwargs):
-        # HFLM's would score left to right, whatever the settings: nothing may end there.
+        # HFLM's would score left to right, whatever the settings.
         raise NotImplementedError("lm-eval asks for likelihoods in a way that this model does not support")
 
     def _score(self, rows, disable_tqdm, keys) -> list[tuple[float, bool, int]]:
@@ -222,7 +222,7 @@ class BatchedLM(HFLM):
     # Texts
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As in lm-eval; `gen_kwargs` may ask for a blank (`requests.Blank`)."""
+        """See lm-eval. `gen_kwargs` may hold a blank (`requests.Blank`)."""
         return self._by_task(requests, lambda part: self._generate_until(part, disable_tqdm))
 
     def _generate_until(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
@@ -262,15 +262,13 @@ class BatchedLM(HFLM):
             sampling.update(wanted)
         elif set(wanted) - {"temperature", "top_p", "top_k"}:
             unknown = sorted(set(wanted) - {"temperature", "top_p", "top_k"})
-            raise ValueError(
-                f"generation_kwargs of {task} holds {unknown[0]!r}, which has no meaning without do_sample"
-            )
+            raise ValueError(f"generation_kwargs of {task} holds {unknown[0]!r}, which has no effect without do_sample")
         if blanks[0] is not None:
             cut = [self._cut_text(context, blank, task) for context, blank in zip(contexts, blanks, strict=True)]
             return self.fill_batch(cut, blanks, **sampling)
         if max_tokens >= self.max_length:
             raise ValueError(
-                f"max_gen_toks={max_tokens} of {task}; it takes fewer than the model's context, {self.max_length}"
+                f"max_gen_toks={max_tokens} of {task}: expected fewer than the model's context, {self.max_length}"
             )
         encoded = []
         for context in contexts:
@@ -280,7 +278,7 @@ class BatchedLM(HFLM):
         return self.continue_batch(encoded, max_tokens=max_tokens, until=until, **sampling)
 
     def _cut_text(self, context: str, blank: Blank, task: str) -> str:
-        """The context, its start cut off where the whole would not fit."""
+        """The context, with its start cut off if the whole does not fit."""
         ids = self._context_ids(context)
         room = (
             self.max_length
@@ -295,15 +293,15 @@ class BatchedLM(HFLM):
         return decode_after(self.tokenizer, [], ids[len(ids) - room + 1 :])
 
     def tokens_of(self, text: str, context: str) -> int:
-        """How many tokens a text has after a context."""
+        """The number of tokens of a text after a context."""
         return max(len(encode_piece(self.tokenizer, text, is_start=not context)), 1)
 
     def most_tokens(self, blank: Blank, context: str) -> int:
-        """The largest number of tokens that a blank takes after a context."""
+        """The largest number of tokens of a blank after a context."""
         return blank.lengths[1] if blank.lengths else self.tokens_of(blank.length_of, context)
 
     def autocast(self) -> torch.autocast:
-        """The context in which the model computes."""
+        """The autocast context for the model's mixed precision."""
         dtype = self.mixed_precision_dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
@@ -311,12 +309,12 @@ class BatchedLM(HFLM):
         return self._begun(self.tok_encode(context) if context else []) or [self.prefix_token_id]
 
     def holds_stop(self, tokens: Sequence[int], until: Sequence[str]) -> bool:
-        """Whether the text of tokens, special ones by their names, holds a stop sequence."""
+        """Whether the text of tokens, special tokens included, holds a stop sequence."""
         text = self.tok_decode(tokens, skip_special_tokens=False)
         return any(stop in text for stop in until if stop)
 
     def text_until(self, tokens: Sequence[int], until: Sequence[str]) -> str:
-        """The text of tokens, without special ones, up to the first stop sequence, which may be a special token's name."""
+        """The text of tokens, without special tokens, up to the first stop sequence, which may be a special token."""
         if self.holds_stop(tokens, until):
             shortest = bisect_left(range(len(tokens)), True, key=lambda count: self.holds_stop(tokens[:count], until))
             tokens = tokens[:shortest]
@@ -347,10 +345,10 @@ class BatchedLM(HFLM):
             )
 
     def set_cache_hook(self, cache_hook) -> None:
-        """As in lm-eval.
+        """See lm-eval.
 
         Raises:
-            ValueError: the cache holds answers of another model, or under other settings, which lm-eval would take for these.
+            ValueError: the cache holds answers of another model or other settings, which lm-eval would reuse.
         """
         super().set_cache_hook(cache_hook)
         cache = cache_hook.dbdict
@@ -364,12 +362,11 @@ class BatchedLM(HFLM):
         if changed:
             shown = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
             raise ValueError(
-                f"use_cache names a cache that another model filled, or the same with other settings: {shown}. Give another "
-                "path, or delete that one"
+                f"use_cache names a cache of another model or other settings: {shown}. Set another path, or delete the cache"
             )
 
     def get_model_info(self) -> dict[str, Any]:
-        """As in lm-eval; and the settings, the speed of each task (of this process), and how many requests were cut."""
+        """Returns lm-eval's fields, the settings, this process's speed in each task, and how many requests were cut."""
         return {
             **super().get_model_info(),
             "settings": self.settings(),

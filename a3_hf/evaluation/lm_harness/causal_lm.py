@@ -21,14 +21,14 @@ INFILLING = ("prefix", "suffix_prompt", "best_of")
 
 @register_model("a3_ar")
 class CausalLM(BatchedLM):
-    """A LLaMA for lm-eval, or the content stream of an A3 checkpoint, which is one. Without text after the blank its answers
-    are those of lm-eval's `hf` for texts that begin with BOS (see `BatchedLM`).
+    """A LLaMA, or an A3 checkpoint's content stream read as a LLaMA, for lm-eval. Without text after the blank its answers are
+    those of lm-eval's `hf` for texts that begin with BOS (see `BatchedLM`).
 
     Args:
-        pretrained: a folder or a hub id of a LLaMA or A3 checkpoint; or a model, beside `tokenizer`.
-        infilling: use of the text after a blank. `"prefix"`: none (as in the paper's baseline). `"suffix_prompt"`: it is put
-            before the context, on a line of its own. `"best_of"`: `num_samples` texts are written without it, and the one
-            that is likeliest together with it is taken; a continuation is scored together with it.
+        pretrained: folder or hub id of a LLaMA or an A3 checkpoint; or a model, together with `tokenizer`.
+        infilling: use of the text after a blank. `"prefix"`: ignored (as in the paper's baseline). `"suffix_prompt"`: put
+            before the context, on a line of its own. `"best_of"`: `num_samples` texts are written without it, and the one with
+            the highest likelihood followed by it is chosen; likelihoods of continuations include it.
         num_samples: number of samples, with `best_of`.
         temperature: temperature of these samples.
         seed: seed of these samples, together with the text.
@@ -51,22 +51,22 @@ class CausalLM(BatchedLM):
         **kwargs: Any,
     ):
         if infilling not in INFILLING:
-            raise ValueError(f"infilling={infilling!r} is not known; it takes one of {', '.join(INFILLING)}")
+            raise ValueError(f"infilling={infilling!r}: expected one of {', '.join(INFILLING)}")
         if num_samples < 1 or temperature <= 0:
-            raise ValueError(f"num_samples={num_samples}, temperature={temperature}; they take at least 1 and above 0")
+            raise ValueError(f"num_samples={num_samples}, temperature={temperature}: expected at least 1, and above 0")
         if isinstance(pretrained, str) and read_adapter_config(pretrained) is not None:
-            raise ValueError(f"pretrained={pretrained!r} is an adapter; make one checkpoint of it first: a3 merge")
+            raise ValueError(
+                f"pretrained={pretrained!r} is an adapter: expected a whole model. Merge it first: a3 merge"
+            )
         self._infilling, self._num_samples, self._temperature, self._seed = infilling, num_samples, temperature, seed
         super().__init__(pretrained, **kwargs)
 
     def settings(self) -> dict[str, Any]:
-        """See `BatchedLM`."""
         sampling = {"num_samples": self._num_samples, "temperature": self._temperature, "seed": self._seed}
         own = {"model": "a3_ar", "infilling": self._infilling}
         return own | (sampling if self._infilling == "best_of" else {})
 
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
-        """See `BatchedLM`."""
         rows = [self._without_suffix(row) for row in batch]
         # The last token, which nothing sees, may lie beyond the model's context.
         ids, mask = pad_rows([[*row.context, *row.continuation] for row in rows])
@@ -90,7 +90,6 @@ class CausalLM(BatchedLM):
     def continue_batch(
         self, contexts: Sequence[list[int]], *, max_tokens: int, until: list[str], **sampling
     ) -> list[Written]:
-        """See `BatchedLM`."""
         ids, real = pad_rows(contexts, side="left")
         width = ids.shape[1]
         output = self._model_generate(
@@ -108,7 +107,6 @@ class CausalLM(BatchedLM):
         return written
 
     def fill_batch(self, contexts: Sequence[str], blanks: Sequence[Blank], **sampling) -> list[Written]:
-        """See `BatchedLM`."""
         most = [self.most_tokens(blank, context) for context, blank in zip(contexts, blanks, strict=True)]
         ids = []
         for context, blank, length in zip(contexts, blanks, most, strict=True):
@@ -156,7 +154,7 @@ class CausalLM(BatchedLM):
         return Written(texts[best][0], len(texts[best][1]), len(samples) * (most + 1))
 
     def _ended(self, ids: list[int], tokens: list[int], blank: Blank) -> tuple[str, list[int]]:
-        """The text and its tokens, up to the end of the last sentence wanted where the model chooses the length."""
+        """The text and its tokens; if the model chooses the length, up to the end of the blank's last sentence."""
         text = decode_after(self.tokenizer, ids, tokens)
         if blank.lengths is None or blank.sentences is None:
             return text, tokens
@@ -168,7 +166,7 @@ class CausalLM(BatchedLM):
         return text, tokens[:kept]
 
     def _likeliest(self, ids: list[int], texts: list[tuple[str, list[int]]], blank: Blank) -> int:
-        """The index of the text with the highest log-likelihood per token, the suffix after it included."""
+        """The index of the text with the highest log-likelihood per token, the suffix included."""
         suffix = encode_piece(self.tokenizer, blank.suffix, is_start=False)
         rows = [
             Scored(ids[-(self.max_length - len(suffix) - len(tokens)) :], [*tokens, *suffix], []) for _, tokens in texts

@@ -13,8 +13,8 @@ TASKS = Path(__file__).parents[1] / "tasks"
 
 
 def evaluate(args: list[str]) -> None:
-    """Runs lm-eval with its own arguments; its tasks are those of this package unless `--include_path` is given, and its
-    device is the CPU where there is no GPU.
+    """Runs lm-eval with its own arguments. Tasks are those of this package unless `--include_path` is given; the device is the
+    CPU if there is no GPU.
     """
     leave_out_expected_warnings()
     given = {arg.split("=")[0] for arg in args}
@@ -27,9 +27,7 @@ def evaluate(args: list[str]) -> None:
 
 
 def leave_out_expected_warnings() -> None:
-    """lm-eval warns of what this command does on purpose: that its tasks stand in for lm-eval's own, and that they take
-    `--metadata`.
-    """
+    """Silences lm-eval's warnings of tasks that replace its own and of `--metadata`, which are intended here."""
 
     def is_news(record: logging.LogRecord) -> bool:
         said = record.getMessage()

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Arguments that decide how fast and where answers are computed.
+# Arguments that change only how fast and where answers are computed.
 SPEED_ALONE = ("batch_size", "max_batch_size", "device")
 ABOUT_FILES = ("_name_or_path", "transformers_version")
 
 
 def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that decides the answers of `model`, made from the arguments `given`, in values of JSON."""
+    """Everything that determines the answers of `model`, with the arguments `given`, as JSON values."""
     arguments = {name: value for name, value in given.items() if name not in SPEED_ALONE}
     return {
         "arguments": json.loads(json.dumps(arguments, sort_keys=True, default=lambda value: type(value).__name__)),

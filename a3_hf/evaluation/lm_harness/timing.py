@@ -15,7 +15,7 @@ class Spent:
         requests: number of answers.
         tokens: scored or written, the context not counted.
         passes: forward passes, each counted once per row.
-        seconds: of the model's work, tokenizing included.
+        seconds: time of the model's work, tokenization included.
     """
 
     requests: int = 0

@@ -42,16 +42,16 @@ def measure_attention(
     distances: Sequence[int] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measures attention mass by textual and by generation distance (paper §2: predicting states are said to look at tokens
-    near in the text, summarising ones at tokens just generated, and one state that must do both to trade them).
+    """Measures attention mass by textual and by generation distance (paper §2, which claims that predicting states look at
+    tokens near in the text and summarising states at tokens just generated, and that a state with both tasks trades them off).
 
     Held-out texts are encoded in a random order of single tokens, drawn from `seed` and the text's number. The mass is the
-    mean over texts, heads, and those states of a stream that see at least half of a text. `uniform` is the mass of attention
+    mean over texts, heads, and the states of a stream that see at least half of a text. `uniform` is the mass of attention
     spread evenly over the visible keys. By stream:
 
     - A3, `query`: a slot; distances are from the token that it predicts, which is generated next.
-    - A3, `content`: a token, which sees itself, at distances 0 and 0. Without the last layer, whose content rows no slot
-      reads.
+    - A3, `content`: a token, which sees itself at distance 0 in both. The last layer is omitted: no slot reads its content
+      rows.
     - Decoupled RoPE, `single`: a token that predicts the next one in the order; distances are from that one, and the token's
       own key is at generation distance 1. The same for plain LLaMA, left to right, without generation distance.
     - masked diffusion, `single`: the state that predicts a masked token, half of the tokens being masked; textual distances
@@ -80,12 +80,12 @@ def measure_attention(
     rows = held_out_rows(trained, length=length, count=num_rows)
     if len(rows) < num_rows:
         raise ValueError(
-            f"num_rows={num_rows} of {length} tokens; the {len(trained.documents)} held-out documents fill {len(rows)}"
+            f"num_rows={num_rows} of {length} tokens: the {len(trained.documents)} held-out documents fill {len(rows)}"
         )
 
     totals: dict[tuple[str, str], torch.Tensor] = {}
     model, implementation = trained.model, trained.model.config._attn_implementation
-    model.set_attn_implementation("eager")  # no other gives its weights
+    model.set_attn_implementation("eager")  # the only implementation that returns weights
     try:
         for number, row in enumerate(tqdm(rows, desc="attention", leave=False)):
             generator = row_generator(seed, number)
@@ -112,7 +112,7 @@ def measure_attention(
 
 
 def _bins(distances: Sequence[int] | None, length: int) -> torch.Tensor:
-    """(bins,) the smallest distance of each."""
+    """(bins,) the smallest distance of each bin."""
     if distances is None:
         distances = [0, *(2**power for power in range(length.bit_length()) if 2**power < length)]
     ascending = all(a < b for a, b in pairwise(distances))
@@ -178,7 +178,7 @@ def _streams_of_a3(model, ids: torch.Tensor, generator: torch.Generator) -> list
     visible = ranks[:, None] >= ranks
     distances = {TEXTUAL: _between(targets, own), GENERATION: _between(ranks + 1, ranks)}
     streams = [Stream("query", weights[:, len(own) :], visible, distances)]
-    if len(weights) > 1:  # of the last layer, slots alone are read
+    if len(weights) > 1:  # only slots read the last layer
         distances = {TEXTUAL: _between(own, own), GENERATION: _between(ranks, ranks)}
         streams.append(Stream("content", weights[:-1, : len(own)], visible, distances))
     return streams

@@ -11,7 +11,7 @@ from a3_hf.models.a3_llama.likelihood import SLOTS_PER_CHUNK, token_log_probs
 from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
 from a3_hf.models.a3_llama.orders import GroupOrder
 
-# Architectures with a causal stream that is a LLaMA: plain LLaMA itself, and A3's content stream.
+# Architectures with a causal stream: plain LLaMA, and A3's content stream, which is a LLaMA.
 NEXT_TOKEN_ARCHITECTURES = ("a3", "llama")
 # Shows progress over the items of a sequence, under a title.
 Track = Callable[[Sequence, str], Iterable]
@@ -55,7 +55,7 @@ def order_inputs(ids: torch.Tensor, mask: torch.Tensor, scored: torch.Tensor, de
 def next_token_scores(
     model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, scored: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores tokens given those before them, by a causal model. An A3 model is read as the LLaMA that its content stream is.
+    """Scores tokens given those before them, by a causal model. Of an A3 model the content stream is used, which is a LLaMA.
 
     Args:
         ids: (B, S) tokens, padded on the right.
@@ -63,8 +63,8 @@ def next_token_scores(
         scored: (B, S), True at tokens that are scored; not at a row's first token.
 
     Returns:
-        Log-probabilities (B, S) in nats, fp32 (fp64 from an fp64 model), 0 where nothing is scored; and (B, S) whether a
-        token is the likeliest one, True where nothing is scored. Both on the CPU.
+        Log-probabilities (B, S) in nats, fp32 (fp64 from an fp64 model), 0 at other tokens; and (B, S) whether a token is the
+        likeliest one, True at other tokens. Both on the CPU.
     """
     where, inputs = scored[:, 1:].to(model.device), {"attention_mask": mask.to(model.device), "use_cache": False}
     on_device = ids.to(model.device)
@@ -76,7 +76,7 @@ def next_token_scores(
         states = model(on_device, **inputs).logits
     head = model.lm_head if isinstance(model, (A3LlamaForCausalLM, LlamaForCausalLM)) else torch.nn.Identity()
     parts = []
-    # in chunks, so that a large vocabulary's logits are never in memory all at once
+    # in chunks, so that not all logits are in memory at once
     for state, wanted in zip(
         states[:, :-1][where].split(SLOTS_PER_CHUNK), on_device[:, 1:][where].split(SLOTS_PER_CHUNK), strict=True
     ):

@@ -1,4 +1,4 @@
-"""Calibration: whether tokens written with probability p are right in p of the cases."""
+"""Calibration: whether a fraction p of the tokens written with probability p is right."""
 
 from collections.abc import Mapping, Sequence
 from time import perf_counter
@@ -15,13 +15,13 @@ from .checks import check_counts, check_length
 from .text_windows import Window, cut_windows
 
 SHAPES = ("scattered", "spans", "middle")
-WHOLE = "all"  # in the place of a bin: the row over all of them
+WHOLE = "all"  # `bin` of the row over all bins
 
 
 def draw_blanks(
     window: Window, *, share: float = 0.5, shape: str = "scattered", blank_length: int | None = None, seed: int
 ) -> list[bool]:
-    """Draws the tokens of a window that become blanks: a flag for each of its tokens, the given ones (never blanked) first.
+    """Draws which tokens of a window become blanks. Returns a flag per token; given tokens come first and are never blanked.
 
     Args:
         share: fraction of the scored tokens, rounded; at least one token.
@@ -46,23 +46,23 @@ def draw_blanks(
 
 
 def check_blanks(share: float, shape: str, blank_length: int | None, bins: int, settings: Mapping[str, Any]) -> None:
-    """Raises a ValueError for settings of blanks, and for strategies whose confidence can't be measured."""
+    """Raises ValueError for invalid settings of blanks, and for strategies whose confidence can't be measured."""
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: expected a number above 0 and at most 1")
     if shape not in SHAPES:
-        raise ValueError(f"shape={shape!r} is not known; it takes one of {', '.join(SHAPES)}")
+        raise ValueError(f"shape={shape!r}: expected one of {', '.join(SHAPES)}")
     if (shape == "spans") != (blank_length is not None) or (blank_length is not None and blank_length < 1):
         raise ValueError(
-            f"blank_length={blank_length} with shape={shape!r}; shape='spans' takes at least 1, others don't take it"
+            f"blank_length={blank_length} with shape={shape!r}: expected at least 1 with 'spans', and none with others"
         )
     check_counts(bins=bins)
     config = A3GenerationConfig(**settings)
     if config.strategy == "refine":
         raise ValueError(
-            "strategy='refine' writes tokens again, so that there is no one confidence; take another strategy"
+            "strategy='refine' writes tokens several times, so they have no single confidence. Use another strategy"
         )
     if config.do_sample:
-        raise ValueError("do_sample=True: blanks are filled with the likeliest tokens here")
+        raise ValueError("do_sample=True: expected False, because blanks are filled with the likeliest tokens")
 
 
 def calibration_rows(
@@ -84,7 +84,7 @@ def calibration_rows(
     committed) with whether it is the true token (not in the paper).
 
     Args:
-        share, shape, blank_length: as in `draw_blanks`.
+        share, shape, blank_length: see `draw_blanks`.
         max_length: tokens of the windows that documents are cut into, the given one included; None: the model's context.
         settings: settings of `A3GenerationConfig`: the strategy and its options.
 
@@ -93,8 +93,8 @@ def calibration_rows(
         until its last token is written), `seconds`, `tokens_per_second`.
 
     Raises:
-        ValueError: as `check_blanks`, a length above the model's context, no document, an empty one, a tokenizer without
-            BOS.
+        ValueError: the errors of `check_blanks`; a length above the model's context, no document, an empty one, a tokenizer
+            without BOS.
     """
     settings = {} if settings is None else settings
     check_blanks(share, shape, blank_length, bins, settings)
@@ -131,12 +131,12 @@ def calibration_rows(
 
 
 def reliability(confidence: torch.Tensor, correct: torch.Tensor, *, bins: int) -> list[dict[str, Any]]:
-    """Sorts probabilities (N,) into bins of equal width, with whether each was right (N,).
+    """Sorts predictions, from their probabilities (N,) and whether each was right (N,), into bins of equal width.
 
     Returns:
         A dict per bin (above < probability ≤ up_to; the first includes 0): `bin` (from 1), `above`, `up_to`, `count`,
-        `mean_confidence` and `accuracy` (None in an empty bin). A last one with `bin` "all", over all of them, which also has
-        `expected_calibration_error`, the mean distance of the two over the bins, weighted by their counts.
+        `mean_confidence` and `accuracy` (None in an empty bin). The last dict, with `bin` "all", is over all bins and
+        also has `expected_calibration_error`: the mean distance of the two over the bins, weighted by their counts.
     """
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     counts = torch.bincount(index, minlength=bins).tolist()

@@ -1,10 +1,10 @@
-"""Checks of the settings that measures share."""
+"""Checks of settings that measures share."""
 
 from transformers import PretrainedConfig
 
 
 def check_counts(**settings: int) -> None:
-    """Raises a ValueError for a setting that is not a whole number of at least 1."""
+    """Raises ValueError for a setting that is not a whole number of at least 1."""
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")

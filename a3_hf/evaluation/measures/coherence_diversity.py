@@ -1,4 +1,4 @@
-"""Measure of samples by temperature: the fraction of their words that exist, and of those that differ."""
+"""Measure of samples by temperature: the fraction of words that exist, and of words that are different."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from .checks import check_counts, check_length
 from .trained_run import Trained
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
-TOKENS = 4096  # written at each temperature, where `num_samples` is not given
+TOKENS = 4096  # written at each temperature, if `num_samples` is not given
 ORDERS = ("random", "left_to_right")
 SHORTEST_WORD = 4  # letters
 SHOWN = 200  # characters of a sample
@@ -36,9 +36,9 @@ def measure_samples(
     """Measures the coherence–diversity frontier (paper §2): rows of `length` tokens, sampled after BOS alone at each
     temperature.
 
-    A3 and Decoupled RoPE write one token a pass, each row in a random order of its own; masked diffusion too, but in at most
-    `diffusion_steps` passes; plain LLaMA from left to right, whatever `order`. Orders and random numbers are the same at every
-    temperature. EOS does not end a row. The word list is the words of the training text (the paper's is of English).
+    A3 and Decoupled RoPE write one token per pass, each row in its own random order; masked diffusion too, but in at most
+    `diffusion_steps` passes; plain LLaMA writes from left to right, whatever `order`. Orders and random numbers are the same
+    at every temperature. EOS does not end a row. The word list is the words of the training text (the paper's is of English).
 
     Diversity falls as more is written: compare equal numbers of tokens.
 
@@ -47,15 +47,15 @@ def measure_samples(
         num_samples: rows; None: as many as hold 4,096 tokens.
         length: tokens of a row, BOS included; None: the recipe's `block_size`.
         order: `"random"`, or `"left_to_right"`.
-        diffusion_steps: passes in which masked diffusion writes a row, several tokens at once where it has more blanks. None:
-            one token a pass.
+        diffusion_steps: passes in which masked diffusion writes a row, several tokens at once if it has more blanks. None: one
+            token per pass.
         seed: seed of orders and samples.
 
     Returns:
         `samples`, a dict per temperature: `temperature`, `coherence`, `diversity` and `num_words` of
         `coherence_and_diversity`, `tokens_per_forward`, `order`, and `text`, the beginning of the first row.
-        `held_out_coherence`, `held_out_diversity` and `held_out_num_words` are of as many rows of held-out text, absent where
-        there are too few.
+        `held_out_coherence`, `held_out_diversity` and `held_out_num_words` are those of as many rows of held-out text; absent
+        if there are too few.
 
     Raises:
         ValueError: no temperature or one that is not above 0; numbers that are not whole or below 1; a length above the
@@ -66,13 +66,13 @@ def measure_samples(
     num_samples = max(TOKENS // length, 1) if num_samples is None else num_samples
     check_counts(num_samples=num_samples, **({} if diffusion_steps is None else {"diffusion_steps": diffusion_steps}))
     if order not in ORDERS:
-        raise ValueError(f"order={order!r} is not known; it takes one of {', '.join(ORDERS)}")
+        raise ValueError(f"order={order!r}: expected one of {', '.join(ORDERS)}")
     if not temperatures or not all(0 < temperature < math.inf for temperature in temperatures):
-        raise ValueError(f"temperatures={temperatures!r}; it takes numbers above 0, one or more")
+        raise ValueError(f"temperatures={temperatures!r}: expected one or more numbers above 0")
     if trained.architecture == "masked_diffusion" and order == "left_to_right" and diffusion_steps is not None:
         raise ValueError(
-            f"diffusion_steps={diffusion_steps} with order='left_to_right'; masked diffusion takes one token a pass from "
-            "left to right, diffusion_steps=None"
+            f"diffusion_steps={diffusion_steps} with order='left_to_right': expected None, because masked diffusion writes "
+            "one token per pass from left to right"
         )
 
     vocabulary = {word for text in trained.training_documents for word in words(text)}
@@ -115,15 +115,15 @@ def words(text: str) -> list[str]:
 
 
 def coherence_and_diversity(texts: Sequence[str], vocabulary: Collection[str]) -> dict[str, float | int]:
-    """Measures which words of sampled texts exist, and how many differ. Words are those of `words`, without runs of letters at
-    either end of a text, which may be parts of words.
+    """Measures which words of sampled texts exist, and how many are different. Words are those of `words`, without runs of
+    letters at either end of a text, which may be parts of words.
 
     Args:
         vocabulary: the words that exist, lower-cased.
 
     Returns:
-        `coherence`, the fraction of the words that are in the vocabulary; `diversity`, the number of different words over
-        that of words, over all texts together; both absent where there is no word; and `num_words`.
+        `coherence`, the fraction of the words that are in the vocabulary; `diversity`, the number of different words
+        over the number of words of all texts; both absent if there is no word; and `num_words`.
 
     Example:
         >>> coherence_and_diversity(["... some word, some wrod."], {"some", "word"})
@@ -159,7 +159,7 @@ def row_text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
 
 def held_out_rows(trained: Trained, *, length: int, count: int) -> list[list[int]]:
     """The first `count` rows of `length` tokens, BOS included, of the held-out documents, packed as in training (never
-    isolated); fewer where the documents fill fewer.
+    isolated); fewer if the documents fill fewer.
     """
     boundary_id = check_tokens(trained.recipe.data, trained.tokenizer)
     documents = (
@@ -199,7 +199,7 @@ def _write(
             top_k=0,
             top_p=1.0,
             max_new_tokens=length - 1,
-            eos_token_id=[],  # none: for None the model's own would be taken
+            eos_token_id=[],  # none: with None generate would use the model's
             pad_token_id=pad_id(tokenizer),
         )
         with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, PreTrained
 from a3_hf.models.a3_llama.generation_config import OWN_OPTIONS, SAMPLING_OPTIONS, A3GenerationConfig
 from a3_hf.models.a3_llama.infilling_templates import decode_after, special_token_ids
 from a3_hf.models.a3_llama.orders import seed_of
+from a3_hf.settings import check_keys
 
 from .checks import check_counts
 from .judge_perplexity import judged_nats
@@ -42,14 +43,14 @@ def measure_decoding(
     seed: int = 0,
     batch_size: int = 20,
 ) -> dict[str, Any]:
-    """Fills the third of five sentences at its true number of tokens, given the other four, by every strategy: greedily,
-    unless a strategy's settings sample. Special tokens are never written. Needs the extra `eval`.
+    """Fills the third of five sentences at its true number of tokens, given the other four, by every strategy. Decoding is
+    greedy unless a strategy's settings sample. Special tokens are never written. Needs the extra `eval`.
 
     Args:
         judge: folder or hub id of a plain LLaMA whose perplexity of the texts is measured; None: no judge.
         num_stories: number of stories, the first ones.
         strategies: settings of `generate_any_order` by name: `strategy`, its own options, `use_cache` and those of
-            sampling; None: `STRATEGIES`. Each architecture is measured with those that it takes: `"a3"` with all,
+            sampling; None: `STRATEGIES`. Each architecture is measured with those it supports: `"a3"` with all,
             `"decoupled_rope"` with `groupwise` one token at a time, `"masked_diffusion"` with `dynamic`, `"llama"` with none.
         data_dir: the folder that holds ROCStories (paper §1); None: the first five sentences of those held-out documents
             that have five, if they fit the model's context (not specified in the paper).
@@ -57,11 +58,11 @@ def measure_decoding(
         batch_size: stories per batch.
 
     Returns:
-        `{}` for an architecture that takes none of the strategies; else
+        `{}` for an architecture that supports none of the strategies; else
 
-        - `decoding`: a dict per strategy: `strategy`; `tokens_per_forward`, over the passes that each text would take alone;
+        - `decoding`: a dict per strategy: `strategy`; `tokens_per_forward`, over the passes that each text would need alone;
           `tokens_per_second`, of all rows of a batch together; `nll_model`, nats per token of the written text under the
-          model itself, exact, left to right given both sides; `nll_judge`, nats per token of the judge's own, of the written
+          model itself, exact, left to right given both sides; `nll_judge`, nats per token of the judge, of the written
           text and the text after it given the text before; `rouge1` and `rougeL` against the true sentence, F × 100.
         - `decoding_true_nll_model` and `decoding_true_nll_judge`: the same of the true sentences.
 
@@ -89,7 +90,7 @@ def measure_decoding(
         )
     nll_judge = None if judging is None else _judge_of(stories, judging)
 
-    # A judge refuses a story that is too long for it before anything is written.
+    # The true sentences are judged first: a story too long for the judge raises before anything is written.
     batches = [
         BlankBatch.of(stories[first : first + batch_size], model.device, side="left")
         for first in range(0, num_stories, batch_size)
@@ -132,7 +133,7 @@ def _write(
     texts: dict[str, list[str]] = {name: [] for name in strategies}
     spent = {name: {"passes": 0, "seconds": 0.0, "nats": 0.0} for name in strategies}
     _fill(model, batches[0])  # the first call is slower
-    # strategies take turns at each batch, so that a machine that is busy for a while slows all of them
+    # strategies alternate on each batch, so that a busy machine slows all of them alike
     for number, batch in enumerate(tqdm(batches, desc="decoding", leave=False)):
         seeds = [seed_of(seed, number * batch_size + row) for row in range(len(batch.input_ids))]
         for name, settings in strategies.items():
@@ -150,9 +151,7 @@ def _write(
 def _checked(name: str, settings: Mapping[str, Any]) -> A3GenerationConfig:
     if not isinstance(settings, Mapping):
         raise ValueError(f"strategies: {name!r} is {settings!r}: expected settings of generate_any_order")
-    for setting in settings:
-        if setting not in SETTINGS:
-            raise ValueError(f"strategies: {name!r} has {setting!r}: expected {', '.join(SETTINGS)}")
+    check_keys(f"strategies: {name!r}", settings, SETTINGS)
     try:
         return A3GenerationConfig(**settings)
     except ValueError as error:
@@ -171,14 +170,14 @@ def _load_judge(path: str, device: torch.device) -> tuple[PreTrainedModel, PreTr
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind != "llama":
-            raise ValueError(f"it is a {kind}, expected a plain LLaMA")
+            raise ValueError(f"model_type={kind!r}: expected a plain LLaMA")
         return LlamaForCausalLM.from_pretrained(path).to(device).eval(), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"judge={path!r} can't be loaded: {error}") from error
 
 
 def _judge_of(stories: Sequence[StoryBlank], judging: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> JudgeNats:
-    """Measures sentences in the places of the blanks, with the texts after them: nats per token of the judge."""
+    """Returns a function of sentences for the blanks: the judge's nats per token of them and the texts after them."""
 
     def nll(middles: Sequence[str]) -> float:
         ends = [middle + story.texts[2] for middle, story in zip(middles, stories, strict=True)]
@@ -189,7 +188,7 @@ def _judge_of(stories: Sequence[StoryBlank], judging: tuple[PreTrainedModel, Pre
 
 
 def _blanked(trained: Trained, data_dir: str | None) -> tuple[Iterator[StoryBlank], str]:
-    """Stories of five sentences without the third; and what messages call them."""
+    """Stories of five sentences without the third; and a description of them for messages."""
     context = trained.model.config.max_position_embeddings
     stories, source = read_stories(trained, data_dir)
 
@@ -211,8 +210,8 @@ def _blanked(trained: Trained, data_dir: str | None) -> tuple[Iterator[StoryBlan
 
 
 def _fill(model, batch: BlankBatch, **settings: Any) -> tuple[torch.Tensor, list[int]]:
-    """The tokens (B, S), and the passes that each row would have taken alone: those that wrote something in it, and those
-    that wrote nothing in any row, which score.
+    """The tokens (B, S), and the passes that each row would need alone: those that wrote in it, and those that wrote in no
+    row, which score.
     """
     wrote: list[torch.Tensor] = []
     output = model.generate_any_order(

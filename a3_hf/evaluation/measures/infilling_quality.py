@@ -16,7 +16,7 @@ from .checks import check_counts, check_length
 from .stories import BlankBatch, StoryBlank, read_stories
 from .trained_run import Trained
 
-WORD = re.compile(r"(?<=\s)[^\W\d_]{3,}(?=\s)")  # letters alone, between white space
+WORD = re.compile(r"(?<=\s)[^\W\d_]{3,}(?=\s)")  # only letters, between white space
 FEWEST_SENTENCES = 3
 ROC_SENTENCES = 5
 
@@ -31,8 +31,8 @@ def measure_infilling(
     seed: int = 21,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Measures infilling of held-out documents or of ROCStories: the middle sentence of each story (of an even number, the
-    first after the middle), and one word of it.
+    """Measures infilling of held-out documents or of ROCStories: the middle sentence of each story (with an even number of
+    sentences, the first after the middle), and one word of the story.
 
     A story is the first whole sentences of a document, as many as fit in `max_length` tokens with BOS and a line break;
     one of ROCStories has to fit whole, and its third sentence is blanked (paper §1). Stories, blanks and tokens are the same
@@ -54,7 +54,7 @@ def measure_infilling(
         A dict, whose names end in `_roc` with `data_dir`:
 
         - `nll_middle_sentence`: nats per token of the true sentence given both sides, left to right within the blank; exact
-          for every architecture (masked diffusion takes a pass per token).
+          for every architecture (masked diffusion needs a pass per token).
         - `nll_middle_sentence_prefix_only`: the same given only the text before, next token by next token, for plain LLaMA
           and A3's content stream.
         - `rouge1`, `rougeL`: F-measure × 100, unstemmed, of the sentence written greedily at its true number of tokens: left
@@ -84,8 +84,8 @@ def measure_infilling(
     )
     if len(sentences) < num_documents:
         raise ValueError(
-            f"num_documents={num_documents}: of {source} {len(sentences)} have {fewest} sentences within "
-            f"max_length={max_length} tokens and a word to blank. Ask for fewer, or give more"
+            f"num_documents={num_documents}: only {len(sentences)} of {source} have {fewest} sentences within "
+            f"max_length={max_length} tokens and a word to blank. Set it lower, or provide more documents"
         )
 
     # 2. Likelihood of the sentences.

@@ -29,7 +29,7 @@ def read_documents(path: Path, *, separator: str | None = None, documents: int |
 
     Args:
         separator: the text between documents; None: the file is one document.
-        documents: how many to take, from the start; negative: from the end; None: all.
+        documents: number of documents from the start; negative: from the end; None: all.
 
     Raises:
         ValueError: a file that can't be read, is not UTF-8 or has no text; a separator that is empty or not in it.
@@ -50,7 +50,7 @@ def stretched_config(checkpoint: CheckpointInfo, rope_scaling: Mapping[str, Any]
     """The configuration of a model, or of an adapter's base, with its context stretched (see `scale_rope`).
 
     Raises:
-        ValueError: no model there, or a `rope_scaling` that `scale_rope` does not take.
+        ValueError: no model there, or an invalid `rope_scaling`.
     """
     config = checkpoint.model_config()
     scale_rope(config, rope_scaling)
@@ -58,10 +58,10 @@ def stretched_config(checkpoint: CheckpointInfo, rope_scaling: Mapping[str, Any]
 
 
 def load_base(path: str, rope_scaling: Mapping[str, Any] | None = None) -> LlamaForCausalLM:
-    """The LLaMA at `path`, in evaluation mode, with its context stretched as `rope_scaling` says.
+    """The LLaMA at `path`, in evaluation mode, with its context stretched by `rope_scaling`.
 
     Raises:
-        ValueError: no LLaMA that can be loaded, or a `rope_scaling` that `scale_rope` does not take.
+        ValueError: no LLaMA that can be loaded, or an invalid `rope_scaling`.
     """
     check_is_there(path, name="base")
     try:

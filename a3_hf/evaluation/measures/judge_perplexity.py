@@ -17,7 +17,7 @@ from a3_hf.models.a3_llama.orders import seed_of
 from .batching import Track, next_token_scores, pad_rows, silently, span_mask
 from .checks import check_counts, check_length
 
-REFERENCE = "reference"  # in the place of a strategy: the documents' own continuations
+REFERENCE = "reference"  # `strategy` of the row of the documents' own continuations
 
 
 def judge_rows(
@@ -45,7 +45,7 @@ def judge_rows(
     from left to right.
 
     Args:
-        judge: a causal language model. A part of a character is judged as the replacement character.
+        judge: a causal language model. An incomplete character is judged as the replacement character.
         temperature: temperature of sampling; None: the likeliest token.
         seed: seed of sampling and of the criterion "random", together with a document's number.
 
@@ -55,7 +55,7 @@ def judge_rows(
 
         - `judge_tokens` (written, in the judge's own tokens), `judge_nats_per_token` and `judge_perplexity` (over all texts,
           given the prompts);
-        - `unique_tokens`: the fraction of a text's tokens that are different, on average: repetitive texts are likely;
+        - `unique_tokens`: the mean fraction of a text's tokens that are different (repetitive texts have a low perplexity);
         - `tokens` (written), `passes` (forward passes, each counted once per text), `tokens_per_forward`, `seconds`,
           `tokens_per_second`; None for the reference.
 
@@ -108,8 +108,8 @@ def _long_documents(
     found = list(islice((ids[:length] for ids in encoded if len(ids) >= length), count))
     if len(found) < count:
         raise ValueError(
-            f"count={count}: of {len(documents)} documents {len(found)} have the {length - 1} tokens of a prompt and its "
-            "continuation. Give more documents, or ask for fewer or shorter texts"
+            f"count={count}: only {len(found)} of {len(documents)} documents have the {length - 1} tokens of a prompt and its "
+            "continuation. Provide more documents, or ask for fewer or shorter texts"
         )
     return found
 
@@ -117,7 +117,7 @@ def _long_documents(
 def ways_to_write(
     steps: Sequence[int], criteria: Sequence[str], *, new_tokens: int, temperature: float | None = None
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each way of writing: its columns in the table, and its settings of `A3GenerationConfig`.
+    """Returns, for each way of writing, its columns in the table and its settings of `A3GenerationConfig`.
 
     Raises:
         ValueError: steps that don't divide `new_tokens`, an unknown criterion, a temperature of 0 or below.
@@ -130,7 +130,7 @@ def ways_to_write(
     for number in steps:
         if number < 1 or new_tokens % number:
             raise ValueError(
-                f"steps={number} does not divide new_tokens={new_tokens}; every step writes as many tokens"
+                f"steps={number}: expected a divisor of new_tokens={new_tokens}, because every step writes as many tokens"
             )
         size = new_tokens // number
         about = {"steps": number, "tokens_per_step": size}
@@ -173,8 +173,8 @@ def judged_nats(
 ) -> tuple[float, int]:
     """−log p of texts given their starts, under a causal model: the sum over all in nats, and its number of tokens.
 
-    Each start and its end are encoded as one text, after BOS if the judge has one. Given are the tokens that the start alone
-    would have too; a token that lies in both counts as written.
+    Each start and its end are encoded as one text, after BOS if the judge has one. Tokens that the start
+    also has when encoded alone are given; a token that lies in both counts as written.
 
     Raises:
         ValueError: a text longer than the judge's context; ends without a token; a start that leaves none as given.
@@ -192,12 +192,12 @@ def judged_nats(
                 "Ask for shorter texts, or another judge"
             )
         if same == 0:
-            raise ValueError(f"judge: nothing of the start {start!r} is given in its tokens; take longer prompts")
+            raise ValueError(f"judge: no token of the start {start!r} is given in its tokens. Use longer prompts")
         rows.append(whole)
         given.append(same)
     tokens = sum(len(row) - same for row, same in zip(rows, given, strict=True))
     if tokens == 0:
-        raise ValueError("judge: no text has a token of its own after its start; there is nothing to judge")
+        raise ValueError("judge: expected at least one text with a token of its own after its start")
     nats = 0.0
     for first in range(0, len(rows), batch_size):
         part, starts_at = rows[first : first + batch_size], given[first : first + batch_size]

@@ -1,4 +1,4 @@
-"""Long context: whether a fact hidden in a text is found when the text ends with a question for it."""
+"""Long context: whether a fact hidden in a text is found when the text ends with a question about it."""
 
 import random
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .text_windows import SCALE
 ANSWERS = ("dog", "ball", "tree", "car", "bird", "cake", "boat", "hat")
 FACT = " The secret word is {answer}."
 QUESTION = " What is the secret word? The secret word is"
-# The haystack, repeated, where none is given.
+# The default haystack, repeated.
 FILLER = (
     " A small wind moved the leaves. The road went up the hill and down again. Nobody was in the garden. A bell rang far "
     "away, and then it was still."
@@ -28,7 +28,7 @@ SENTENCE_ENDS = (".", "!", "?", "\n")
 
 
 class Needle(NamedTuple):
-    """A text with its question, in tokens from BOS on; the tokens of each answer; and the index of the right one."""
+    """Tokens of a text and its question, from BOS on; the tokens of each answer; and the index of the right one."""
 
     prompt: list[int]
     answers: list[list[int]]
@@ -45,20 +45,20 @@ def make_needle(
     answers: Sequence[str] = ANSWERS,
     seed: int = 0,
 ) -> Needle:
-    """Hides one of the answers in a piece of a haystack and asks for it, so that prompt and longest answer have `length`
-    tokens together.
+    """Hides one of the answers in a piece of a haystack and ends with a question about it, so that prompt and longest answer
+    have `length` tokens together.
 
     Args:
         haystack: tokens, at least as many as fit around the fact.
         length: tokens of prompt and longest answer.
-        depth: 0: the fact right after BOS; 1: right before the question; between: after the last whole sentence before that
-            fraction of the haystack, or after that fraction where there is none.
+        depth: place of the fact. 0: right after BOS; 1: right before the question; between: after the last whole sentence
+            before that fraction of the haystack, or after that fraction if there is none.
         right: index of the hidden answer.
         seed: seed of the piece of the haystack, the same at every depth.
 
     Raises:
-        ValueError: a depth outside 0 to 1; a length with no room for haystack, or that the haystack doesn't fill; answers
-            that can't be told apart; a tokenizer without BOS.
+        ValueError: a depth outside 0 to 1; a length without room for the haystack, or that the haystack doesn't fill; answers
+            with the same tokens; a tokenizer without BOS.
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depths holds {depth}: expected numbers from 0 to 1")
@@ -116,11 +116,11 @@ def needle_rows(
 
     Args:
         lengths: tokens of text, question and longest answer.
-        depths: places of the fact, as in `make_needle`.
+        depths: places of the fact, see `make_needle`.
         haystack: a text that pieces are taken from; None: a few sentences, repeated.
         answers: the words to choose among.
-        count: texts per length and depth. The answers take turns at being right, so that with a multiple of their number a
-            constant answer is right by chance.
+        count: texts per length and depth. Each answer is right in turn, so with a multiple of their number a constant answer
+            has the accuracy of chance.
         seed: seed of the pieces of the haystack, the same at every depth.
 
     Returns:
@@ -129,7 +129,7 @@ def needle_rows(
         `passes` (forward passes, each counted once per row), `seconds`, `tokens_per_second` (of the texts).
 
     Raises:
-        ValueError: a length above the model's context, and as `make_needle`.
+        ValueError: a length above the model's context; the errors of `make_needle`.
     """
     for name, numbers in (("lengths", lengths), ("depths", depths)):
         if not numbers:

@@ -35,14 +35,14 @@ def measure_losses(
     batch_size: int = 16,
 ) -> dict[str, Any]:
     """Measures nats per token over the first held-out documents, cut to `max_length` tokens; BOS is given. Every architecture
-    and run is scored on the same tokens and under the same random orders, which for all group sizes cut one permutation.
+    and run is scored on the same tokens and under the same random orders; all group sizes use the same permutation.
 
-    Masked diffusion takes a pass for each group of an order, so its exact losses are of the first `num_ordered_documents`
-    documents alone. For comparison every loss of every architecture is also given over these, with `_few` after its name.
+    Masked diffusion needs a pass per group of an order, so its exact losses cover only the first `num_ordered_documents`
+    documents. For comparison every loss of every architecture is also given over these, with `_few` after its name.
 
     Args:
         num_documents: number of documents.
-        num_ordered_documents: how many of them are the few; None: four, or all where there are fewer.
+        num_ordered_documents: number of documents of the losses with `_few`; None: four, or all if there are fewer.
         max_length: tokens of a document, BOS included.
         group_size: size of the scattered groups, at least 2.
         orders: random orders of each document; a loss is the mean over them.
@@ -51,7 +51,7 @@ def measure_losses(
         batch_size: documents per batch.
 
     Returns:
-        `loss_documents`, `loss_tokens` (scored), `loss_documents_few`, `loss_tokens_few`, and in nats per token, where the
+        `loss_documents`, `loss_tokens` (scored), `loss_documents_few`, `loss_tokens_few`, and in nats per token, if the
         architecture has it, each also with `_few`:
 
         - `nll_next_token`: each token given those before it, by plain LLaMA or by A3's content stream read as a LLaMA.
@@ -72,7 +72,7 @@ def measure_losses(
     check_counts(num_samples=num_samples, batch_size=batch_size, group_size=group_size)
     check_length("max_length", max_length, trained.model.config, least=2)
     if group_size < 2:
-        raise ValueError(f"group_size={group_size}: expected at least 2; singletons are measured anyway")
+        raise ValueError(f"group_size={group_size}: expected at least 2, because groups of one are always measured")
     if num_ordered_documents > num_documents:
         raise ValueError(
             f"num_ordered_documents={num_ordered_documents}: expected at most num_documents={num_documents}"
@@ -117,7 +117,7 @@ def measure_losses(
 def _read_rows(trained: Trained, count: int, length: int) -> list[list[int]]:
     """The first `length` tokens, BOS included, of the first `count` held-out documents."""
     if len(trained.documents) < count:
-        raise ValueError(f"num_documents={count}: there are {len(trained.documents)} held-out documents")
+        raise ValueError(f"num_documents={count}: expected at most the {len(trained.documents)} held-out documents")
     bos, documents = encode_prompt(trained.tokenizer, ""), trained.documents[:count]
     rows = [(bos + ids)[:length] for ids in encode_documents(documents, trained.tokenizer)]
     for number, row in enumerate(rows):
@@ -146,7 +146,7 @@ def _in_orders(
     orders: int,
     seed: int,
 ) -> torch.Tensor:
-    """The mean over a row's orders."""
+    """(rows,) log-likelihood of each row in nats, the mean over its orders."""
     total = torch.zeros(len(ids), dtype=torch.float64)
     for number in range(orders):
         generators = [row_generator(seed, index, number) for index in range(start, start + len(ids))]
@@ -164,6 +164,6 @@ def _next_token(trained: Trained, ids: torch.Tensor, mask: torch.Tensor, start: 
 def _bound(
     trained: Trained, ids: torch.Tensor, mask: torch.Tensor, start: int, *, num_samples: int, seed: int
 ) -> torch.Tensor:
-    """An estimate of the mean over all orders."""
+    """(rows,) log-likelihood bound of each row in nats, an estimate of the mean over all orders."""
     inputs = (tensor.to(trained.model.device) for tensor in (ids, mask))
     return trained.model.log_likelihood_bound(*inputs, num_samples=num_samples, seed=seed).double().cpu()

@@ -1,4 +1,4 @@
-"""Perplexity of texts under several orders and lengths, and what adaptation cost against the base LLaMA."""
+"""Perplexity of texts under several orders and lengths, and the cost of adaptation relative to the base LLaMA."""
 
 import math
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ def order_log_likelihoods(
 ) -> torch.Tensor:
     """The exact log-likelihood of each window under each of `num_orders` orders: (windows, num_orders) nats, in double.
 
-    A random order is drawn, as in lm-eval's model `a3`, from the seed, the given tokens, the number of scored tokens and the
-    number of the order: not from the scored tokens, for only then do the probabilities of all texts sum to 1. It does not
-    depend on the batch, and the first n orders are the same whatever `num_orders`.
+    As in lm-eval's model `a3`, a random order is seeded by the seed, the given tokens, the number of scored tokens and the
+    number of the order. It must not depend on the scored tokens: only then do the probabilities of all texts sum to 1. It does
+    not depend on the batch, and the first n orders are the same whatever `num_orders`.
     """
     rows = [(index, number) for index in range(len(windows)) for number in range(num_orders)]
     rows.sort(key=lambda row: -sum(map(len, windows[row[0]])))
@@ -74,26 +74,26 @@ def _window_batch(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor
 def check_orders(
     orders: Sequence[str], group_sizes: Sequence[int], *, num_orders: int, span_length: int | None
 ) -> None:
-    """Raises a ValueError for unknown orders, and for settings that have no effect on any of them."""
+    """Raises ValueError for unknown orders, and for settings that have no effect on any of them."""
     if not orders:
         raise ValueError(f"orders is empty: expected one or more of {', '.join(ORDERS)}")
     for order in orders:
         if order not in ORDERS:
-            raise ValueError(f"orders holds {order!r}, which is not known; it takes some of {', '.join(ORDERS)}")
+            raise ValueError(f"orders holds {order!r}: expected some of {', '.join(ORDERS)}")
     if not group_sizes or min(group_sizes) < 1:
-        raise ValueError(f"group_sizes={list(group_sizes)}; it takes one or more whole numbers of at least 1")
+        raise ValueError(f"group_sizes={list(group_sizes)}: expected one or more whole numbers of at least 1")
     if num_orders < 1 or (num_orders > 1 and not set(orders) & set(RANDOM_ORDERS)):
         raise ValueError(
-            f"num_orders={num_orders} with orders={','.join(orders)}; it takes at least 1, and more with 'random' or 'spans'"
+            f"num_orders={num_orders} with orders={','.join(orders)}: expected at least 1, and more with 'random' or 'spans'"
         )
     if ("spans" in orders) != (span_length is not None):
         raise ValueError(
-            f"span_length={span_length} with orders={','.join(orders)}; 'spans' needs it, others don't take it"
+            f"span_length={span_length} with orders={','.join(orders)}: expected a length with 'spans', and none without"
         )
     if span_length is not None and not 1 <= max(group_sizes) <= span_length:
         raise ValueError(
-            f"span_length={span_length} with group_sizes={list(group_sizes)}; a group lies within its span: it takes at "
-            f"least {max(group_sizes)}"
+            f"span_length={span_length} with group_sizes={list(group_sizes)}: expected at least {max(group_sizes)}, because a "
+            "group lies within its span"
         )
 
 
@@ -115,7 +115,7 @@ def perplexity_rows(
     """Measures rolling perplexity for each length, order and group size.
 
     Args:
-        num_orders: number of random orders; the others have one.
+        num_orders: number of orders of each random kind; the other kinds have one.
         max_lengths: lengths of windows, in tokens; None: the model's context.
         base: the LLaMA that the model was adapted from. It is measured on the same windows, left to right.
 
@@ -179,16 +179,16 @@ def perplexity_rows(
 
 
 def check_base(base: LlamaForCausalLM, model, orders: Sequence[str], group_sizes: Sequence[int], max_lengths) -> None:
-    """Raises a ValueError for a base that can't be compared with the model."""
+    """Raises ValueError for a base that can't be compared with the model."""
     if "left_to_right" not in orders or 1 not in group_sizes:
         raise ValueError(
-            f"base is compared with the order left_to_right in groups of 1; add them to orders={','.join(orders)} and "
-            f"group_sizes={list(group_sizes)}"
+            f"orders={','.join(orders)}, group_sizes={list(group_sizes)}: expected left_to_right and 1 among them, with which "
+            "base is compared"
         )
     if base.config.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"base has a vocabulary of {base.config.vocab_size} tokens and the model one of {model.config.vocab_size}; it "
-            "takes the LLaMA that the model was adapted from"
+            f"base has a vocabulary of {base.config.vocab_size} tokens and the model one of {model.config.vocab_size}: "
+            "expected the LLaMA that the model was adapted from"
         )
     for length in max_lengths:
         check_length("max_length", length, base.config, advice=SCALE)

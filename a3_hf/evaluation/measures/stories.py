@@ -72,13 +72,13 @@ class BlankBatch(NamedTuple):
 
 
 def read_stories(trained: Trained, data_dir: str | None) -> tuple[Iterable[list[str]], str]:
-    """Reads the stories that measures blank.
+    """Reads the stories in which measures make blanks.
 
     Args:
         data_dir: the folder that holds ROCStories (`a3_hf.evaluation.tasks.datasets`); None: held-out documents.
 
     Returns:
-        The sentences of each story, with the white space before each; and what messages call the stories.
+        The sentences of each story, with the white space before each; and a description of the stories for messages.
     """
     if data_dir is None:
         stories = (split_sentences(document) for document in trained.documents)

@@ -15,7 +15,7 @@ class Trained:
 
     Attributes:
         model: the trained model, in evaluation mode: an `A3LlamaForCausalLM`, `DecoupledRopeLlamaForCausalLM`,
-            `MaskedDiffusionLlamaForCausalLM` or, of next-token training, `LlamaForCausalLM`.
+            `MaskedDiffusionLlamaForCausalLM` or, for next-token training, `LlamaForCausalLM`.
         documents: held-out texts, the recipe's `validation_documents`.
         training_documents: the texts of training.
         log_history: the log of training, as in `TrainerState`.

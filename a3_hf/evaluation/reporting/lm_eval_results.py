@@ -24,7 +24,7 @@ DEFAULTS = {
 }
 # Arguments that change where and how a model computes, not its answers.
 NEUTRAL = ("pretrained", "batch_size", "max_batch_size", "device", "parallelize", "trust_remote_code")
-# Factors of metrics that are shown to one decimal, as in the paper. Other metrics are shown unscaled.
+# Factors of the metrics that are shown scaled and to one decimal, as in the paper. Others are shown unscaled.
 SCALES = {
     **dict.fromkeys(("acc", "acc_norm", "exact_match", "alias_match", "em", "f1", "qa_f1_score", "pass@1"), 100),
     **dict.fromkeys(("rouge1", "rouge2", "rougeL"), 1),
@@ -34,7 +34,7 @@ SAME = 1e-5  # relative: batches of other sizes round differently
 
 @dataclass(frozen=True)
 class Run:
-    """A model and its settings, whatever the batch and the device."""
+    """A model and its settings, apart from batch size and device."""
 
     model: str
     pretrained: str
@@ -65,7 +65,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Score:
-    """A value with its standard error, the number of items it is over and of all items, and its file."""
+    """A value, its standard error, the number of items measured, the number of all items, and the file."""
 
     value: float
     error: float | None
@@ -117,7 +117,7 @@ def run_of(result: Mapping[str, Any]) -> Run:
 
 
 def _model_args(given: str | Mapping[str, Any] | None) -> dict[str, str]:
-    """The arguments, which lm-eval keeps as a string or as a dict."""
+    """Returns the arguments, which lm-eval stores as a string or as a dict."""
     if isinstance(given, str):
         given = dict(pair.partition("=")[::2] for pair in given.split(",") if pair)
     return {name.strip(): plain(value).strip() for name, value in (given or {}).items()}
@@ -131,7 +131,7 @@ def _parsed(value: str) -> Any:
 
 
 def gather_scores(results: Iterable[Mapping[str, Any]]) -> dict[Run, dict[Column, Score]]:
-    """The scores of lm-eval's results, those of the same run in one line whatever their files.
+    """Gathers the scores of lm-eval's results by run; a run may be spread over several files.
 
     Raises:
         ValueError: two files have different values for the same run, task and metric.
@@ -159,9 +159,9 @@ def gather_scores(results: Iterable[Mapping[str, Any]]) -> dict[Run, dict[Column
                 before = line.setdefault(column, score)
                 if not before.is_same(score):
                     raise ValueError(
-                        f"{before.path} and {score.path} tell different {metric} of {task} for the run {run}: "
-                        f"{before.value} ({before.items} items) and {score.value} ({score.items} items). Leave one of them "
-                        "in the folder"
+                        f"{before.path} and {score.path} have different {metric} of {task} for the run {run}: "
+                        f"{before.value} ({before.items} items) and {score.value} ({score.items} items). Keep only "
+                        "one of them in the folder"
                     )
     return table
 
@@ -235,7 +235,7 @@ def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
         seed = config.get("settings", {}).get("seed", _model_args(config.get("model_args")).get("seed"))
         names = {"random": "random_seed", "numpy": "numpy_seed", "torch": "torch_seed", "few-shot": "fewshot_seed"}
         seeds = ", ".join(f"{name} {config[key]}" for name, key in names.items() if config.get(key) is not None)
-    # `git describe` may put a tag before it, and shortens it
+    # `git describe` shortens it and may put a tag before it
     facts["git commit"] = re.sub(r"^.*-g(?=[0-9a-f]+$)", "", commit)[:7] if commit else "unknown"
     facts |= {"device": device_of(result), "seed": seed, "seeds of lm-eval": seeds or None}
     return {name: plain(value) for name, value in facts.items() if value is not None}

@@ -9,7 +9,7 @@ ABSENT = "–"
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an integer or a float, and no truth value."""
+    """Whether a value is an integer or a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

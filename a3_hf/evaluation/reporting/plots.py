@@ -1,4 +1,4 @@
-"""Figures: what all of them share, and those of `a3 eval`. matplotlib is an extra, imported only where something is drawn."""
+"""Parts that all figures share, and the figures of `a3 eval`. matplotlib is an extra, imported only to draw."""
 
 import math
 import textwrap
@@ -42,14 +42,14 @@ def make_figure(
 
 
 def clean(axes, *, grid: str) -> None:
-    """Leaves out the upper and right spine, and draws a light grid along "x", "y" or "both"."""
+    """Hides the upper and right spine, and draws a light grid along "x", "y" or "both"."""
     axes.grid(axis=grid, color="gainsboro", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def make_log(axes, name: str, values: Sequence[float]) -> None:
-    """Makes an axis, "x" or "y", logarithmic around values, wide enough for a tick at 1, 2 or 5 times some power of ten."""
+    """Makes an axis, "x" or "y", logarithmic around values, wide enough for a tick at 1, 2 or 5 times a power of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set(**{f"{name}scale": "log", f"{name}lim": (min(values) / 1.6, max(values) * 1.6)})
@@ -67,7 +67,7 @@ def shorten_numbers(axes) -> None:
 
 
 def palette(number: int) -> list[Any]:
-    """Colours to tell `number` things apart.
+    """Returns `number` different colours.
 
     Raises:
         ValueError: more than 20.
@@ -76,7 +76,7 @@ def palette(number: int) -> list[Any]:
 
     colors = colormaps["tab10" if number <= 10 else "tab20"].colors
     if number > len(colors):
-        raise ValueError(f"the result has {number} arms to be told apart by colour; a figure takes {len(colors)}")
+        raise ValueError(f"the result has {number} arms: expected at most {len(colors)}, the number of colours")
     return list(colors[:number])
 
 
@@ -94,7 +94,7 @@ def add_legend(
     """Adds a legend below the panels: entries, the labels in the panels (each once), and lines of text. The figure grows.
 
     Args:
-        columns: of the legend; 0: as many as fit.
+        columns: number of columns of the legend; 0: as many as fit.
     """
     entries = list(entries)
     for axes in panels:
@@ -128,10 +128,10 @@ def put_labels(axes, points: Sequence[tuple[float, float]], texts: Sequence[str]
     """Writes each text beside its point, at the nearest place that no point and no other text has taken. The size of the
     figure has to be final.
     """
-    axes.figure.draw_without_rendering()  # only then is it known where points are
+    axes.figure.draw_without_rendering()  # determines the places of the points
     scale = axes.figure.dpi / 72
     taken = [tuple(axes.transData.transform(point)) for point in points]
-    # each ring is turned a little, so that no leader runs through a text of the ring within
+    # each ring is turned a little, so that no leader line crosses a text of an inner ring
     places = [
         (distance * math.cos(angle), distance * math.sin(angle))
         for distance, turn in ((10, 0), (22, 12), (36, 24), (50, 36))
@@ -220,7 +220,7 @@ def draw_losses(files: Sequence[tuple[str, Rows]], path: Path) -> None:
     figure, panels = make_figure(["Losses per order"], size=(8, 1.8 + 0.45 * len(orders)))
     (axes,) = panels.values()
     for number, (name, dots) in enumerate(series.items()):
-        # beside each other within a line, so that equal values are seen
+        # side by side within a line, so that equal values are visible
         shift = (0.5 - (number + 0.5) / len(series)) * 0.5
         style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)], "linestyle": "none"}
         xs, ys = [value for _, value, _ in dots], [rows_of[order] + shift for order, _, _ in dots]

@@ -1,4 +1,4 @@
-"""The paper's own numbers, by the names of the tasks here that ask the same."""
+"""The paper's own numbers, by the names of the corresponding tasks here."""
 
 SOURCE = "arXiv 2601.13228, ICLR 2026"
 # The columns of its table of results, as (task, metric) here; all are times 100.
@@ -20,7 +20,7 @@ RESULTS = {
     "A3-3B": (15.9, 49.6, 54.3, 38.9, 70.1, 11.3, 2.3, 10.2),
     "A3-8B": (19.4, 58.4, 60.2, 45.2, 78.1, 19.2, 4.6, 18.6),
 }
-# Why figures are not to be relied on. Names of models, so that their lines can be marked, and what concerns several.
+# Reasons not to rely on figures: by model, whose line is then marked, or by topic.
 SUSPECT = {
     "Llama-3.1-8B, autoregressive": "on ROCStories it was given the text before the blank only, and a length counted in "
     "characters; the others saw the text on both sides, and the true length in tokens",
@@ -40,7 +40,7 @@ JUDGED = {
 
 
 def published_scores(task: str, metric: str) -> dict[str, float]:
-    """What each of the paper's models reached, times 100; empty where the paper has no such task or metric."""
+    """Returns the score of each of the paper's models, times 100; empty if the paper has no such task or metric."""
     if (task, metric) not in COLUMNS:
         return {}
     place = COLUMNS.index((task, metric))

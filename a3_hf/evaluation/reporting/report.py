@@ -37,7 +37,7 @@ TITLES = {
     "calibration": "Calibration",
     "speed": "More of speed",
 }
-# The columns that have to be finite numbers in a row of a kind, for the row to be in its plot.
+# By kind, the columns that must be finite numbers in a row for it to be plotted.
 DRAWN = {
     "ppl": ("nats_per_token",),
     "judge": ("judge_perplexity",),
@@ -56,26 +56,26 @@ class Plot:
 
 
 def write_report(folder: Path, output: Path | None = None, *, plots: bool = True) -> Path:
-    """Reads all results under a folder and writes `report.md`, and PNG plots that it shows.
+    """Reads all results under a folder and writes `report.md` and the PNG plots in it.
 
     Args:
         folder: folder of lm-eval's `--output_path`, and of files of `write_result`; sub-folders are included.
         output: folder of the report; None: the same folder.
-        plots: False for tables alone, without matplotlib.
+        plots: False: tables only, without matplotlib.
 
     Returns:
         The path of `report.md`.
 
     Raises:
         ValueError: no results, an unreadable or incomplete file, two values for one score, an `output` that is a file, no
-            matplotlib. Nothing has been written then.
+            matplotlib. Nothing is written then.
     """
     if plots and find_spec("matplotlib") is None:
-        raise ValueError("plots are drawn with matplotlib: pip install 'a3-hf[plot]', or ask for no plots")
+        raise ValueError("plots need matplotlib: pip install 'a3-hf[plot]', or set plots to False")
     results = read_results(folder)
     output = folder if output is None else output
     if output.exists() and not output.is_dir():
-        raise ValueError(f"output={str(output)!r} is a file; it takes a folder")
+        raise ValueError(f"output={str(output)!r}: expected a folder, got a file")
     from_tasks = [result for result in results if "kind" not in result]
     measured = defaultdict(list)
     for result in results:
@@ -126,7 +126,7 @@ def _head(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _names(tasks: Iterable[Task]) -> dict[Task, str]:
-    """Each task's name, with what distinguishes it from others of the name."""
+    """Each task's name, with what distinguishes it from others of the same name."""
     names = {}
     tasks = list(dict.fromkeys(tasks))
     for task in tasks:
@@ -143,7 +143,7 @@ def _names(tasks: Iterable[Task]) -> dict[Task, str]:
 
 
 def _headings(scores: Mapping[Run, Mapping[Column, Score]]) -> dict[Column, str]:
-    """Each column's name, with the number of items where all runs had the same."""
+    """Each column's name, with the number of items if it is the same in all runs."""
     columns = list(dict.fromkeys(column for line in scores.values() for column in line))
     names = _names(column.task for column in columns)
     headings = {}
@@ -336,7 +336,7 @@ def _plots_of_scores(
 
 
 def _plots_of_kind(kind: str, files: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """One plot for all files of perplexities, one for each file of the other kinds; none where no row can be drawn."""
+    """One plot for all files of perplexities, one for each file of the other kinds; none if no row can be drawn."""
     if kind not in DRAWN:
         return []
     drawable = []

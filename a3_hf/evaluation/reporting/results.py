@@ -48,13 +48,13 @@ def write_result(
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """All JSON files under a folder, those of lm-eval (with `results`) and those of `write_result` (with `kind`), in the
-    order of their paths; each has its own path under "path". Other JSON files are left out.
+    order of their paths; each has its own path under "path". Other JSON files are ignored.
 
     Raises:
         ValueError: no such folder, no result in it, or an unreadable or incomplete file.
     """
     if not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r}: there is no such folder")
+        raise ValueError(f"folder={str(folder)!r}: no such folder")
     found = []
     for path in sorted(path for path in folder.rglob("*.json") if path.is_file()):
         try:
@@ -65,7 +65,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
             _check_result(path, content)
             found.append({**content, "path": str(path.relative_to(folder))})
     if not found:
-        raise ValueError(f"folder={str(folder)!r} holds no result of `a3 eval`; it takes the folder of its output")
+        raise ValueError(f"folder={str(folder)!r}: expected a folder with results of `a3 eval`")
     return found
 
 
@@ -75,4 +75,6 @@ def _check_result(path: Path, content: dict[str, Any]) -> None:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} has kind={content['kind']!r} but no list of `rows`")
     elif not isinstance(content.get("config"), dict):
-        raise ValueError(f"{path} has `results` but no `config`; it takes what lm-eval writes to its --output_path")
+        raise ValueError(
+            f"{path} has `results` but no `config`: expected a file that lm-eval wrote to its --output_path"
+        )

@@ -1,4 +1,4 @@
-"""Runs a program written by a model, in a process of its own with limits."""
+"""Runs a program written by a model, in a separate process with limits."""
 
 import contextlib
 import os
@@ -10,8 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-# The limits are set in the new process, which the program's own then replaces: a function that runs between fork and exec
-# could hang where the parent has threads, as torch has.
+# The limits are set in a new process, which then executes the program: a function that runs between fork and exec could hang
+# if the parent has threads, as torch has.
 LAUNCHER = """
 import os, resource, sys
 seconds, megabytes, program = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -21,8 +21,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 os.execv(sys.executable, [sys.executable, "-I", "-X", "utf8", "-c", *sys.argv[4:], program])
 """
-# Runs the program as a script, and then writes the secret that it was given into a pipe: a program that ends earlier, with
-# whatever exit code, does not know the secret.
+# Runs the program as a script, then writes a secret into a pipe: a program that ends earlier, with any exit code, does not
+# know the secret.
 RUNNER = """
 import os, sys, types
 def run(pipe, program):
@@ -46,8 +46,8 @@ class Outcome:
 
     Attributes:
         passed: it ran past its last line, and its process ended with the exit code 0.
-        exit_code: of its process, or the negative number of the signal that ended it.
-        timed_out: it was ended because `wall_seconds` had passed.
+        exit_code: exit code of its process, or minus the signal that ended it.
+        timed_out: it was killed after `wall_seconds`.
     """
 
     passed: bool
@@ -59,15 +59,15 @@ def run_program(
     source: str, *, cpu_seconds: int = 5, wall_seconds: float = 10.0, memory_megabytes: int = 1024
 ) -> Outcome:
     """Runs Python source with `python -I`, in a temporary directory that holds nothing else and is removed afterwards,
-    without this process's environment variables, without input, its output thrown away. On POSIX systems only.
+    without this process's environment variables and without input; its output is discarded. POSIX systems only.
 
-    Seconds, memory and the size of files (1 MiB each) are limited; processes that it started are ended with it, unless they
-    left its group. The network, reading of files and the number of processes are NOT limited: this is no protection against
-    malicious programs. For that, run the whole evaluation in a container without network.
+    Time, memory and the size of files (1 MiB each) are limited; processes that it started end with it, unless they left its
+    group. Network, reading of files and the number of processes are NOT limited: this does not protect against malicious
+    programs. For that, run the whole evaluation in a container without network.
 
     Args:
         cpu_seconds: CPU time of each of its processes.
-        wall_seconds: time until it is ended.
+        wall_seconds: time after which it is killed.
         memory_megabytes: address space of each of its processes, MiB.
 
     Raises:
@@ -76,10 +76,10 @@ def run_program(
     limits = {"cpu_seconds": cpu_seconds, "wall_seconds": wall_seconds, "memory_megabytes": memory_megabytes}
     for name, value in limits.items():
         if value <= 0:
-            raise ValueError(f"{name}={value}; it takes more than 0")
+            raise ValueError(f"{name}={value}: expected a number above 0")
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "program.py"
-        # characters that UTF-8 does not have make a file that Python refuses, so that the program fails and not this one
+        # characters outside UTF-8 make a file that Python refuses, so the program fails, not this process
         program.write_bytes(source.encode("utf-8", errors="surrogatepass"))
         word = secrets.token_bytes(32)
         said, pipe = os.pipe()
@@ -97,7 +97,7 @@ def run_program(
             )
             timed_out = False
             try:
-                with contextlib.suppress(BrokenPipeError):  # it ended before it began, for want of memory
+                with contextlib.suppress(BrokenPipeError):  # it ended before it read, out of memory
                     process.communicate(word, timeout=wall_seconds)
             except subprocess.TimeoutExpired:
                 timed_out = True
@@ -106,7 +106,7 @@ def run_program(
             exit_code = process.wait()
             os.set_blocking(said, False)
             answer = b""
-            with contextlib.suppress(BlockingIOError):  # nothing was said
+            with contextlib.suppress(BlockingIOError):  # nothing was written
                 answer = os.read(said, 64)
         finally:
             os.close(said)
@@ -117,5 +117,5 @@ def run_program(
 def _end_group(leader: int) -> None:
     try:
         os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:  # nobody is left
+    except ProcessLookupError:  # no process is left
         pass

@@ -10,7 +10,7 @@ Returns:
     {split: data set}, with the columns that the tasks use, named as on the hub.
 
 Raises:
-    ValueError: an absent or unreadable file, an unreachable hub, a missing column, an item that makes no question.
+    ValueError: an absent or unreadable file, an unreachable hub, a missing column, an item that is not a valid question.
 """
 
 import csv
@@ -46,10 +46,10 @@ def _source(
     """Makes a loader from a function that checks a row and returns its final form (None: its columns as they are).
 
     Args:
-        path, name: of the data set on the hub.
+        path, name: those of the data set on the hub.
         file: the local file, a JSON object per line.
         columns: columns of a row.
-        hub_columns: its columns on the hub, where they are others.
+        hub_columns: its columns on the hub, if they differ.
     """
 
     def decorate(check: Callable[[str, Row], Row | None]) -> Loader:
@@ -96,7 +96,7 @@ def piqa(*, data_dir: str | None = None, first: int | None = None, **_: Any) -> 
         path = _local_file(data_dir, "eval/piqa/valid-labels.lst")
         labels = path.read_text(encoding="utf-8").split()
         if len(labels) != len(items):
-            raise ValueError(f"{path} has {len(labels)} labels; it takes one for each of the {len(items)} items")
+            raise ValueError(f"{path} has {len(labels)} labels: expected {len(items)}, one per item")
         labelled = zip(items, labels, strict=True)
         items = [Item(where, {**row, "label": label}) for (where, row), label in labelled][:first]
     rows = []
@@ -230,7 +230,7 @@ def _from_hub(
 ) -> list[Item]:
     try:
         dataset = datasets.load_dataset(path, name, split=split)
-    except OSError as error:  # not reached, or not there
+    except OSError as error:  # unreachable, or no such data set
         raise ValueError(f"{path} can't be read from the hub ({error}); {SET_DATA_DIR}") from error
     _check_columns(path, columns, dataset.column_names)
     dataset = dataset.select_columns(list(columns))
@@ -238,9 +238,9 @@ def _from_hub(
 
 
 def _local_file(data_dir: str, file: str) -> Path:
-    path = Path(str(data_dir)) / file  # lm-eval's command line takes a folder called 2024 for a number
+    path = Path(str(data_dir)) / file  # lm-eval's command line reads a folder named 2024 as a number
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; `--metadata data_dir=FOLDER` sets the folder that holds {file}")
+        raise ValueError(f"no such file: {path}. `--metadata data_dir=FOLDER` sets the folder that holds {file}")
     return path
 
 
@@ -257,7 +257,7 @@ def _from_lines(data_dir: str, file: str, *, columns: Sequence[str], first: int 
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number} can't be read: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} holds {line.strip()[:40]!r}; it takes an object with columns")
+                raise ValueError(f"{path}, line {number} holds {line.strip()[:40]!r}: expected an object with columns")
             rows.append(row)
     items = _numbered(path, rows)[:first]
     for where, row in items:
@@ -289,20 +289,20 @@ def _is_text(value: Any) -> bool:
 def _check_texts(where: str, row: dict[str, Any], columns: Sequence[str]) -> None:
     for name in columns:
         if not _is_text(row[name]):
-            raise ValueError(f"{where}: {name} is {row[name]!r}; it takes a text that is not empty")
+            raise ValueError(f"{where}: {name} is {row[name]!r}: expected a text that is not empty")
 
 
 def _check_choices(where: str, name: str, choices: Any) -> None:
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
-        raise ValueError(f"{where}: {name} are {choices!r}; they take two texts or more, none of them empty")
+        raise ValueError(f"{where}: {name} are {choices!r}: expected two texts or more, none of them empty")
 
 
 def _check_answers(where: str, name: str, answers: Any) -> None:
     if not isinstance(answers, list) or not answers or not all(map(_is_text, answers)):
-        raise ValueError(f"{where}: {name} is {answers!r}; it takes one text or more, none of them empty")
+        raise ValueError(f"{where}: {name} is {answers!r}: expected one text or more, none of them empty")
 
 
 def _check_label(where: str, name: str, label: Any, known: range) -> int:
     if str(label) not in map(str, known):
-        raise ValueError(f"{where}: {name} is {label!r}; it takes one of {', '.join(map(str, known))}")
+        raise ValueError(f"{where}: {name} is {label!r}: expected one of {', '.join(map(str, known))}")
     return int(label)

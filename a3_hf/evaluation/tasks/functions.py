@@ -25,14 +25,15 @@ class InfillTask(ConfigurableTask):
 
         doc_to_suffix: field of the text after the answer; none by default.
         doc_to_length_of: field of a text with as many tokens as the answer.
-        lengths: [least, most] tokens, from which the model chooses; `--metadata lengths=[4,48]` replaces it.
-        sentences: with `lengths`: the number of sentences, where a model that writes left to right ends.
+        lengths: [least, most] tokens, between which the model chooses; `--metadata lengths=[4,48]` replaces it.
+        sentences: with `lengths`: the number of sentences after which a model that writes left to right stops.
         doc_to_max_gen_toks: field of a number of tokens, for lm-eval's plain continuation.
 
-    `output_type: multiple_choice` takes the first of these, `generate_until` also exactly one of the others.
+    With `output_type: multiple_choice` only the first is allowed; `generate_until` needs exactly one of `doc_to_length_of`,
+    `lengths` and `doc_to_max_gen_toks`.
 
     Raises:
-        ValueError: keys that do not go together, lengths that are no range, a chat template around a suffix.
+        ValueError: incompatible keys, lengths that are not a range, a chat template with a suffix.
     """
 
     OWN_KEYS = ("doc_to_suffix", "doc_to_length_of", "lengths", "doc_to_max_gen_toks", "sentences")
@@ -42,34 +43,36 @@ class InfillTask(ConfigurableTask):
         task, kind = config["task"], config["output_type"]
         sizes = [key for key in self.own if key in self.OWN_KEYS[1:4]]
         if kind == "multiple_choice" and list(self.own) != ["doc_to_suffix"]:
-            raise ValueError(f"{task} has {sorted(self.own)}; with output_type: multiple_choice it takes doc_to_suffix")
+            raise ValueError(f"{task} has {sorted(self.own)}: expected doc_to_suffix with output_type: multiple_choice")
         if kind == "generate_until" and len(sizes) != 1:
-            raise ValueError(f"{task} has {sizes}; it takes exactly one of {', '.join(self.OWN_KEYS[1:4])}")
+            raise ValueError(f"{task} has {sizes}: expected exactly one of {', '.join(self.OWN_KEYS[1:4])}")
         if "sentences" in self.own and "lengths" not in self.own:
             raise ValueError(f"{task} has sentences={self.own['sentences']} without lengths")
         if kind not in ("multiple_choice", "generate_until"):
-            raise ValueError(f"{task} has output_type {kind!r}; it takes multiple_choice or generate_until")
+            raise ValueError(f"{task} has output_type {kind!r}: expected multiple_choice or generate_until")
         if "doc_to_max_gen_toks" in self.own and "doc_to_suffix" in self.own:
-            raise ValueError(f"{task} has doc_to_max_gen_toks and doc_to_suffix; a plain continuation has no suffix")
+            raise ValueError(
+                f"{task} has doc_to_max_gen_toks and doc_to_suffix: expected one, because a plain continuation has no suffix"
+            )
         if "lengths" in self.own:
             self.own["lengths"] = _range(task, config.get("metadata", {}).get("lengths", self.own["lengths"]))
         super().__init__(config={key: config[key] for key in config if key not in (*self.OWN_KEYS, "class")})
 
     def dump_config(self) -> dict[str, Any]:
-        """As in lm-eval, its own keys included."""
+        """Returns lm-eval's config with this class's own keys."""
         return {**super().dump_config(), **self.own}
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs) -> list[Instance] | Instance:
-        """As in lm-eval: one request for each choice, (context, choice, {"suffix": …}), or one request to write, (context,
-        gen_kwargs), with a `Blank` in its gen_kwargs.
+        """Returns a request for each choice, (context, choice, {"suffix": …}), or one request to write, (context, gen_kwargs),
+        with a `Blank` in its gen_kwargs.
         """
         has_template = kwargs.pop("apply_chat_template", False)
         kwargs.pop("chat_template", None)
         suffix = self.resolve_field(doc, self.own.get("doc_to_suffix")) or ""
         if has_template and suffix:
             raise ValueError(
-                f"{self.config.task} has text after the answer, which a chat template has no place for; leave "
-                "--apply_chat_template out"
+                f"{self.config.task} has text after the answer, for which a chat template has no place. Leave out "
+                "--apply_chat_template"
             )
         if self.OUTPUT_TYPE == "multiple_choice":
             choices = [f"{self.config.target_delimiter}{choice}" for choice in self.doc_to_choice(doc)]
@@ -95,7 +98,7 @@ def _range(task: str, lengths: Any) -> list[int]:
         or not all(type(one) is int for one in lengths)
         or not 1 <= lengths[0] <= lengths[1]
     ):
-        raise ValueError(f"lengths={lengths!r} of {task}; it takes [least, most] tokens, 1 ≤ least ≤ most")
+        raise ValueError(f"lengths={lengths!r} of {task}: expected [least, most] tokens, 1 ≤ least ≤ most")
     return list(lengths)
 
 
@@ -143,7 +146,7 @@ def winogrande_options(doc: dict[str, Any]) -> dict[str, Any]:
 
 
 def _around_blank(doc: dict[str, Any]) -> tuple[str, list[str], str]:
-    """Spaces before the blank belong to the options, since no context ends with one."""
+    """The text before the blank, the options and the suffix. Spaces before the blank belong to the options."""
     before, _blank, suffix = doc["sentence"].partition("_")
     query, spaces = _without_last_spaces(before)
     return query, [spaces + doc["option1"], spaces + doc["option2"]], suffix
@@ -155,11 +158,11 @@ def _without_last_spaces(text: str) -> tuple[str, str]:
 
 
 def mean_per_token(doc: dict[str, Any], results: list[LogLikelihood]) -> dict[str, float]:
-    """`acc`: whether the gold choice has the highest mean log-probability per token (paper §1). Of equal ones the first
-    counts, as in lm-eval.
+    """`acc`: whether the gold choice has the highest mean log-probability per token (paper §1). Among equal ones the
+    first counts, as in lm-eval.
 
     Raises:
-        ValueError: the model does not say how many tokens its log-likelihoods are sums of.
+        ValueError: the model's answers have no number of tokens.
     """
     for result in results:
         if not isinstance(result, LogLikelihood):
@@ -204,8 +207,8 @@ def normalize(text: str) -> str:
 
 
 def alias_match(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`alias_match`: whether a normalised alias is a substring of the normalised answer (paper §1). Aliases that normalise to
-    nothing don't count, or they would be in every answer.
+    """`alias_match`: whether a normalised alias is a substring of the normalised answer (paper §1). Aliases that are empty
+    after normalisation are ignored.
     """
     answer = normalize(results[0])
     aliases = filter(None, map(normalize, doc["aliases"]))
@@ -258,7 +261,7 @@ def missing_line(doc: dict[str, Any]) -> dict[str, Any]:
 
 
 def exact_match(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`exact_match`: whether the answer is the `target`, spaces around it aside."""
+    """`exact_match`: whether the answer is the `target`, apart from surrounding white space."""
     return {"exact_match": float(results[0].strip() == doc["target"].strip())}
 
 

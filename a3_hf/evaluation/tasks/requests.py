@@ -8,7 +8,7 @@ KEY = "blank"
 
 class LogLikelihood(tuple):
     """lm-eval's answer to `loglikelihood`, (log-likelihood in nats, whether greedy decoding would write it), with its number
-    of tokens. It stays a pair, so that every task and cache of lm-eval takes it.
+    of tokens. It is a pair, so that it works with every task and cache of lm-eval.
     """
 
     num_tokens: int
@@ -24,9 +24,9 @@ class LogLikelihood(tuple):
 
 @dataclass(frozen=True)
 class Blank:
-    """A blank of a `generate_until` request between its context and `suffix`, with as many tokens as the text `length_of` has
-    there, or a number that the model chooses from `lengths` (least, most). `sentences` is the number of sentences, after
-    which a model that writes left to right ends.
+    """A blank of a `generate_until` request, between its context and `suffix`. It has as many tokens as the text `length_of`
+    there, or a number that the model chooses from `lengths` (least, most). A model that writes left to right stops after
+    `sentences` sentences.
     """
 
     suffix: str = ""
@@ -36,9 +36,7 @@ class Blank:
 
     def __post_init__(self):
         if (self.length_of is None) == (self.lengths is None):
-            raise ValueError(
-                f"length_of={self.length_of!r} and lengths={self.lengths!r}; a blank takes exactly one of them"
-            )
+            raise ValueError(f"length_of={self.length_of!r} and lengths={self.lengths!r}: expected exactly one of them")
 
     def in_kwargs(self) -> dict[str, Any]:
         """Its entry in `gen_kwargs`: plain values, so that lm-eval's cache can hash them."""

@@ -714,7 +714,7 @@ def test_attention_opens_step_by_step(tmp_path):
     trainer.state.global_step = 4
     assert trainer.visible_mask(40) is None
     trainer.train()  # and it is handed on
-    with pytest.raises(ValueError, match="anneal_steps=2 needs an attention implementation that takes any mask"):
+    with pytest.raises(ValueError, match="anneal_steps=2 needs an attention implementation that supports any mask"):
         make_trainer(tmp_path, rows_of([9]), model=tiny_diffusion(attn_implementation="flex_attention"), anneal_steps=2)
 
 
@@ -955,9 +955,9 @@ def test_other_attention_refuses_documents(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"masking": "all"}, "masking='all'; it takes one of rate, count"),
-        ({"anneal_steps": -1}, "anneal_steps=-1; it takes at least 0"),
-        ({"eval_samples": 0}, "eval_samples=0; it takes at least 1"),
+        ({"masking": "all"}, "masking='all': expected one of rate, count"),
+        ({"anneal_steps": -1}, "anneal_steps=-1: expected at least 0"),
+        ({"eval_samples": 0}, "eval_samples=0: expected at least 1"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False: expected"),
     ],
