@@ -268,7 +268,7 @@ def test_an_adapter_of_a_plain_llama_holds_it(source, tmp_path, rows):
     with pytest.raises(ValueError, match="slot_start='query_embed': the adapter .* was trained with 'left_token'"):
         load_model(str(out), slot_start="query_embed")
     base = A3LlamaForCausalLM.from_pretrained(source, slot_start="query_embed")
-    with pytest.raises(ValueError, match="trained with slot_start='left_token', and the model has 'query_embed'"):
+    with pytest.raises(ValueError, match="trained with slot_start='left_token', but the model has 'query_embed'"):
         attach_adapter(base, str(out))
     with pytest.raises(ValueError, match="slot_start='query_embed': the adapter .* was trained with 'left_token'"):
         train.run(
