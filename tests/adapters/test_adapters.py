@@ -341,7 +341,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
     assert isinstance(load_model(path, base=base), PeftModel)
 
     config.write_text(json.dumps({**settings, "peft_type": "IA3"}))
-    with pytest.raises(ValueError, match="type 'IA3'; expected LORA"):
+    with pytest.raises(ValueError, match="type 'IA3': expected LORA"):
         load_model(path)
     config.write_text(json.dumps(settings)[:100])
     with pytest.raises(ValueError, match="truncated"):

@@ -151,7 +151,7 @@ def test_special_tokens_are_never_written(model, judge, tokenizer):
         ({"steps": [4, 5]}, "steps=5: expected a divisor of new_tokens=12"),
         ({"steps": [0]}, "steps=0: expected a divisor of"),
         ({"steps": []}, "expected at least one each"),
-        ({"criteria": ["luck"]}, "criterion='luck' is not known; it takes one of confidence"),
+        ({"criteria": ["luck"]}, "criterion='luck': expected one of confidence"),
         ({"count": 5}, "count=5: only 4 of 5 documents have the 18 tokens of a prompt and its continuation"),
         ({"count": 0}, "count=0"),
         ({"prompt_tokens": 0}, "prompt_tokens=0"),

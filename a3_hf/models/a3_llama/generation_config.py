@@ -263,7 +263,7 @@ class A3GenerationConfig(GenerationConfig):
             _check_choice("order", self.order, ORDERS)
         if (self.span_length is not None) != (isinstance(self.order, str) and self.order == "spans"):
             raise ValueError(
-                f"span_length={self.span_length} with order={self.order!r}: expected with order='spans' only"
+                f"span_length={self.span_length} with order={self.order!r}: expected a number with order='spans', else None"
             )
         if isinstance(self.order, torch.Tensor) and self.group_size is not None:
             raise ValueError("group_size has no effect if order is a tensor of groups. Leave it out.")

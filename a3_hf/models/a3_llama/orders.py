@@ -198,7 +198,9 @@ class GroupOrder:
         if order not in ORDERS:
             raise ValueError(f"order={order!r}: expected one of {', '.join(ORDERS)}")
         if (order == "spans") != (span_length is not None):
-            raise ValueError(f"span_length={span_length} with order={order!r}: expected with order='spans' only")
+            raise ValueError(
+                f"span_length={span_length} with order={order!r}: expected a number with order='spans', else None"
+            )
         blank_mask = _as_mask("blank_mask", blank_mask)
         real = torch.ones_like(blank_mask) if attention_mask is None else _as_mask("attention_mask", attention_mask)
         given = real & ~blank_mask

@@ -40,9 +40,7 @@ def test_two_words_at_once_are_an_error(model):
 
 def test_a_cache_under_a_third_word_is_an_error(model):
     for body in (model, model.model):
-        with pytest.raises(
-            ValueError, match=r"kv_store holds a DynamicCache.*past_key_values or cache.*transformers \d"
-        ):
+        with pytest.raises(ValueError, match=r"kv_store is a DynamicCache.*past_key_values or cache.*transformers \d"):
             body(IDS, kv_store=DynamicCache(config=model.config))
 
 
@@ -59,7 +57,7 @@ def test_masked_diffusion_takes_no_cache_under_any_word():
 def test_attention_without_a_cache_argument_is_an_error():
     with pytest.raises(RuntimeError, match=f"passes attention no argument '{CACHE}'"):
         take_cache({"position_ids": None})
-    with pytest.raises(ValueError, match=f"{OTHER_WORD} holds a DynamicCache"):
+    with pytest.raises(ValueError, match=f"{OTHER_WORD} is a DynamicCache"):
         take_cache({CACHE: None, OTHER_WORD: DynamicCache()})
 
 
@@ -117,7 +115,7 @@ def test_a_generate_that_hands_the_cache_over_under_another_word_is_an_error(mod
         return inputs
 
     monkeypatch.setattr(type(model), "prepare_inputs_for_generation", prepare)
-    with pytest.raises(ValueError, match=r"kv_store holds a DynamicCache.*transformers \d"):
+    with pytest.raises(ValueError, match=r"kv_store is a DynamicCache.*transformers \d"):
         model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
 
 

@@ -82,7 +82,7 @@ def test_what_the_model_writes_is_what_is_shown(model, tokenizer):
         ("The <blank> dog", "marker '<blank>'"),
         ("The <blank:x> dog <blank:2>", "marker '<blank:x>'"),
         ("The <blank:-2> dog", "marker '<blank:-2>'"),
-        ("The <blank:8..2> dog", "the range 8..2: expected 1 ≤ least ≤ most"),
+        ("The <blank:8..2> dog", "the range 8..2: expected 1 ≤ min ≤ max"),
         ("The <blank:0..2> dog", "the range 0..2"),
         ([], "empty list"),
     ],

@@ -608,7 +608,7 @@ GROUPS = torch.arange(6).expand(2, -1)
         ({"target_position_ids": GROUPS[:1], "target_group_ids": GROUPS[:1]}, "target_position_ids has shape"),
         ({"target_position_ids": GROUPS, "target_group_ids": GROUPS[:, :2]}, "target_group_ids has shape"),
         ({"target_position_ids": GROUPS, "target_group_ids": GROUPS.float()}, "target_group_ids has dtype"),
-        ({"target_group_ids": GROUPS}, "target_position_ids None"),
+        ({"target_group_ids": GROUPS}, "shape of target_position_ids, None"),
         ({"group_ids": GROUPS, "logits_to_keep": 1}, "logits_to_keep works with model.input_ids. only"),
         ({"group_ids": GROUPS, "labels": IDS[:, :4]}, "labels has shape"),
         ({"group_ids": GROUPS, "labels": IDS}, "row 0, slot 0, which sees no token"),

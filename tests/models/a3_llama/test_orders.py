@@ -135,7 +135,7 @@ def test_lay_out_stores_the_text_in_generation_order(name):
         (lambda m: GroupOrder.spans(m, span_length=-1), "span_length=-1"),
         (lambda m: GroupOrder.contiguous(m[0], group_size=1), "attention_mask has shape"),
         (lambda m: GroupOrder.left_to_right(m, given_mask=m[:, :3]), "given_mask has shape"),
-        (lambda m: GroupOrder.scattered(m, group_size=1, generator=generators(1)), "one per row, 2"),
+        (lambda m: GroupOrder.scattered(m, group_size=1, generator=generators(1)), "expected 2, one per row"),
         (lambda m: GroupOrder.infilling(m, order="spiral"), "left_to_right, right_to_left, random, spans"),
         (lambda m: GroupOrder.infilling(m, order="spans"), "span_length"),
         (lambda m: GroupOrder.left_to_right(m).lay_out(torch.zeros(2, 5)), "input_ids has shape"),

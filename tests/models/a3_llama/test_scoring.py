@@ -45,7 +45,7 @@ def test_several_random_orders(model, tokenizer):
     [
         ("", {}, "text is empty"),
         (TEXT * 20, {}, "more than the model's context"),
-        (TEXT, {"order": "spiral"}, "order='spiral' is not known"),
+        (TEXT, {"order": "spiral"}, "order='spiral': expected one of"),
         (TEXT, {"num_orders": 0}, "num_orders=0"),
         (TEXT, {"num_orders": 3}, "num_orders=3 with order='left_to_right'"),
         (TEXT, {"group_size": 0}, "group_size=0"),

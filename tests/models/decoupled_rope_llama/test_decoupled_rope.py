@@ -526,7 +526,7 @@ def test_checkpoints_go_round_and_come_from_llama(tmp_path, tied):
     chosen = load_model(str(tmp_path / "llama"), architecture="decoupled_rope")
     assert type(chosen) is DecoupledRopeLlamaForCausalLM
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "own")(ids).logits, model(ids).logits)
-    with pytest.raises(ValueError, match="'decoupled_rope_llama'; A3 loads"):
+    with pytest.raises(ValueError, match="'decoupled_rope_llama': A3 expects"):
         load_model(str(tmp_path / "own"), architecture="a3")
 
 
@@ -781,7 +781,7 @@ ALIGNED = {"position_ids": GROUPS, "target_position_ids": GROUPS + 1}
     [
         (
             {"group_ids": PAIRS},
-            "several tokens in group 0 of row 0. Decoupled RoPE is not defined for groups larger than one",
+            "several tokens in group 0 of row 0: expected one. Decoupled RoPE is not defined for groups larger than one",
         ),
         (
             {
