@@ -163,7 +163,7 @@ class DataArguments:
         if not isinstance(self.fim, FimArguments):
             hints = get_type_hints(FimArguments)
             if not isinstance(self.fim, Mapping):
-                raise ValueError(f"fim: takes a mapping of {', '.join(hints)}, got {shown_value(self.fim)}")
+                raise ValueError(f"fim: expected a mapping of {', '.join(hints)}, got {shown_value(self.fim)}")
             check_keys("fim", self.fim, hints)
             self.fim = FimArguments(
                 **{key: checked_value(key, value, hints[key], "fim") for key, value in self.fim.items()}

@@ -627,7 +627,7 @@ def test_a_checkpoint_of_a_whole_model_is_not_taken_for_adapters(source):
 def test_four_bits_need_adapters_and_a_library(source, tmp_path, monkeypatch):
     wanted = recipe(source, tmp_path, lora=None)
     wanted.model.load_in_4bit = True
-    with pytest.raises(ValueError, match="load_in_4bit=True: weights in 4 bits can't be trained; set lora"):
+    with pytest.raises(ValueError, match="load_in_4bit=True: weights in 4 bits can't be trained. Set lora"):
         train_module.run(wanted)
     monkeypatch.setattr(settings_module, "is_bitsandbytes_available", lambda: False)
     wanted = recipe(source, tmp_path, lora=LoraArguments())

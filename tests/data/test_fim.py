@@ -130,9 +130,9 @@ def test_a_recipe_makes_them(tokenizer, tmp_path):
     assert train.to_list() == list(made.rows(texts[:8])) and held_out.to_list() == list(made.rows(texts[8:]))
     for wrong, message in (
         ({"documents": "isolated"}, "documents='isolated' has no effect with fim"),
-        ({"fim": 5}, "fim: takes a mapping"),
+        ({"fim": 5}, "fim: expected a mapping"),
         ({"fim": {"rat": 1.0}}, "fim: unknown key 'rat'; did you mean 'rate'"),
-        ({"fim": {"rate": "x"}}, "rate takes a number|rate takes"),
+        ({"fim": {"rate": "x"}}, "fim: rate: expected a number"),
         ({"train_file": None, "sources": {"a": {"path": "x.txt"}}, "validation_documents": 0}, "fim and sources"),
     ):
         settings = {"train_file": str(path), "fim": {"psm": 1.0, "tokens": TOKENS}, **wrong}

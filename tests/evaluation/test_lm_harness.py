@@ -543,7 +543,7 @@ def test_requests_that_can_not_be_answered_are_refused(a3, source):
         a3.loglikelihood(asking([("w1", "  ")]), disable_tqdm=True)
     with pytest.raises(ValueError, match="max_gen_toks=128 of toy"):
         a3.generate_until(asking([("w1", {"max_gen_toks": 128, "until": []})]), disable_tqdm=True)
-    with pytest.raises(ValueError, match="'num_beams', which has no meaning"):
+    with pytest.raises(ValueError, match="'num_beams', which has no effect"):
         a3.generate_until(asking([("w1", {"num_beams": 2, "until": []})]), disable_tqdm=True)
     with pytest.raises(ValueError, match="exactly one of them"):
         Blank("", length_of="w1", lengths=(1, 2))

@@ -263,7 +263,7 @@ def test_sigterm_saves_where_ctrl_c_is_ignored(source, unbroken, tmp_path):
 def test_a_second_ctrl_c_stops_at_once(source, tmp_path):
     code, said = run(source, tmp_path / "out", accident=At(4, signal.SIGINT, times=2))
     assert code == 130, said
-    assert f"Stopped at once, without a checkpoint of this step; the last whole one is {tmp_path}" in said
+    assert f"Stopped at once, without a checkpoint of this step; the last whole checkpoint is {tmp_path}" in said
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
@@ -325,7 +325,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(source, tmp_path, monk
 def test_a_full_disk_leaves_the_checkpoint_before_whole(source, unbroken, tmp_path):
     output_dir = tmp_path / "out"
     code, said = run(source, output_dir, accident=WhileSaving(6, disk_full=True))
-    assert code == 1 and f"the disk is full; the last whole one is {output_dir / 'checkpoint-3'}" in said, said
+    assert code == 1 and f"the disk is full; the last whole checkpoint is {output_dir / 'checkpoint-3'}" in said, said
     whole, half_written = last_whole_checkpoint(output_dir)
     assert whole == output_dir / "checkpoint-3" and half_written == [output_dir / "checkpoint-6"]
     code, said = run(source, output_dir)

@@ -190,6 +190,21 @@ class DecoupledRopeLlamaModel(DecoupledRopeLlamaPreTrainedModel, LlamaModel):
                 "past_key_values and use_cache=True don't work with group_ids, as a cache needs rows in generation order. "
                 "Pass position_ids and target_position_ids (the positions of successors) instead."
             )
+        return self._in_any_order(
+            inputs_embeds, attention_mask, position_ids, group_ids, target_position_ids, target_group_ids, **kwargs
+        )
+
+    def _in_any_order(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        group_ids: torch.Tensor,
+        target_position_ids: torch.Tensor | None,
+        target_group_ids: torch.Tensor | None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """The form of `forward` with `group_ids`."""
         batch_size, length, _ = inputs_embeds.shape
         real = inputs_embeds.new_ones(batch_size, length, dtype=torch.bool)
         if attention_mask is not None:

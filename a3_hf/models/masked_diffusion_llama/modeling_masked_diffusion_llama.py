@@ -12,11 +12,8 @@ from a3_hf.models.a3_llama.caching import CACHE_WORDS, NoPagedCacheMixin, refuse
 from a3_hf.models.a3_llama.infilling import A3InfillingMixin
 from a3_hf.models.a3_llama.input_validation import (
     check_content,
-    check_integers,
     check_keywords,
     check_labels,
-    check_numbers,
-    check_padding_mask,
 )
 from a3_hf.models.a3_llama.likelihood import SLOTS_PER_CHUNK
 from a3_hf.models.a3_llama.pretrained import WholeCheckpointMixin
@@ -26,6 +23,7 @@ from a3_hf.models.a3_llama.scoring import A3ScoringMixin
 from .configuration_masked_diffusion_llama import MaskedDiffusionLlamaConfig
 from .corruption import check_mask_token
 from .generation_masked_diffusion import UnmaskingMixin
+from .input_validation import check_shapes
 from .likelihood_masked_diffusion import DiffusionLikelihoodMixin
 
 # Attention implementations that support any mask tensor.
@@ -140,37 +138,10 @@ class MaskedDiffusionLlamaForCausalLM(
             )
         input_ids = check_content(input_ids, inputs_embeds, self.model.embed_tokens.num_embeddings)
         content = input_ids if input_ids is not None else inputs_embeds
-        if labels is not None and target_columns is not None:
-            raise ValueError("labels and target_columns exclude each other: expected one of them")
-        if loss_weights is not None and labels is None:
-            raise ValueError("loss_weights needs labels")
         shape = tuple(content.shape[:2])
-        if attention_mask is not None:
-            check_padding_mask("attention_mask", attention_mask, shape[0], 0, shape[1])
+        check_shapes(shape, attention_mask, position_ids, labels, loss_weights, target_columns, document_ids)
         if labels is not None:
             labels = check_labels(labels, content, self.vocab_size, True)
-        for name, ids, most in (
-            ("position_ids", position_ids, None),
-            ("target_columns", target_columns, shape[1] - 1),
-        ):
-            if ids is not None:
-                check_numbers(name, ids, at_least=0, at_most=most)
-        if document_ids is not None:
-            check_integers("document_ids", document_ids)
-        if target_columns is not None and (target_columns.ndim != 2 or target_columns.shape[0] != shape[0]):
-            raise ValueError(f"target_columns has shape {tuple(target_columns.shape)}: expected ({shape[0]}, slots)")
-        if position_ids is not None and tuple(position_ids.shape) not in {shape, (1, shape[1])}:
-            raise ValueError(
-                f"position_ids has shape {tuple(position_ids.shape)}: expected the shape of input_ids, {shape}"
-            )
-        for name, tensor in {
-            "document_ids": document_ids,
-            "loss_weights": loss_weights,
-        }.items():
-            expected = {shape, (shape[0], 1)} if name == "loss_weights" else {shape}
-            if tensor is not None and tuple(tensor.shape) not in expected:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected the shape of input_ids, {shape}")
-
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
         outputs = self.model(

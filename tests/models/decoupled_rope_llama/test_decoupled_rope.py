@@ -659,7 +659,7 @@ def test_evaluation_is_of_the_orders_of_single_tokens_as_a3s(tmp_path):
     [
         (
             {"stages": [{"name": "expand", "group_size": [1, 2]}]},
-            r"stage 1 \('expand'\) has group_size=\(1, 2\).*not defined",
+            r"stage 1 \('expand'\): group_size=\(1, 2\).*not defined",
         ),
         ({"stages": [{"name": "permute", "group_size": {"draw": [1, 3]}}]}, "Decoupled RoPE is not defined for groups"),
         ({"stages": [{"name": "ar"}], "content_loss_weight": 0.1}, "content_loss_weight=0.1.*two streams"),
@@ -763,7 +763,7 @@ def test_what_a_recipe_can_not_have_is_said_before_the_model_is_loaded(source, t
 
 
 def test_a_dry_run_is_refused(source, tmp_path):
-    with pytest.raises(ValueError, match="architecture='decoupled_rope': the plan's formulas"):
+    with pytest.raises(ValueError, match="architecture='decoupled_rope': expected 'a3', the only one with formulas"):
         dry_run(recipe(source, tmp_path), accelerate_configs=tmp_path, tflops=1.0)
 
 
