@@ -23,15 +23,15 @@ PEAK_FLOPS = {
 def training_flops(config: LlamaConfig, *, length: int, slots: bool = True) -> float:
     """Returns the FLOPs per token of a training step, forward and backward, on rows of `length` tokens.
 
-    Each token has a content row and a slot, and the last layer computes only keys and values of content rows. Without `slots`
-    it is LLaMA's next-token step. Attention counts all pairs, whatever the mask skips; recomputed activations don't count.
+    Each token has a content row and a slot; without `slots` it is LLaMA's next-token step. Attention counts all pairs, whatever
+    the mask skips; recomputed activations don't count.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     width = config.head_dim * heads
     keys_and_values = 2 * hidden * config.head_dim * config.num_key_value_heads
     row = 2 * hidden * width + 3 * hidden * config.intermediate_size + 2 * width * length
     layers = config.num_hidden_layers
-    rows = 2 * layers - 1 if slots else layers
+    rows = 2 * layers if slots else layers
     products = rows * row + layers * keys_and_values + hidden * config.vocab_size
     return 6.0 * products  # 2 operations per product; once forward, twice backward
 

@@ -21,7 +21,6 @@ from a3_hf.adapters.checkpoints import check_same, load_model, load_tokenizer, m
 from a3_hf.adapters.layers import SlotLinear, attach
 from a3_hf.cli import app
 from a3_hf.data.arguments import DataArguments
-from a3_hf.models.a3_llama.cpu_linear import fast_on_cpu
 from a3_hf.training import run as train_module
 from a3_hf.training import run_checks as settings_module
 from a3_hf.training import run_inputs
@@ -231,21 +230,6 @@ def test_decoding_is_exact_with_adapters(rows, settings):
     assert (output.log_probs - scored.masked_fill(~blanks, 0)).abs().max() < 1e-3
     plain = tiny_model().generate_any_order(IDS, blanks, **settings)
     assert not torch.equal(output.log_probs, plain.log_probs)
-
-
-@pytest.mark.parametrize("rows", ["all", "slots"])
-def test_the_fast_products_on_a_cpu_leave_adapters_in_place(rows):
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.1}
-    model = attach(tiny_model(**shape), LoraArguments(r=4, rows=rows))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    expected = logits(model)
-    with fast_on_cpu(model):
-        assert any("forward" in module.__dict__ for module in model.modules())
-        assert (model(IDS, group_ids=GROUPS).logits - expected).abs().max() < 1e-3
-    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.parametrize("rows", ["all", "slots"])

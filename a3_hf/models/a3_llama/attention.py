@@ -1,9 +1,9 @@
-"""Attention and last layer, as a difference from transformers' LLaMA: keys and values come from content tokens only."""
+"""Attention, as a difference from transformers' LLaMA: keys and values come from content tokens only."""
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, repeat_kv
+from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager_attention_forward
 
 from .attention_masks import AttentionMasks
@@ -13,8 +13,8 @@ from .rope import apply_rotary
 
 
 class A3LlamaAttention(LlamaAttention):
-    # Identical to LlamaAttention except: keys and values come from the first `content_length` rows only, and the mask is
-    # one for all rows, or a pair for content and slots. With `slots_only`, queries, masks and output are of slots only.
+    # Identical to LlamaAttention except: keys and values come from the first `content_length` rows only, or were made by
+    # `frozen_content` before, and the mask is one for all rows, or a pair for content and slots.
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -22,7 +22,6 @@ class A3LlamaAttention(LlamaAttention):
         attention_mask: AttentionMasks,
         content_length: int,
         position_ids: torch.LongTensor | None = None,
-        slots_only: bool = False,
         frozen_content: FrozenContent | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -31,12 +30,10 @@ class A3LlamaAttention(LlamaAttention):
         heads = (-1, self.head_dim)
         content_states = hidden_states[:, :content_length]
         cos, sin = position_embeddings
-        first_row = content_length if slots_only else 0
-        hidden_states = hidden_states[:, first_row:]
         input_shape = hidden_states.shape[:-1]
 
         query_states = self.q_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        query_states = apply_rotary(query_states, cos[:, first_row:], sin[:, first_row:])
+        query_states = apply_rotary(query_states, cos, sin)
         key_states = self.k_proj(content_states).unflatten(-1, heads).transpose(1, 2)
         key_states = apply_rotary(key_states, cos[:, :content_length], sin[:, :content_length])
         value_states = self.v_proj(content_states).unflatten(-1, heads).transpose(1, 2)
@@ -62,28 +59,12 @@ class A3LlamaAttention(LlamaAttention):
                 is_causal=is_causal,
                 **kwargs,
             )
-            for queries, (mask, is_causal, _) in zip(query_states.split(lengths, dim=2), attention_mask, strict=True)
+            for queries, (mask, is_causal) in zip(query_states.split(lengths, dim=2), attention_mask, strict=True)
         ]
         attn_weights = outputs[0][1]
         attn_output = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs], dim=1)
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
         return attn_output, attn_weights
-
-
-class A3LlamaLastLayer(LlamaDecoderLayer):
-    # Identical to LlamaDecoderLayer except: with `slots_only`, only keys and values are computed of content rows, and the
-    # output (B, Q, D) is of slots.
-    def forward(
-        self, hidden_states: torch.Tensor, content_length: int, slots_only: bool = False, **kwargs
-    ) -> torch.Tensor:
-        if not slots_only:
-            return super().forward(hidden_states, content_length=content_length, **kwargs)
-        residual = hidden_states[:, content_length:]
-        hidden_states, _ = self.self_attn(
-            self.input_layernorm(hidden_states), content_length=content_length, slots_only=True, **kwargs
-        )
-        hidden_states = residual + hidden_states
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 def eager_attention_forward(

@@ -23,12 +23,10 @@ class AttentionMask(NamedTuple):
         mask: a boolean tensor (B or 1, 1, rows or 1, keys), True where a row sees a key; LLaMA's mask (additive for `eager`,
             2D for `flash_attention_2`); a `BlockMask` for `flex_attention`; or None.
         is_causal: if `mask` is None: True for the causal triangle, False for full visibility.
-        of_slots: the slots' part of a `BlockMask`, if precomputed.
     """
 
     mask: torch.Tensor | BlockMask | None
     is_causal: bool = False
-    of_slots: BlockMask | None = None
 
 
 # One mask for all rows of a pass (content tokens, then query slots), or two: content, then slots.
@@ -117,8 +115,6 @@ class MaskCache:
         if made_for != self._made_for or not torch.equal(groups, self._groups):
             row = ContentTokens(None, content.position_ids, groups)
             masks = group_attention_mask(implementation, row, row.slots())
-            if implementation == "flex_attention":
-                masks = (masks[0]._replace(of_slots=slots_attention_mask(masks, groups.shape[1])[0].mask),)
             self._made_for, self._groups, self._masks = made_for, groups.clone(), masks
         return self._masks
 
@@ -252,9 +248,7 @@ def pass_masks(
 
 def slots_attention_mask(masks: AttentionMasks, content_length: int) -> AttentionMasks:
     """Returns the slots' part of the masks of a whole pass."""
-    mask, is_causal, of_slots = masks[-1]
-    if of_slots is not None:
-        return (AttentionMask(of_slots),)
+    mask, is_causal = masks[-1]
     if len(masks) == 2 or mask is None:
         return (AttentionMask(mask, is_causal),)
     if isinstance(mask, BlockMask):
@@ -273,7 +267,7 @@ def slots_attention_mask(masks: AttentionMasks, content_length: int) -> Attentio
 
 def content_attention_mask(masks: AttentionMasks, content_length: int) -> AttentionMasks:
     """What the content alone may see, of the masks of a whole pass."""
-    mask, is_causal, _ = masks[0]
+    mask, is_causal = masks[0]
     if isinstance(mask, BlockMask):
         batch_size, _, _, width = mask.shape
         mask = create_block_mask(mask.mask_mod, batch_size, None, content_length, width, device=mask.kv_indices.device)

@@ -9,7 +9,6 @@ from transformers import CompileConfig, LogitsProcessorList
 from transformers.cache_utils import Cache
 
 from .caching import one_cache
-from .cpu_linear import fast_on_cpu
 from .generation_canvas import Canvas
 from .generation_config import A3GenerationConfig, resolve_config
 from .generation_decoder import Decoder, NonFiniteLogitsError, SlotNoise
@@ -205,12 +204,9 @@ def complete(
     canvas = decoder.canvas
     decoder.observers.start()
     try:
-        with fast_on_cpu(model):
-            fill()
-        canvas.materialize()
+        fill()
         decoder.check_finite()
     except NonFiniteLogitsError as error:
-        canvas.materialize()
         canvas.rollback(error.step)
         error.output = output()
         raise

@@ -119,12 +119,6 @@ class Canvas:
             is_new = (wrong & (index != self.pad_column)).any() & (first < 0)
             setattr(self, name, torch.where(is_new, step, first))
 
-    def materialize(self) -> None:
-        """Replaces inference tensors by ordinary ones, usable with autograd."""
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor) and value.is_inference():
-                setattr(self, name, value.clone())
-
     def close(self, pad_token_id: int) -> None:
         """Writes `pad_token_id` into blanks that were not filled."""
         self._clear(pad(self.blank_mask, (0, 1)) & (self.commit_step < 0), pad_token_id)

@@ -67,7 +67,6 @@ class A3LikelihoodMixin:
             attention_mask=attention_mask,
             group_ids=group_ids,
             use_cache=False,
-            content_hidden_state=False,
             **targets,
         ).last_hidden_state
         wanted = input_ids.gather(1, columns)

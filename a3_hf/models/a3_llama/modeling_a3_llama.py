@@ -7,8 +7,8 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import A3LlamaAttention, A3LlamaLastLayer
-from .attention_masks import AttentionMasks, pass_masks, slots_attention_mask
+from .attention import A3LlamaAttention
+from .attention_masks import AttentionMasks, pass_masks
 from .caching import CACHE, NoPagedCacheMixin, check_filled, one_cache
 from .chunked_cross_entropy import apply_head
 from .configuration_a3_llama import A3LlamaConfig
@@ -27,7 +27,7 @@ from .scoring import A3ScoringMixin
 
 class A3LlamaPreTrainedModel(WholeCheckpointMixin, LlamaPreTrainedModel):
     config_class = A3LlamaConfig
-    _no_split_modules = ["LlamaDecoderLayer", "A3LlamaLastLayer"]
+    _no_split_modules = ["LlamaDecoderLayer"]
     own_weights = ("query_embed",)
 
     @classmethod
@@ -54,7 +54,6 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
 
     def __init__(self, config: A3LlamaConfig):
         super().__init__(config)
-        self.layers[-1] = A3LlamaLastLayer(config, layer_idx=config.num_hidden_layers - 1)
         for layer_idx, layer in enumerate(self.layers):
             layer.self_attn = A3LlamaAttention(config=config, layer_idx=layer_idx)
         self.rotary_emb = FixedRotaryEmbedding(config=config)
@@ -80,7 +79,6 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         document_ids: torch.LongTensor | None = None,
         target_document_ids: torch.LongTensor | None = None,
         target_input_ids: torch.LongTensor | None = None,
-        content_hidden_state: bool = True,
         cache: Cache | None = None,
         **kwargs,
     ) -> A3ModelOutput:
@@ -104,8 +102,6 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             target_input_ids: (B, Q) with `slot_start="left_token"`: the token to the left of each slot's position if the
                 slot sees it, else −1 (`orders.left_tokens`). None: looked up in the content of this pass; required with a
                 cache or prepared `AttentionMasks`.
-            content_hidden_state: False: the last layer computes only keys and values of content rows, all that slots need,
-                and the output's `content_hidden_state` is None. Ignored without slots or with `output_attentions`.
 
         Raises:
             ValueError: shapes that don't match, ids that are not integers, documents that can't be masked, an attention
@@ -148,22 +144,18 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
 
         # 4. The layers: content rows first, then the slots.
         hidden_states, position_ids = self._rows(content, slots, rows, inputs_embeds, attention_mask)
-        shows_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        num_slots = slots.position_ids.shape[1]
-        slots_only = num_slots > 0 and not content_hidden_state and not shows_attentions
         content_length, last_layer = inputs_embeds.shape[1], self.config.num_hidden_layers - 1
-        filled = num_cached + content_length  # computed before the layers, which update a static cache's count in place
+        filled = num_cached + content_length  # now: a static cache counts in place
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        shows_layers = shows_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if no_gradient_in_content and num_slots and not shows_layers:
+        shows_layers = any(
+            kwargs.get(name, getattr(self.config, name)) for name in ("output_attentions", "output_hidden_states")
+        )
+        if no_gradient_in_content and slots.position_ids.shape[1] and not shows_layers:
             content_rows, hidden_states = run_on_frozen_content(
                 self, hidden_states, masks, position_embeddings, content_length, **kwargs
             )
             return A3ModelOutput(self.norm(hidden_states), content_hidden_state=self.norm(content_rows).detach())
-        for layer_idx, decoder_layer in enumerate(self.layers[: last_layer + 1]):
-            at_the_end = {}
-            if slots_only and layer_idx == last_layer:
-                masks, at_the_end = slots_attention_mask(masks, content_length), {"slots_only": True}
+        for decoder_layer in self.layers[: last_layer + 1]:
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=masks,
@@ -172,16 +164,14 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 use_cache=use_cache,
                 content_length=content_length,
                 **{CACHE: cache},
-                **at_the_end,
                 **kwargs,
             )
         if cache is not None:
             check_filled(cache, filled, last_layer=last_layer)
         hidden_states = self.norm(hidden_states)
-        first_slot = 0 if slots_only else content_length
         return A3ModelOutput(
-            last_hidden_state=hidden_states[:, first_slot:],
-            content_hidden_state=None if slots_only else hidden_states[:, :content_length],
+            last_hidden_state=hidden_states[:, content_length:],
+            content_hidden_state=hidden_states[:, :content_length],
             **{CACHE: cache},
         )
 
@@ -319,7 +309,6 @@ class A3LlamaForCausalLM(
             document_ids=document_ids,
             target_document_ids=target_document_ids,
             target_input_ids=target_input_ids,
-            content_hidden_state=content_hidden_state or content_logits_at is not None,
             **kwargs,
         )
         content_logits = None

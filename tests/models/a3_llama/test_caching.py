@@ -85,7 +85,6 @@ import a3_hf
 def test_a_layer_that_hands_the_cache_on_under_another_word_is_an_error(model, monkeypatch):
     def forward(self, hidden_states, **kwargs):
         store = kwargs.pop(CACHE, None)
-        kwargs.pop("slots_only", None)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), kv_store=store, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

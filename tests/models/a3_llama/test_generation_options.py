@@ -1,7 +1,6 @@
 """What users expect of `generate`: processors, stopping, copies, streamers, hooks, caches, and errors that tell."""
 
 import itertools
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -533,9 +532,6 @@ def test_a_step_reads_one_number_back_at_most(model, settings, monkeypatch):
     """That of the check for NaN, on a CPU at each step. `speculative` also reads how many tokens stand, which decides the
     shapes of the next pass: one transfer (`tolist`), which does not count here.
     """
-    monkeypatch.setattr(
-        "a3_hf.models.a3_llama.generation.fast_on_cpu", lambda model: nullcontext()
-    )  # inference mode hides what is read
     monkeypatch.setattr("a3_hf.models.a3_llama.input_validation.looks_at_values", lambda tensor: False)  # as on a GPU
     counts, passes = [], []
     for num_tokens in (8, 16):
@@ -547,3 +543,18 @@ def test_a_step_reads_one_number_back_at_most(model, settings, monkeypatch):
         passes.append(output.num_forward_passes)
     assert passes[1] > passes[0]
     assert counts[1] - counts[0] <= passes[1] - passes[0]
+
+
+@pytest.mark.parametrize("strategy", ["groupwise", "dynamic", "speculative", "refine"])
+def test_what_is_handed_back_can_be_trained_on(strategy):
+    model = tiny_model()
+    ids = torch.arange(3, 9)[None]
+    seen = {"output_logits": True, "output_history": True}
+    output = model.generate_any_order(ids, strategy=strategy, max_new_tokens=4, **seen)
+    tensors = [output.sequences, output.commit_step, output.log_probs, output.group_ids, output.logits, *output.history]
+    tensors += [states for layer in output.past_key_values.layers for states in (layer.keys, layer.values)]
+    assert not any(tensor.is_inference() for tensor in tensors)
+    model.train()
+    labels = output.sequences.masked_fill(output.commit_step < 0, -100)
+    model(input_ids=output.sequences, group_ids=output.group_ids, labels=labels).loss.backward()
+    assert model.model.query_embed.weight.grad.abs().sum() > 0

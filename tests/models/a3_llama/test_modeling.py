@@ -404,66 +404,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-# The last layer's content rows
-
-
-def rows_of_the_last_mlp(model, run):
-    """What `run` returns, and how many rows the last layer's MLP worked on."""
-    seen = []
-    hook = model.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
-    try:
-        return run(), sum(seen)
-    finally:
-        hook.remove()
-
-
-@pytest.mark.usefixtures("flex_uncompiled")
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-@pytest.mark.parametrize("form", ["groups", "causal", "slots", "singletons"])
-def test_slots_do_not_need_the_last_content_rows(form, implementation):
-    model, ids = tiny_model(attn_implementation=implementation), random_ids(2, 12)
-    positions = torch.arange(12).expand(2, -1)
-    slots = {"target_position_ids": positions[:, :5], "target_group_ids": positions[:, 3:8]}
-    arguments, num_slots = {
-        "groups": ({"group_ids": positions // 3, "attention_mask": ragged_mask([12, 8], 12, "left").long()}, 12),
-        "causal": ({"slots_to_keep": 4}, 4),
-        "slots": ({"group_ids": positions // 2, **slots}, 5),
-        "singletons": (
-            {
-                "position_ids": positions,
-                "target_position_ids": positions + 1,
-                "attention_mask": singleton_attention_mask(implementation, 12, ids.device),
-            },
-            12,
-        ),
-    }[form]
-    with torch.no_grad():
-        full, all_rows = rows_of_the_last_mlp(model, lambda: model.model(ids, use_cache=True, **arguments))
-        lean, few_rows = rows_of_the_last_mlp(
-            model, lambda: model.model(ids, use_cache=True, content_hidden_state=False, **arguments)
-        )
-    assert (all_rows, few_rows) == (12 + num_slots, num_slots)
-    assert lean.content_hidden_state is None
-    assert (full.last_hidden_state - lean.last_hidden_state).abs().max() < 1e-5
-    for one, other in zip(full.past_key_values.layers, lean.past_key_values.layers, strict=True):
-        assert (one.keys - other.keys).abs().max() < 1e-5 and (one.values - other.values).abs().max() < 1e-5
-
-
-def test_gradients_do_not_need_the_last_content_rows():
-    ids = random_ids()
-    order = GroupOrder.scattered(torch.ones_like(ids), group_size=4, generator=generators(2))
-    gradients = []
-    for content in (True, False):
-        for checkpointing in (False, True):
-            model = tiny_model().train()
-            if checkpointing:
-                model.gradient_checkpointing_enable()
-            slots = model.model(ids, group_ids=order.group_ids, content_hidden_state=content, use_cache=False)
-            slots.last_hidden_state[:, 1:].square().mean().backward()
-            gradients.append([p.grad for p in model.model.parameters() if p.grad is not None])
-    for other in gradients[1:]:
-        for expected, found in zip(gradients[0], other, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+# What is shown
 
 
 def test_what_shows_content_rows_still_has_them():
@@ -472,12 +413,12 @@ def test_what_shows_content_rows_still_has_them():
     with torch.no_grad():
         plain = model(ids, **arguments)
         shown = model(ids, **arguments, output_hidden_states=True, output_attentions=True)
-        asked, rows = rows_of_the_last_mlp(model, lambda: model(ids, **arguments, content_hidden_state=True))
+        asked = model(ids, **arguments, content_hidden_state=True)
         body = model.model(ids, **arguments)
     assert [one.shape[2] for one in shown.attentions] == [24] * 3
-    assert [one.shape[1] for one in shown.hidden_states] == [24, 24, 24, 12]
+    assert [one.shape[1] for one in shown.hidden_states[:-1]] == [24, 24, 24]
     assert (shown.logits - plain.logits).abs().max() < 1e-5
-    assert torch.equal(asked.content_hidden_state, body.content_hidden_state) and rows == 24
+    assert torch.equal(asked.content_hidden_state, body.content_hidden_state)
     assert plain.content_hidden_state is None
 
 
