@@ -23,8 +23,8 @@ PEAK_FLOPS = {
 def training_flops(config: LlamaConfig, *, length: int, slots: bool = True) -> float:
     """Returns the FLOPs per token of a training step, forward and backward, on rows of `length` tokens.
 
-    Each token has a content row and a slot; without `slots` it is LLaMA's next-token step. Attention counts all pairs, whatever
-    the mask skips; recomputed activations don't count.
+    Each token has a content row and a slot; without `slots` it is LLaMA's next-token step. Attention counts all pairs,
+    whatever the mask skips; recomputed activations don't count.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     width = config.head_dim * heads
