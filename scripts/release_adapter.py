@@ -1,0 +1,42 @@
+"""Copies the adapter of a finished run to a folder, in bfloat16: half the size.
+
+python scripts/release_adapter.py runs/smollm2-135m adapters/smollm2-135m
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    missing = [name for name in (WEIGHTS, SETTINGS, CARD) if not (arguments.run / name).is_file()]
+    if missing:
+        parser.error(
+            f"run={str(arguments.run)!r} lacks {', '.join(missing)}: expected the folder of a finished run with lora"
+        )
+    settings = json.loads((arguments.run / SETTINGS).read_text(encoding="utf-8"))
+    if Path(settings["base_model_name_or_path"]).is_absolute():
+        parser.error(
+            f"base={settings['base_model_name_or_path']!r}: expected a relative path or a hub id, for other machines"
+        )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(arguments.run / WEIGHTS).items()}
+    save_file(weights, arguments.output / WEIGHTS, metadata={"format": "pt"})
+    for name in (SETTINGS, CARD):
+        shutil.copyfile(arguments.run / name, arguments.output / name)
+    size = (arguments.output / WEIGHTS).stat().st_size / 1e6
+    print(f"{arguments.output}: {sum(tensor.numel() for tensor in weights.values()):,} parameters, {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
