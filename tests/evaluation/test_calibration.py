@@ -65,9 +65,16 @@ def test_blanks_have_their_shapes():
 def test_it_is_the_greedy_chain_of_single_forwards(model, tokenizer):
     settings = {"share": 0.4, "seed": 3, "max_length": 12}
     model.lm_head.bias = nn.Parameter(torch.zeros(len(tokenizer), dtype=model.dtype))
-    model.lm_head.bias[tokenizer.encode(" ".join(TEXTS))] = 5.0  # so that some are right
-    rows = calibration_rows(model, tokenizer, TEXTS, settings={"order": "right_to_left"}, bins=5, **settings)
+    model.lm_head.bias[tokenizer.encode(" ".join(TEXTS))] = 5.0
     windows = cut_windows(tokenizer, TEXTS, 11)
+    drawn = [
+        token
+        for window in windows
+        for token, blank in zip(window.given + window.scored, draw_blanks(window, share=0.4, seed=3), strict=True)
+        if blank
+    ]
+    model.lm_head.bias[drawn] = 20.0  # so that some are right
+    rows = calibration_rows(model, tokenizer, TEXTS, settings={"order": "right_to_left"}, bins=5, **settings)
     confidence, correct = [], []
     for window in windows:
         ids = [*window.given, *window.scored]
@@ -93,7 +100,7 @@ def test_it_is_the_greedy_chain_of_single_forwards(model, tokenizer):
         for name, value in one.items():
             assert row[name] == pytest.approx(value, abs=1e-5), name
     whole = rows[-1]
-    assert 0 < whole["accuracy"] < 1
+    assert 0 < whole["accuracy"] < 1, whole
     assert whole["tokens"] == whole["passes"] == len(confidence) and whole["windows"] == len(windows)
 
 
