@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn import functional
 
 from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
 
@@ -27,21 +28,25 @@ NOT_MERGED = (
 
 
 class SlotLinear(LoraLinear):
-    # Identical to peft's LoRA linear layer except: the adapter acts on the last `num_slots` rows only.
+    # Identical to peft's LoRA linear layer except: the adapter acts on the last `num_slots` rows only, and its output is
+    # added in place, in the wider of both dtypes: copies and casts would take as long as its products.
     num_slots = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result = self.base_layer(x)
-        if self.num_slots == 0 or self.disable_adapters:
+        num_slots = self.num_slots
+        if num_slots == 0 or self.disable_adapters:
             return result
-        # Slots are counted from the end, as the last layer may have no content rows.
-        slots = x[:, -self.num_slots :]
-        content, adapted = result[:, : -self.num_slots], result[:, -self.num_slots :]
+        slots, adapted = x, result
+        if num_slots < x.shape[1]:  # slots are counted from the end, as the last layer may have no content rows
+            slots, adapted = x[:, -num_slots:], result[:, -num_slots:]
         for name in self.active_adapters:
-            down, up = self.lora_A[name], self.lora_B[name]
-            change = up(down(self.lora_dropout[name](slots.to(down.weight.dtype)))) * self.scaling[name]
-            adapted = adapted + change.to(result.dtype)
-        return torch.cat([content, adapted], dim=1)
+            down, up = self.lora_A[name].weight, self.lora_B[name]
+            rows = slots.to(down.dtype)
+            if self.training:
+                rows = self.lora_dropout[name](rows)
+            adapted.add_(functional.linear(functional.linear(rows, down), up.weight, up.bias), alpha=self.scaling[name])
+        return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NOT_MERGED)
