@@ -12,7 +12,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn import functional
 
 from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
 
@@ -41,11 +40,11 @@ class SlotLinear(LoraLinear):
         if num_slots < x.shape[1]:  # slots are counted from the end, as the last layer may have no content rows
             slots, adapted = x[:, -num_slots:], result[:, -num_slots:]
         for name in self.active_adapters:
-            down, up = self.lora_A[name].weight, self.lora_B[name]
-            rows = slots.to(down.dtype)
+            down, up = self.lora_A[name], self.lora_B[name]
+            rows = slots.to(down.weight.dtype)
             if self.training:
                 rows = self.lora_dropout[name](rows)
-            adapted.add_(functional.linear(functional.linear(rows, down), up.weight, up.bias), alpha=self.scaling[name])
+            adapted.add_(up(down(rows)), alpha=self.scaling[name])
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
