@@ -1,44 +1,33 @@
-"""Speed of decoding with an adapter of query slots, beside the base's own `generate`, side by side in one run.
+"""Speed of an adapter of query slots, side by side in one run: decoding beside the base's own `generate`, and a training step
+with content rows without gradients beside one with gradients in all rows.
 
-    python eval/bench_adapter.py ../shared/data/models/stories260K
-    OMP_NUM_THREADS=1 python eval/bench_adapter.py MODEL --adapter PATH --threads 1 --rounds 9
+    python eval/bench_adapter.py models/smollm2-135m
+    python eval/bench_adapter.py MODEL --adapter PATH --threads 1 --rounds 9
 
-Greedy, batch 1, with a cache; interleaved rounds, medians. The adapter is drawn at random (r 16, all linear layers) unless
-`--adapter` names one. "plain": adapted rows are computed apart and joined with the others, as a reference.
+Decoding is greedy, batch 1, with a cache. A training step is forward and backward of 2 rows of `--row-length` tokens in
+scattered groups of 4: every token scored, or the last eighth alone. Interleaved rounds, medians. The adapter is drawn at
+random (r 16, all linear layers) unless `--adapter` names one.
 """
 
 import argparse
 import platform
 import statistics
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
 import transformers
-from bench_decode import timed
+from bench_decode import PeakMemory, timed
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM
 
-from a3_hf import A3LlamaForCausalLM
+from a3_hf import A3LlamaForCausalLM, GroupOrder
 from a3_hf.adapters.arguments import LoraArguments
 from a3_hf.adapters.checkpoints import load_model
 from a3_hf.adapters.layers import SlotLinear, attach
-
-FAST = SlotLinear.forward
-
-
-def plain_forward(layer: SlotLinear, x: torch.Tensor) -> torch.Tensor:
-    """The layer in peft's order of operations; content and slot rows are joined by a copy."""
-    result = layer.base_layer(x)
-    if layer.num_slots == 0 or layer.disable_adapters:
-        return result
-    content, adapted = result[:, : -layer.num_slots], result[:, -layer.num_slots :]
-    for name in layer.active_adapters:
-        down, up = layer.lora_A[name], layer.lora_B[name]
-        slots = x[:, -layer.num_slots :].to(down.weight.dtype)
-        adapted = adapted + (up(down(layer.lora_dropout[name](slots))) * layer.scaling[name]).to(result.dtype)
-    return torch.cat([content, adapted], dim=1)
+from a3_hf.training.model_inputs import model_inputs
 
 
 def random_adapter(model: A3LlamaForCausalLM) -> torch.nn.Module:
@@ -58,6 +47,7 @@ def main() -> None:
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, default=64, help="tokens to write")
     parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--row-length", type=int, default=128, help="tokens of a row of the training step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -82,25 +72,14 @@ def main() -> None:
         settings = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
         base.generate(prompt, attention_mask=torch.ones_like(prompt), eos_token_id=None, pad_token_id=0, **settings)
 
-    def decoding(model, group_size, form="fast"):
-        def run():
-            SlotLinear.forward = {"plain": plain_forward, "fast": FAST}[form]
-            model.generate_any_order(prompt, max_new_tokens=length, eos_token_id=[], group_size=group_size)
-
-        return run
+    def decoding(model, group_size):
+        return lambda: model.generate_any_order(prompt, max_new_tokens=length, eos_token_id=[], group_size=group_size)
 
     runs = {"base.generate": run_base}
     for size in arguments.group_sizes:
         runs[f"groupwise {size}, no adapter"] = decoding(a3, size)
-        for form in ("plain", "fast"):
-            runs[f"groupwise {size}, adapter, {form}"] = decoding(adapted, size, form)
-    seconds = {name: [] for name in runs}
-    for round_number in range(arguments.rounds + 1):
-        for name, run in runs.items():
-            elapsed = timed(run)[0]
-            if round_number:  # the first warms up
-                seconds[name].append(elapsed)
-    SlotLinear.forward = FAST
+        runs[f"groupwise {size}, adapter"] = decoding(adapted, size)
+    seconds = interleaved(runs, arguments.rounds)
 
     here = f"{platform.machine()} CPU, {arguments.threads} threads"
     title = (
@@ -122,6 +101,56 @@ def main() -> None:
             f"{statistics.median(base_seconds) / median:.2f}",
             f"{min(base_seconds) / min(measured):.2f}",
         )
+    Console(width=140).print(table)
+    print_training(adapted, arguments.row_length, arguments.rounds)
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round, after one that warms up."""
+    seconds = {name: [] for name in runs}
+    for round_number in range(rounds + 1):
+        for name, run in runs.items():
+            elapsed = timed(run)[0]
+            if round_number:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def print_training(adapted: torch.nn.Module, row_length: int, rounds: int) -> None:
+    """Prints seconds and peak memory of training steps, content rows without gradients or with."""
+    body = adapted.get_base_model().model
+    adapted.train().requires_grad_(False)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    device = body.embed_tokens.weight.device
+    ids = torch.randint(3, body.config.vocab_size, (2, row_length), device=device)
+    columns = torch.arange(row_length, device=device).expand_as(ids)
+    table = Table(title=f"a training step, 2 rows of {row_length} tokens, {rounds} rounds")
+    for column in ("", "s", "peak MiB beside weights"):
+        table.add_column(column, justify="right")
+
+    def step(is_frozen: bool, inputs):
+        def run():
+            body.content_is_frozen = is_frozen
+            adapted(**inputs).loss.backward()
+            adapted.zero_grad()
+
+        return run
+
+    runs = {}
+    for scored, num_given in (("all tokens scored", 1), ("an eighth scored", row_length - row_length // 8)):
+        order = GroupOrder.scattered(torch.ones_like(ids), group_size=4, given_mask=columns < num_given)
+        inputs = model_inputs(
+            order, ids, group_size=4, implementation="sdpa", slot_start=body.config.slot_start, scored_only=True
+        )
+        for name, is_frozen in (("gradients in all rows", False), ("none in content rows", True)):
+            runs[f"{scored}, {name}"] = step(is_frozen, inputs)
+    seconds = interleaved(runs, rounds)
+    for name, run in runs.items():
+        with PeakMemory() as peak:
+            run()
+        memory = "–" if peak.mib is None else f"{peak.mib:.0f}"
+        table.add_row(name, f"{statistics.median(seconds[name]):.3f}", memory)
     Console(width=140).print(table)
 
 

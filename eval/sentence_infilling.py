@@ -9,21 +9,22 @@ greedy texts of the true length.
 """
 
 import argparse
-import csv
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import torch
 import transformers
+from infill_rocstories import read_stories
 from rich.progress import track
-from rouge_score.rouge_scorer import RougeScorer
 
 from a3_hf.adapters.checkpoints import load_model, load_tokenizer
-from a3_hf.evaluation.measures.batching import pad_rows, span_mask
+from a3_hf.evaluation.measures.batching import order_inputs, pad_rows, span_mask
 from a3_hf.evaluation.reporting.markdown import markdown_table
+from a3_hf.evaluation.tasks.functions import ROUGE, rouge
 from a3_hf.models.a3_llama.infilling_templates import Template, encode_piece, encode_prompt
 
 # What a practitioner would write around the suffix; `{suffix}` begins with a space.
@@ -34,18 +35,12 @@ WORDINGS = [
     "The end of the text:{suffix}\n\nThe whole text:\n",
     "Here is how it goes on:{suffix}\n\nAnd this is all of it:\n",
 ]
-ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-def read_stories(path: Path, count: int | None) -> list[tuple[str, str, str]]:
-    """Sentences 1 and 2, sentence 3, and sentences 4 and 5 of each story, with the spaces between them."""
-    stories = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            first = [row[f"InputSentence{number}"].strip() for number in range(1, 5)]
-            last = row[f"RandomFifthSentenceQuiz{row['AnswerRightEnding']}"].strip()
-            stories.append((" ".join(first[:2]), f" {first[2]}", f" {first[3]} {last}"))
-    return stories[:count]
+def parts_of(sentences: list[str]) -> tuple[str, str, str]:
+    """Sentences 1 and 2, sentence 3, and sentences 4 and 5 of a story, with the spaces between them."""
+    first, second, third, *rest = (sentence.strip() for sentence in sentences)
+    return f"{first} {second}", f" {third}", f" {' '.join(rest)}"
 
 
 def arranged(tokenizer, story: tuple[str, str, str], way: str) -> tuple[list[int], list[int], list[int]]:
@@ -81,10 +76,7 @@ def nats_per_token(model, rows: list[tuple[list[int], ...]], *, batch_size: int,
         blank = span_mask(
             [len(before) for before, _, _ in parts], [len(target) for _, target, _ in parts], ids.shape[1]
         )
-        given = real.bool() & ~blank
-        groups = torch.where(given, given.long().cumsum(1) - 1, given.sum(1, keepdim=True) + blank.long().cumsum(1) - 1)
-        groups = groups.masked_fill(real == 0, -1)
-        log_probs = model.log_likelihood(ids, groups, real, scored_mask=blank)
+        log_probs = model.log_likelihood(**order_inputs(ids, real, blank, model.device))
         total += log_probs.double().sum().item()
         tokens += int(blank.sum())
     return -total / tokens
@@ -94,10 +86,10 @@ def batched(items: list[int], size: int) -> Iterator[list[int]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def rouge(model, tokenizer, stories, way: str, *, batch_size: int, about: str) -> list[float]:
-    """Mean F1 of greedy texts of the true length, in percent."""
+def mean_rouge(model, tokenizer, stories, way: str, *, batch_size: int, about: str) -> dict[str, float]:
+    """ROUGE of greedy texts of the true length, in percent."""
     words = "" if way in ("in place", "prefix alone") else way
-    scorer, totals = RougeScorer(ROUGE, use_stemmer=True), [0.0] * len(ROUGE)
+    totals = Counter()
     for batch in track(list(batched(list(range(len(stories))), batch_size)), about):
         templates = []
         for index in batch:
@@ -106,9 +98,8 @@ def rouge(model, tokenizer, stories, way: str, *, batch_size: int, about: str) -
             templates.append(Template((before + " ", "" if way == "prefix alone" else after), (length,)))
         output = model.fill_templates(tokenizer, templates, suffix_template=words)
         for index, (written,) in zip(batch, output.written, strict=True):
-            scores = scorer.score(stories[index][1], written)
-            totals = [total + scores[name].fmeasure for total, name in zip(totals, ROUGE, strict=True)]
-    return [100 * total / len(stories) for total in totals]
+            totals.update(rouge({"target": stories[index][1]}, [written]))
+    return {name: total / len(stories) for name, total in totals.items()}
 
 
 def main() -> None:
@@ -130,9 +121,10 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     settings = {"architecture": "a3"} if arguments.fim else {}
     model = load_model(arguments.model, dtype=torch.float32, **settings).eval()
-    stories = read_stories(arguments.stories, arguments.count)
+    stories = [parts_of(sentences) for sentences in read_stories(arguments.stories)[: arguments.count]]
     own = model.config.suffix_template
-    ways = arguments.ways or ["prefix alone", "in place", *([own] if own else []), *(w for w in WORDINGS if w != own)]
+    given = [way.replace("\\n", "\n") for way in arguments.ways or ()]  # a shell passes \n as two characters
+    ways = given or ["prefix alone", "in place", *([own] if own else []), *(w for w in WORDINGS if w != own)]
     forms = {way: [arranged(tokenizer, story, way) for story in stories] for way in ways}
     if arguments.fim:
         marks = tokenizer.convert_tokens_to_ids(arguments.fim)
@@ -142,8 +134,7 @@ def main() -> None:
         row = {"way": way, "nats": nats_per_token(model, rows, batch_size=arguments.batch_size, about=repr(way))}
         if arguments.texts and not arguments.fim:
             chosen = stories[: arguments.texts]
-            scores = rouge(model, tokenizer, chosen, way, batch_size=arguments.batch_size, about=f"texts {way!r}")
-            row |= dict(zip(ROUGE, scores, strict=True))
+            row |= mean_rouge(model, tokenizer, chosen, way, batch_size=arguments.batch_size, about=f"texts {way!r}")
         table.append(row)
         print(f"{row['nats']:.4f} {way!r}", flush=True)
     names = [name for name in ("nats", *ROUGE) if name in table[0]]

@@ -28,7 +28,7 @@ NOT_MERGED = (
 
 class SlotLinear(LoraLinear):
     # Identical to peft's LoRA linear layer except: the adapter acts on the last `num_slots` rows only, and its output is
-    # added in place, in the wider of both dtypes: copies and casts would take as long as its products.
+    # added in place, in the wider of both dtypes.
     num_slots = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ class SlotLinear(LoraLinear):
         if num_slots == 0 or self.disable_adapters:
             return result
         slots, adapted = x, result
-        if num_slots < x.shape[1]:  # slots are counted from the end, as the last layer may have no content rows
+        if num_slots < x.shape[1]:  # content rows come first
             slots, adapted = x[:, -num_slots:], result[:, -num_slots:]
         for name in self.active_adapters:
             down, up = self.lora_A[name], self.lora_B[name]

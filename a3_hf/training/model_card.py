@@ -71,13 +71,14 @@ def _use(recipe: Recipe) -> str:
 
 def _report(recipe: Recipe, state: TrainerState, losses: Table | None) -> str:
     training, tokens_per_step = recipe.training, recipe.training.rows_per_step * recipe.data.block_size
+    at_most = "" if recipe.data.fim is None else "at most "  # rows of fim may be shorter
     rows = {
         "base": _shown(recipe.model.model_name_or_path),
         "architecture": recipe.model.architecture,
         "data": ", ".join(_data(recipe)),
         "steps": f"{state.global_step:,}",
-        "tokens": f"{state.global_step * tokens_per_step:,} ({tokens_per_step:,} a step)",
-        "row length": f"{recipe.data.block_size:,} tokens",
+        "tokens": f"{at_most}{state.global_step * tokens_per_step:,} ({at_most}{tokens_per_step:,} a step)",
+        "row length": f"{at_most}{recipe.data.block_size:,} tokens",
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
         "seed": training.seed,
     }

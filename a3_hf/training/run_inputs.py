@@ -64,7 +64,7 @@ class RunInputs:
         training = recipe.training
         load = load_rows if recipe.data.sources is None else open_mixture
         with training.main_process_first(local=False, desc="packing rows"):
-            words = {} if recipe.data.fim is None else {"suffix_template": recipe.model.suffix_template}
+            words = {} if recipe.data.fim is None else {"suffix_template": self._suffix_template(recipe)}
             train_rows, eval_rows = load(
                 recipe.data,
                 self.tokenizer,
@@ -78,6 +78,11 @@ class RunInputs:
                 "validation_documents, or eval_strategy: no"
             )
         return train_rows, eval_rows
+
+    def _suffix_template(self, recipe: Recipe) -> str | None:
+        """The recipe's `suffix_template`, or the one stored with the adapter or model."""
+        stored = getattr(self.config, "suffix_template", None)
+        return self.start.base_settings(suffix_template=recipe.model.suffix_template).get("suffix_template", stored)
 
 
 @contextmanager

@@ -41,7 +41,8 @@ class A3Trainer(BaseTrainer):
     - `evaluate` measures nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
       `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. Decoupled RoPE is
       trained and evaluated under the orders of single tokens only.
-    - The logs hold the stage's `stage_index` and `group_size`, and `mfu` (model FLOPs utilization) on a known device.
+    - The logs hold the stage's `stage_index` and `group_size`, and `mfu` (model FLOPs utilization) on a known
+      device, where all weights are trained and every token has a slot.
 
     Args:
         curriculum: the stages; `.schedule` has them in whole steps (None without a training set).
@@ -79,6 +80,8 @@ class A3Trainer(BaseTrainer):
         self.peak_flops = peak_flops
         self._mask_cache = MaskCache()
         self._row_length = 0
+        self._flops_are_known = False  # whether `training_flops` holds for the last batch
+        self._trains_all_weights = all(parameter.requires_grad for parameter in self.model.parameters())
         self.content_loss_weight = content_loss_weight
         self.distillation_weight = distillation_weight
         self.one_stream = self.model.config.model_type == DecoupledRopeLlamaConfig.model_type
@@ -188,6 +191,7 @@ class A3Trainer(BaseTrainer):
             slot_start=self.slot_start,
             scored_only=self.scored_only,
         )
+        self._flops_are_known = self._trains_all_weights and arguments["labels"].shape[1] >= self._row_length - 1
         if self.chunked_loss:
             arguments["chunked_loss"] = True
         pairs = None
@@ -279,11 +283,11 @@ class A3Trainer(BaseTrainer):
         super().log(logs, start_time)
 
     def costs(self) -> dict[str, float]:
-        """Returns the costs of `BaseTrainer.costs`, and `mfu` if the device's peak is known."""
+        """Returns the costs of `BaseTrainer.costs`, and `mfu` if the device's peak and the pass's FLOPs are known."""
         costs = super().costs()
         dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((self.args.bf16, self.args.fp16))
         peak = self.peak_flops or peak_flops(self.args.device, dtype or self.model.dtype)
-        if peak is not None and "tokens_per_second" in costs:
+        if peak is not None and "tokens_per_second" in costs and self._flops_are_known:
             flops = training_flops(self.model.config, length=self._row_length, slots=not self.one_stream)
             costs["mfu"] = costs["tokens_per_second"] / self.args.world_size * flops / peak
         return costs

@@ -33,6 +33,11 @@ def test_an_adapter_of_slots_holds_its_suffix_template(source, tmp_path):
     own, by_hand = (model.infill(tokenizer, text, **one) for one in ({}, {"suffix_template": WORDS}))
     assert own == by_hand and own.endswith("w7 w8")
     assert load_model(str(out), suffix_template="{suffix} w9").config.suffix_template == "{suffix} w9"
+    # trained further without the words in the recipe: they are stored
+    path.write_text(path.read_text().replace(f"suffix_template: {WORDS}\n", ""))
+    again = ("--model_name_or_path", str(out), "--output_dir", str(tmp_path / "again"))
+    assert train.run(parse_recipe(path, [*again, "--tokenizer_name_or_path", str(source)])) == 0
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["suffix_template"] == WORDS
     losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_loss_left_to_right" in line for line in losses)
 
@@ -41,6 +46,16 @@ def test_a_llama_learns_rows_with_marks(source, tmp_path):
     fim = "{rate: 0.5, psm: 1, spm: 1, tokens: [w50, w51, w52]}"
     assert train.run(parse_recipe(recipe(source, tmp_path, fim, "architecture: llama"))) == 0
     assert load_model(str(tmp_path / "out"), architecture="llama").config.model_type == "llama"
+
+
+@pytest.mark.parametrize("architecture", ["decoupled_rope", "masked_diffusion"])
+@pytest.mark.parametrize("score", ["all", "middle"])
+def test_the_other_controls_learn_them_too(source, tmp_path, architecture, score):
+    fim = f"{{rate: 1.0, psm: 1, spm: 1, tokens: [w50, w51, w52], score: {score}}}"
+    curriculum = ["curriculum: {stages: [{name: ar}]}"] if architecture == "decoupled_rope" else []
+    assert train.run(parse_recipe(recipe(source, tmp_path, fim, f"architecture: {architecture}", *curriculum))) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line for line in lines)
 
 
 @pytest.mark.parametrize(

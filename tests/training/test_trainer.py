@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.layers import attach
 from a3_hf.models.a3_llama.orders import GroupOrder
 from a3_hf.training.base_trainer import (
     EVALUATION_SEED,
@@ -588,6 +590,27 @@ def test_logs_tell_what_training_costs(tmp_path):
     entry = next(entry for entry in stated.state.log_history if "loss" in entry)
     flops = training_flops(stated.model.config, length=8)
     assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12)
+
+
+@pytest.mark.parametrize("why", ["few tokens have a slot", "most weights are frozen"])
+def test_a_utilization_that_the_formula_does_not_give_is_not_stated(tmp_path, why):
+    train, model = rows([8] * 8), tiny_model()
+    if why == "few tokens have a slot":
+        for row in train:
+            row["labels"] = [-100] * 6 + row["input_ids"][-2:]
+    else:
+        model = attach(model, LoraArguments(r=2, rows="slots"))
+    trainer = A3Trainer(
+        model,
+        TrainingArguments(str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True),
+        curriculum=Curriculum.from_config([{"name": "ar"}]),
+        data_collator=collate,
+        train_dataset=train,
+        peak_flops=1e12,
+    )
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["tokens_per_second"] > 0 and "mfu" not in entry
 
 
 @pytest.mark.slow

@@ -1,10 +1,14 @@
 """Text after the last blank, read before all else: against the same text written out by hand."""
 
 import pytest
+import torch
 
-from a3_hf import A3LlamaForCausalLM
+from a3_hf import A3LlamaForCausalLM, DecoupledRopeLlamaConfig, DecoupledRopeLlamaForCausalLM
+from a3_hf.evaluation.lm_harness.a3_lm import A3LM
+from a3_hf.evaluation.tasks.requests import Blank
 from a3_hf.models.a3_llama.infilling_templates import Template
 from tests.conftest import tiny_config, tiny_model
+from tests.models.a3_llama.test_infilling_batches import other_model
 
 WORDS = "Later:{suffix}\n\n"
 TEXTS = ["The dog <blank:3> home. Tom was happy.", "One <blank:2>, the cat <blank:3> on a mat!", "Tom was <blank:2>"]
@@ -71,6 +75,23 @@ def test_rewrite_reads_the_suffix_first_too(model_and_words, tokenizer):
     text = "The dog ran home. Tom was happy."
     filled = model.rewrite(tokenizer, text, [(8, 11)], length=3, **words)
     assert filled == model.infill(tokenizer, "The dog <blank:3> home. Tom was happy.", **words)
+
+
+def test_lm_evals_fills_read_it_first_too(tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer), slot_start="left_token", suffix_template=WORDS, dtype=torch.float32)
+    written = A3LM(model, tokenizer=tokenizer, batch_size=2).fill_batch(
+        ["The dog ", "Tom was "], [Blank(" home. Tom was happy.", length_of="ran home"), Blank("", length_of="sad")]
+    )
+    texts = [f"The dog <blank:{written[0].tokens}> home. Tom was happy.", f"Tom was <blank:{written[1].tokens}>"]
+    output = model.infill(tokenizer, texts, return_outputs=True)
+    assert [one.text.strip() for one in written] == [blank.strip() for (blank,) in output.written]
+
+
+def test_the_controls_take_it_from_the_call(tokenizer):
+    model = other_model(tokenizer, DecoupledRopeLlamaConfig, DecoupledRopeLlamaForCausalLM)
+    front, blanked, end = BY_HAND[0]
+    by_hand = model.infill(tokenizer, front + blanked)
+    assert model.infill(tokenizer, TEXTS[0], suffix_template=WORDS) == by_hand.removeprefix(front) + end
 
 
 @pytest.mark.parametrize("wrong", ["Later:", "{suffix}{suffix}", 5])
