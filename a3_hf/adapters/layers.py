@@ -1,6 +1,5 @@
 """LoRA layers on all rows or on query slots only, and their attachment to a model."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
+from a3_hf.models.a3_llama.packed_layers import SlotFactors
 
 from .arguments import LoraArguments
 
@@ -26,26 +26,47 @@ NOT_MERGED = (
 )
 
 
+@dataclass
+class SlotRows:
+    """How many of a pass's last rows are query slots, said to the linear layers of one decoder layer."""
+
+    number: int = 0
+
+
 class SlotLinear(LoraLinear):
-    # Identical to peft's LoRA linear layer except: the adapter acts on the last `num_slots` rows only, and its output is
-    # added in place, in the wider of both dtypes.
-    num_slots = 0
+    # Identical to peft's LoRA linear layer except: the adapter acts on the last `slot_rows.number` rows only, and its output
+    # is added in place, in the wider of both dtypes.
+    slot_rows = SlotRows()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result = self.base_layer(x)
-        num_slots = self.num_slots
+        num_slots = self.slot_rows.number
         if num_slots == 0 or self.disable_adapters:
             return result
         slots, adapted = x, result
         if num_slots < x.shape[1]:  # content rows come first
             slots, adapted = x[:, -num_slots:], result[:, -num_slots:]
         for name in self.active_adapters:
-            down, up = self.lora_A[name], self.lora_B[name]
-            rows = slots.to(down.weight.dtype)
+            down, up = self.lora_A[name].weight, self.lora_B[name].weight
+            rows = slots.to(down.dtype).flatten(0, 1)
             if self.training:
                 rows = self.lora_dropout[name](rows)
-            adapted.add_(up(down(rows)), alpha=self.scaling[name])
+            rows = rows @ down.T
+            if adapted.dtype == up.dtype and (len(x) == 1 or num_slots == x.shape[1]):
+                adapted.flatten(0, 1).addmm_(rows, up.T, alpha=self.scaling[name])  # a view: one operation
+            else:
+                adapted.add_((rows @ up.T).view_as(adapted), alpha=self.scaling[name])
         return result
+
+    def slot_factors(self) -> list[SlotFactors]:
+        """What the active adapters add to slots, for `PackedLayers`."""
+        return [
+            SlotFactors(self.lora_A[name].weight, self.lora_B[name].weight, scale) for name, scale in self.slot_state()
+        ]
+
+    def slot_state(self) -> list[tuple[str, float]]:
+        """The active adapters and their scales."""
+        return [] if self.disable_adapters else [(name, self.scaling[name]) for name in self.active_adapters]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NOT_MERGED)
@@ -121,8 +142,11 @@ def wrap_model(model: A3LlamaForCausalLM, config: A3LoraConfig) -> PeftModel:
     for layer in model.model.layers:
         linears = [module for module in layer.modules() if isinstance(module, SlotLinear)]
         if linears:
+            slot_rows = SlotRows()
+            for linear in linears:
+                linear.slot_rows = slot_rows
             # A hook on attention, not on the layer or the model: gradient checkpointing recomputes it first.
-            layer.self_attn.register_forward_pre_hook(partial(_count_slots, linears), with_kwargs=True)
+            layer.self_attn.register_forward_pre_hook(partial(_count_slots, slot_rows), with_kwargs=True)
     return adapted
 
 
@@ -140,10 +164,9 @@ def _check_slots_alone(adapted: PeftModel) -> None:
         )
 
 
-def _count_slots(linears: Sequence[SlotLinear], attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _count_slots(slot_rows: SlotRows, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     hidden_states = args[0] if args else kwargs["hidden_states"]
-    for linear in linears:
-        linear.num_slots = hidden_states.shape[1] - kwargs["content_length"]
+    slot_rows.number = hidden_states.shape[1] - kwargs["content_length"]
 
 
 def target_names(model: nn.Module, lora: LoraArguments) -> list[str]:

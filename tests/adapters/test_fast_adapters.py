@@ -22,12 +22,12 @@ LABELS = IDS.masked_fill(GROUPS == 0, -100)
 def plain_forward(layer: SlotLinear, x: torch.Tensor) -> torch.Tensor:
     """The oracle: content and slot rows are computed apart and joined, in peft's order of operations."""
     result = layer.base_layer(x)
-    if layer.num_slots == 0 or layer.disable_adapters:
+    if layer.slot_rows.number == 0 or layer.disable_adapters:
         return result
-    content, adapted = result[:, : -layer.num_slots], result[:, -layer.num_slots :]
+    content, adapted = result[:, : -layer.slot_rows.number], result[:, -layer.slot_rows.number :]
     for name in layer.active_adapters:
         down, up = layer.lora_A[name], layer.lora_B[name]
-        slots = x[:, -layer.num_slots :].to(down.weight.dtype)
+        slots = x[:, -layer.slot_rows.number :].to(down.weight.dtype)
         adapted = adapted + (up(down(layer.lora_dropout[name](slots))) * layer.scaling[name]).to(result.dtype)
     return torch.cat([content, adapted], dim=1)
 
@@ -50,7 +50,7 @@ def adapted(dtype: torch.dtype = torch.float64, **settings):
 def layer_of(model: nn.Module, num_slots: int) -> SlotLinear:
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.1.mlp.up_proj"))
     assert isinstance(layer, SlotLinear)
-    layer.num_slots = num_slots
+    layer.slot_rows.number = num_slots
     return layer
 
 

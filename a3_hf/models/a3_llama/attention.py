@@ -28,15 +28,18 @@ class A3LlamaAttention(LlamaAttention):
         # `position_ids` stop here: flash attention would treat non-ascending positions as several packed texts.
         cache = take_cache(kwargs)
         heads = (-1, self.head_dim)
-        content_states = hidden_states[:, :content_length]
+        # Two dimensions: of a slice of a larger tensor, torch would make a slow batch of products.
+        content_states = hidden_states[:, :content_length].flatten(0, 1)
         cos, sin = position_embeddings
         input_shape = hidden_states.shape[:-1]
 
         query_states = self.q_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         query_states = apply_rotary(query_states, cos, sin)
-        key_states = self.k_proj(content_states).unflatten(-1, heads).transpose(1, 2)
+        key_states, value_states = (
+            project(content_states).unflatten(0, (input_shape[0], content_length)).unflatten(-1, heads).transpose(1, 2)
+            for project in (self.k_proj, self.v_proj)
+        )
         key_states = apply_rotary(key_states, cos[:, :content_length], sin[:, :content_length])
-        value_states = self.v_proj(content_states).unflatten(-1, heads).transpose(1, 2)
 
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx)

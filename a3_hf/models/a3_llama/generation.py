@@ -1,6 +1,7 @@
 """Any-order generation: fills blanks, and returns tokens, their order and their exact log-probabilities."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,10 @@ class A3GenerationMixin:
 
     def check_generation(self, config: A3GenerationConfig) -> None:
         """Raises a ValueError for settings that this model does not support; A3 supports all."""
+
+    def generation_context(self) -> AbstractContextManager:
+        """The context of all forward passes of a generation."""
+        return nullcontext()
 
     @torch.no_grad()
     def generate_any_order(
@@ -173,7 +178,8 @@ class A3GenerationMixin:
                 cache=decoder.runner.prompt_cache(),
             )
 
-        result = complete(self, decoder, fill, output)
+        with self.generation_context():
+            result = complete(self, decoder, fill, output)
         if not shows_drafts:
             late.start()
             late.finish()

@@ -1,5 +1,7 @@
 """The A3 model, as a difference from transformers' LLaMA: content tokens and query slots in one decoder pass."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
@@ -10,7 +12,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import A3LlamaAttention
 from .attention_masks import AttentionMasks, pass_masks
 from .caching import CACHE, NoPagedCacheMixin, check_filled, one_cache
-from .chunked_cross_entropy import apply_head
+from .chunked_cross_entropy import HeadOutput, apply_head
 from .configuration_a3_llama import A3LlamaConfig
 from .frozen_content import content_has_no_gradient, run_on_frozen_content
 from .generation import A3GenerationMixin
@@ -19,6 +21,7 @@ from .input_validation import check_content, check_kept, check_keywords, check_l
 from .likelihood import A3LikelihoodMixin
 from .modeling_outputs import A3CausalLMOutput, A3ModelOutput
 from .orders import ContentTokens, QuerySlots, left_tokens
+from .packed_layers import PackedLayers
 from .pass_validation import check_pass, check_slot_labels
 from .pretrained import WholeCheckpointMixin, start_query_embed
 from .rope import FixedRotaryEmbedding
@@ -48,6 +51,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
     Attributes:
         content_is_frozen: set by adapters of slots. Where a training pass finds nothing else that learns, it then runs content
             rows without gradients: the same values and gradients in less time and memory.
+        packed_layers: set by `A3LlamaForCausalLM.pack_weights`; runs passes of few rows.
     """
 
     _keys_to_ignore_on_load_unexpected = [*A3LlamaPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
@@ -60,6 +64,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         # An nn.Embedding rather than an nn.Parameter, so that transformers initialises it and peft can train and save it.
         self.query_embed = nn.Embedding(1, config.hidden_size)
         self.content_is_frozen = False
+        self.packed_layers: PackedLayers | None = None
         self.post_init()
 
     @merge_with_config_defaults
@@ -155,17 +160,20 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                 self, hidden_states, masks, position_embeddings, content_length, **kwargs
             )
             return A3ModelOutput(self.norm(hidden_states), content_hidden_state=self.norm(content_rows).detach())
-        for decoder_layer in self.layers[: last_layer + 1]:
-            hidden_states = decoder_layer(
-                hidden_states,
-                attention_mask=masks,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                content_length=content_length,
-                **{CACHE: cache},
-                **kwargs,
-            )
+        if self.packed_layers is not None and not shows_layers and self.packed_layers.can_run(hidden_states, masks):
+            hidden_states = self.packed_layers(hidden_states, masks, position_embeddings, content_length, cache)
+        else:
+            for decoder_layer in self.layers:
+                hidden_states = decoder_layer(
+                    hidden_states,
+                    attention_mask=masks,
+                    position_embeddings=position_embeddings,
+                    position_ids=position_ids,
+                    use_cache=use_cache,
+                    content_length=content_length,
+                    **{CACHE: cache},
+                    **kwargs,
+                )
         if cache is not None:
             check_filled(cache, filled, last_layer=last_layer)
         hidden_states = self.norm(hidden_states)
@@ -238,6 +246,21 @@ class A3LlamaForCausalLM(
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def pack_weights(self) -> None:
+        """Speeds up `generate_any_order`, `infill` and `rewrite` on a CPU: passes of few rows take fewer and wider products,
+        with a copy of the weights that is packed for them. The same values up to rounding; twice the memory of the weights.
+        After a change of weights or adapters, the copy is unused until the next call.
+
+        Raises:
+            ValueError: weights that are not float32 or float64 on a CPU, another attention than `sdpa`, or linear layers with
+                a bias or of an unknown kind.
+        """
+        self.model.packed_layers = PackedLayers(self.model, self.lm_head)
+
+    def generation_context(self) -> AbstractContextManager:
+        packed = self.model.packed_layers
+        return nullcontext() if packed is None else packed.in_use()
 
     @can_return_tuple
     def forward(
@@ -314,9 +337,13 @@ class A3LlamaForCausalLM(
         content_logits = None
         if content_logits_at is not None:
             content_logits = self.lm_head(outputs.content_hidden_state[content_logits_at])
-        head = apply_head(
-            self, outputs.last_hidden_state, labels, kwargs, is_shifted=causal_contract, chunked=chunked_loss
-        )
+        packed = self.model.packed_layers
+        if labels is None and packed is not None and packed.can_run(outputs.last_hidden_state):
+            head = HeadOutput(packed.logits(outputs.last_hidden_state))
+        else:
+            head = apply_head(
+                self, outputs.last_hidden_state, labels, kwargs, is_shifted=causal_contract, chunked=chunked_loss
+            )
         return A3CausalLMOutput(
             **head._asdict(),
             content_hidden_state=outputs.content_hidden_state if content_hidden_state else None,
