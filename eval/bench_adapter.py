@@ -4,12 +4,14 @@ with content rows without gradients beside one with gradients in all rows.
     python eval/bench_adapter.py models/smollm2-135m
     python eval/bench_adapter.py MODEL --adapter PATH --threads 1 --rounds 9
 
-Decoding is greedy, batch 1, with a cache. A training step is forward and backward of 2 rows of `--row-length` tokens in
+Decoding is greedy, batch 1, with a cache; on a CPU also with packed weights (`pack_weights`).
+A training step is forward and backward of 2 rows of `--row-length` tokens in
 scattered groups of 4: every token scored, or the last eighth alone. Interleaved rounds, medians. The adapter is drawn at
 random (r 16, all linear layers) unless `--adapter` names one.
 """
 
 import argparse
+import itertools
 import platform
 import statistics
 from collections.abc import Callable
@@ -72,13 +74,25 @@ def main() -> None:
         settings = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
         base.generate(prompt, attention_mask=torch.ones_like(prompt), eos_token_id=None, pad_token_id=0, **settings)
 
-    def decoding(model, group_size):
-        return lambda: model.generate_any_order(prompt, max_new_tokens=length, eos_token_id=[], group_size=group_size)
+    def decoding(model, group_size, is_packed):
+        body = model.base_model if model is a3 else model.get_base_model().model
+        packed = body.packed_layers
 
+        def run():
+            body.packed_layers = packed if is_packed else None
+            model.generate_any_order(prompt, max_new_tokens=length, eos_token_id=[], group_size=group_size)
+
+        return run
+
+    forms = {"": False}
+    if device == "cpu" and dtype == torch.float32:
+        a3.pack_weights()
+        adapted.get_base_model().pack_weights()
+        forms[", packed"] = True
     runs = {"base.generate": run_base}
-    for size in arguments.group_sizes:
-        runs[f"groupwise {size}, no adapter"] = decoding(a3, size)
-        runs[f"groupwise {size}, adapter"] = decoding(adapted, size)
+    for size, (form, is_packed) in itertools.product(arguments.group_sizes, forms.items()):
+        runs[f"groupwise {size}, no adapter{form}"] = decoding(a3, size, is_packed)
+        runs[f"groupwise {size}, adapter{form}"] = decoding(adapted, size, is_packed)
     seconds = interleaved(runs, arguments.rounds)
 
     here = f"{platform.machine()} CPU, {arguments.threads} threads"

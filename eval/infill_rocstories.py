@@ -8,6 +8,8 @@ The blank has the true sentence's number of tokens.
 
 import argparse
 import csv
+import json
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +18,13 @@ from a3_hf.models.a3_llama.infilling_templates import encode_piece
 
 
 def read_stories(path: Path) -> list[list[str]]:
-    """The five sentences of each story."""
+    """The five sentences of each story: of the story cloze test, or of a `.json` file with a list of one text in each line,
+    where texts with another number of sentences are left out.
+    """
+    if path.suffix == ".json":
+        texts = (json.loads(line)[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        stories = [re.split(r"(?<=[.!?]) +", text) for text in texts]
+        return [story for story in stories if len(story) == 5]
     with path.open(newline="", encoding="utf-8") as file:
         return [
             [

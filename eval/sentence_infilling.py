@@ -9,12 +9,14 @@ greedy texts of the true length.
 """
 
 import argparse
+import itertools
 import json
 import platform
 from collections import Counter
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -22,6 +24,8 @@ from infill_rocstories import read_stories
 from rich.progress import track
 
 from a3_hf.adapters.checkpoints import load_model, load_tokenizer
+from a3_hf.adapters.layers import SlotLinear
+from a3_hf.data.fim import fim_prompt
 from a3_hf.evaluation.measures.batching import order_inputs, pad_rows, span_mask
 from a3_hf.evaluation.reporting.markdown import markdown_table
 from a3_hf.evaluation.tasks.functions import ROUGE, rouge
@@ -58,11 +62,7 @@ def arranged(tokenizer, story: tuple[str, str, str], way: str) -> tuple[list[int
 def fim_arranged(tokenizer, story: tuple[str, str, str], form: str, marks: list[int]) -> tuple[list[int], ...]:
     """As `arranged`, in the form psm or spm, the middle's tokens last."""
     prefix, middle, suffix = (encode_piece(tokenizer, text, is_start=i == 0) for i, text in enumerate(story))
-    to_prefix, to_suffix, to_middle = marks
-    given = [to_prefix, *prefix, to_suffix, *suffix, to_middle]
-    if form == "spm":
-        given = [to_prefix, to_suffix, *suffix, to_middle, *prefix]
-    return [tokenizer.bos_token_id, *given], middle, []
+    return [tokenizer.bos_token_id, *fim_prompt(form, prefix, suffix, marks)], middle, []
 
 
 @torch.no_grad()
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--fim", nargs=3, metavar="TOKEN", help="tokens of prefix, suffix, middle: measures psm and spm"
     )
+    parser.add_argument("--scales", type=float, nargs="+", help="adapter: parts of what it adds (default: 1)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--json", type=Path, help="write the table as JSON too")
     arguments = parser.parse_args()
@@ -129,15 +130,23 @@ def main() -> None:
     if arguments.fim:
         marks = tokenizer.convert_tokens_to_ids(arguments.fim)
         forms = {form: [fim_arranged(tokenizer, story, form, marks) for story in stories] for form in ("psm", "spm")}
+    adapters = [module for module in model.modules() if isinstance(module, SlotLinear)]
+    if arguments.scales and not adapters:
+        parser.error(f"--scales: {arguments.model} is not an adapter of slots")
+    whole = [dict(module.scaling) for module in adapters]
     table = []
-    for way, rows in forms.items():
-        row = {"way": way, "nats": nats_per_token(model, rows, batch_size=arguments.batch_size, about=repr(way))}
+    for way, scale in itertools.product(forms, arguments.scales or [1.0]):
+        rows = forms[way]
+        for module, scaling in zip(adapters, whole, strict=True):
+            module.scaling = {name: value * scale for name, value in scaling.items()}
+        row: dict[str, Any] = {"way": way} | ({"scale": scale} if arguments.scales else {})
+        row["nats"] = nats_per_token(model, rows, batch_size=arguments.batch_size, about=repr(way))
         if arguments.texts and not arguments.fim:
             chosen = stories[: arguments.texts]
             row |= mean_rouge(model, tokenizer, chosen, way, batch_size=arguments.batch_size, about=f"texts {way!r}")
         table.append(row)
-        print(f"{row['nats']:.4f} {way!r}", flush=True)
-    names = [name for name in ("nats", *ROUGE) if name in table[0]]
+        print(f"{row['nats']:.4f} {way!r}" + f", scale {scale:g}" * bool(arguments.scales), flush=True)
+    names = [name for name in ("scale", "nats", *ROUGE) if name in table[0]]
     print(f"{arguments.model}, {len(stories)} stories, {date.today()}, {platform.machine()} CPU, fp32, torch "
           f"{torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
     print(markdown_table(["way", *names], [[repr(row["way"]), *(f"{row[n]:.4g}" for n in names)] for row in table]))

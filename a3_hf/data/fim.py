@@ -101,9 +101,7 @@ class FimRows:
         if fim.suffix_template:
             if suffix_template is None:
                 raise ValueError("fim: suffix_template has a weight: set suffix_template, the words around the suffix")
-            self.words = [
-                tokenizer.encode(words, add_special_tokens=False) for words in suffix_template.split("{suffix}")
-            ]
+            self.words = template_words(tokenizer, suffix_template)
         # BOS, and three marks and EOS, or the template's words
         self.room = block_size - 1 - max(4 if fim.tokens is not None else 0, sum(map(len, self.words)))
         if self.room < SHORTEST:
@@ -127,14 +125,8 @@ class FimRows:
         prefix, middle, suffix = piece[:first], piece[first:last], piece[last:]
         weights = np.array(self.fim.weights)
         form = FORMS[random.choice(len(FORMS), p=weights / weights.sum())]
-        if form == "suffix_template":
-            before, after = self.words if suffix else ([], [])
-            given = [self.bos, *before, *suffix, *after, *prefix]
-        else:
-            to_prefix, to_suffix, to_middle = self.marks
-            given = [self.bos, to_prefix, *prefix, to_suffix, *suffix, to_middle]
-            if form == "spm":
-                given = [self.bos, to_prefix, to_suffix, *suffix, to_middle, *prefix]
+        given = [self.bos, *fim_prompt(form, prefix, suffix, self.words if form == "suffix_template" else self.marks)]
+        if form != "suffix_template":
             middle = [*middle, self.eos]
         return _scored(given, middle) if self.fim.score == "middle" else _scored(given[:1], [*given[1:], *middle])
 
@@ -146,6 +138,24 @@ class FimRows:
         size = min(int(random.integers(self.fim.middle[0], self.fim.middle[1] + 1)), length - 1)
         first = int(random.integers(1, length - size + 1))
         return first, first + size
+
+
+def template_words(tokenizer: PreTrainedTokenizerBase, suffix_template: str) -> list[list[int]]:
+    """Returns the tokens on both sides of the suffix in a template."""
+    return [tokenizer.encode(words, add_special_tokens=False) for words in suffix_template.split("{suffix}")]
+
+
+def fim_prompt(form: str, prefix: Sequence[int], suffix: Sequence[int], words: Sequence) -> list[int]:
+    """Returns what stands before the middle in a form, without BOS: prefix, suffix and `words`, which are the tokens for
+    prefix, suffix and middle (`psm`, `spm`), or the tokens on both sides of the suffix (`suffix_template`).
+    """
+    if form == "suffix_template":
+        before, after = words if suffix else ([], [])
+        return [*before, *suffix, *after, *prefix]
+    to_prefix, to_suffix, to_middle = words
+    if form == "spm":
+        return [to_prefix, to_suffix, *suffix, to_middle, *prefix]
+    return [to_prefix, *prefix, to_suffix, *suffix, to_middle]
 
 
 def _scored(given: list[int], scored: list[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from a3_hf.data.fim import FimArguments
 from a3_hf.evaluation.measures import infilling_quality as infilling
 from a3_hf.evaluation.measures.infilling_quality import measure_infilling
 from a3_hf.evaluation.measures.stories import StoryBlank
@@ -159,6 +160,46 @@ def test_the_loss_of_the_middle_sentence_sees_both_sides(architecture, tokenizer
         expected = sum(slow_nats(subject, blank, sees_after=False) for blank in sentences) / tokens
         assert result["nll_middle_sentence_prefix_only"] == pytest.approx(expected, abs=1e-5)
         assert result["nll_middle_sentence_prefix_only"] != pytest.approx(result["nll_middle_sentence"], abs=1e-2)
+
+
+SHOWN = {
+    "a3": "<s>Tom ran|. The cat sat|. One day.",
+    "a3 with words": "<s>Later: . One day.\nTom ran|. The cat sat|",
+    "llama": "<s>. One day.\nTom ran|. The cat sat|",
+    "psm": "<s><P>Tom ran<S>. One day.<M>|. The cat sat|",
+    "spm": "<s><P><S>. One day.<M>Tom ran|. The cat sat|",
+}
+
+
+@pytest.mark.parametrize("way", SHOWN)
+def test_a_blank_is_shown_as_its_model_has_learnt_it(way, tokenizer):
+    tokenizer.add_tokens(["<P>", "<S>", "<M>"])
+    architecture = way if way == "llama" else "llama" if way in ("psm", "spm") else "a3"
+    subject = trained(architecture, tokenizer, STORIES)
+    if way in ("psm", "spm"):
+        subject.recipe.data.fim = FimArguments(**{way: 1.0}, tokens=["<P>", "<S>", "<M>"])
+    if way == "a3 with words":
+        subject.model.config.suffix_template = "Later: {suffix}\n"
+    blank = StoryBlank.of(tokenizer, "Tom ran", ". The cat sat", ". One day.")
+    seen = blank.shown_by(subject, encode_piece(tokenizer, "\n", is_start=False))
+    text = "|".join(tokenizer.decode(ids) for ids in (seen.before, seen.target, seen.after))
+    assert text == SHOWN[way]
+
+
+def test_the_loss_of_the_middle_sentence_under_the_words_of_a_template(tokenizer):
+    subject = trained("a3", tokenizer, STORIES, slot_start="left_token")
+    subject.model.config.suffix_template = "Later: {suffix}\n"
+    result, nats = measure(subject), 0.0
+    for blank in infilling._draw_blanks(
+        tokenizer, map(split_sentences, STORIES), 3, length=60, fewest_sentences=3, seed=3
+    )[0]:
+        words = [tokenizer.encode(one, add_special_tokens=False) for one in ("Later: ", "\n")]
+        before = [*blank.before[:1], *words[0], *blank.after, *words[1], *blank.before[1:]]
+        ids = torch.tensor([[*before, *blank.target]])
+        with torch.no_grad():
+            logits = subject.model(ids).logits[0, len(before) - 1 : -1]
+        nats += nn.functional.cross_entropy(logits, torch.tensor(blank.target), reduction="sum").item()
+    assert result["nll_middle_sentence"] == pytest.approx(nats / result["infilling_tokens"], abs=1e-5)
 
 
 # What is written

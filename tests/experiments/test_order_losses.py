@@ -44,7 +44,7 @@ def trained(architecture: str, tokenizer, documents=DOCUMENTS, **changes) -> Tra
     if model is not a3:
         weights = {name: value for name, value in a3.state_dict().items() if "query_embed" not in name}
         model.load_state_dict(weights)
-    recipe = SimpleNamespace(model=SimpleNamespace(architecture=architecture))
+    recipe = SimpleNamespace(model=SimpleNamespace(architecture=architecture), data=SimpleNamespace(fim=None))
     return Trained(model.eval(), tokenizer, recipe, documents, [], [])
 
 

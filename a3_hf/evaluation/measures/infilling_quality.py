@@ -38,8 +38,9 @@ def measure_infilling(
     one of ROCStories has to fit whole, and its third sentence is blanked (paper §1). Stories, blanks and tokens are the same
     for every architecture and run.
 
-    Each architecture sees both sides. Plain LLaMA reads the text after the blank, a line break, then the text before it (as
-    `a3_ar` with `infilling="suffix_prompt"`); the others read the story in its own order.
+    Each architecture sees both sides, as `StoryBlank.shown_by` arranges them. Plain LLaMA reads the text after the blank, a
+    line break, then the text before it (as `a3_ar` with `infilling="suffix_prompt"`), or what the recipe's `fim` taught it;
+    A3 reads as its `suffix_template` says, and without one, as the others, in the story's own order.
 
     Args:
         data_dir: the folder that holds `rocstories/cloze_test_val__spring2016.csv`; None: held-out documents.
@@ -165,16 +166,11 @@ def _blanks_of(
     return None if max(len(sentence.tokens), len(word.tokens)) > length else (sentence, word)
 
 
-def _suffix_prompt(blank: StoryBlank, line: list[int]) -> list[int]:
-    """BOS, the text after the blank, a line break, the text before it."""
-    return [*blank.before[:1], *blank.after, *line, *blank.before[1:]]
-
-
 def _both_sides_nats(trained: Trained, blanks: Sequence[StoryBlank], line: list[int], *, batch_size: int) -> float:
     """−log p of all targets given both sides, nats."""
+    blanks = [blank.shown_by(trained, line) for blank in blanks]
     if trained.architecture == "llama":
-        prompts = [_suffix_prompt(blank, line) for blank in blanks]
-        return _next_token_nats(trained, prompts, blanks, batch_size=batch_size)
+        return _next_token_nats(trained, [blank.before for blank in blanks], blanks, batch_size=batch_size)
     model, nats = trained.model, 0.0
     for start in tqdm(range(0, len(blanks), batch_size), desc="middle sentences", leave=False):
         nats -= BlankBatch.of(blanks[start : start + batch_size], model.device).log_likelihood(model)
@@ -203,8 +199,8 @@ def _write(
     texts = [""] * len(blanks)
     for start in tqdm(range(0, len(blanks), batch_size), desc=f"writing {title}", leave=False):
         places = by_length[start : start + batch_size]
-        part = [blanks[index] for index in places]
-        written = _continue(trained, part, line) if trained.architecture == "llama" else _fill(trained, part)
+        part = [blanks[index].shown_by(trained, line) for index in places]
+        written = (_continue if trained.architecture == "llama" else _fill)(trained, part)
         for index, blank, tokens in zip(places, part, written, strict=True):
             texts[index] = decode_after(trained.tokenizer, blank.before, tokens).strip()
     return texts
@@ -229,10 +225,10 @@ def _fill(trained: Trained, blanks: Sequence[StoryBlank]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _continue(trained: Trained, blanks: Sequence[StoryBlank], line: list[int]) -> list[list[int]]:
+def _continue(trained: Trained, blanks: Sequence[StoryBlank]) -> list[list[int]]:
     """Tokens of each blank, by a plain LLaMA after a prompt that holds both sides."""
     model = trained.model
-    ids, mask = pad_rows([_suffix_prompt(blank, line) for blank in blanks], side="left")
+    ids, mask = pad_rows([blank.before for blank in blanks], side="left")
     longest = max(len(blank.target) for blank in blanks)
     sequences = model.generate(
         ids.to(model.device),

@@ -1,12 +1,13 @@
 """Stories with a blank: a sentence or a word to fill in, and the tokens on both sides of it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from a3_hf.data.fim import fim_prompt, template_words
 from a3_hf.evaluation.tasks.datasets import rocstories
 from a3_hf.evaluation.tasks.sentences import split_sentences
 from a3_hf.models.a3_llama.infilling_templates import encode_piece, encode_prompt
@@ -46,6 +47,23 @@ class StoryBlank:
     def tokens(self) -> list[int]:
         """The whole story, from BOS on."""
         return [*self.before, *self.target, *self.after]
+
+    def shown_by(self, trained: Trained, line: Sequence[int]) -> "StoryBlank":
+        """The blank as its model reads it: with the `suffix_template` of an A3 model, or in the form of the recipe's `fim`;
+        for another LLaMA, the text after the blank and a line break in front. Otherwise in the story's own order.
+        """
+        fim, config, tokenizer = trained.recipe.data.fim, trained.model.config, trained.tokenizer
+        template = getattr(config, "suffix_template", None)
+        if template is not None:
+            form, words = "suffix_template", template_words(tokenizer, template)
+        elif fim is not None and fim.tokens is not None:
+            form, words = "psm" if fim.psm >= fim.spm else "spm", tokenizer.convert_tokens_to_ids(fim.tokens)
+        elif trained.architecture == "llama":
+            form, words = "suffix_template", ([], line)
+        else:
+            return self
+        bos, prefix = self.before[:1], self.before[1:]
+        return replace(self, before=[*bos, *fim_prompt(form, prefix, self.after, words)], after=[])
 
 
 class BlankBatch(NamedTuple):
