@@ -53,7 +53,7 @@ newest:
 demo: setup
 	$(call VERSIONS,$(VENV))
 	@if $(MAKE) --no-print-directory smollm2; then \
-	  $(BIN)/python examples/demo.py $(if $(TEXT),--text "$(TEXT)"); \
+	  $(BIN)/python examples/demo.py --model $(SMOLLM2) $(if $(TEXT),--text "$(TEXT)"); \
 	else \
 	  echo "SmolLM2 could not be fetched (the error is above): make demo-synthetic runs instead."; \
 	  $(MAKE) --no-print-directory demo-synthetic; \

@@ -106,12 +106,14 @@ def check(arguments: argparse.Namespace, size: Size) -> str:
     """Returns the text to adapt to.
 
     Raises:
-        ValueError: no model, an adapter's folder without an adapter, or a text that can't be used.
+        ValueError: no model, an adapter's folder without an adapter or that step 4 writes to, or a text that can't be used.
     """
     if not (arguments.model / "config.json").is_file():
         raise ValueError(f"--model {arguments.model}: holds no model; `make smollm2` brings one to models/smollm2-135m")
     if arguments.adapter.exists() and not (arguments.adapter / "adapter_config.json").is_file():
         raise ValueError(f"--adapter {arguments.adapter}: holds no adapter (no adapter_config.json)")
+    if arguments.adapter.resolve() == (arguments.output_dir / "adapter").resolve():
+        raise ValueError(f"--adapter {arguments.adapter}: step 4 writes there; give another --output-dir")
     if arguments.text is None:
         return "\n\n".join(story.text for story in sample_stories(size.made_stories, seed=0))
     return read_text(arguments.text)

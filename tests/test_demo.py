@@ -234,6 +234,13 @@ def test_folders_without_what_they_should_hold_are_refused(demo, clone, monkeypa
     assert f"{words[0]} {words[1]}: " in (error := capsys.readouterr().err) and said in error
 
 
+def test_the_demo_does_not_write_over_the_adapter_that_it_shows(demo, clone, monkeypatch, capsys):
+    monkeypatch.chdir(clone)
+    with pytest.raises(SystemExit):
+        demo.main(["--adapter", "runs/mine/adapter", "--output-dir", "./runs/mine"])
+    assert "step 4 writes there" in capsys.readouterr().err
+
+
 def test_a_stopped_demo_says_so(demo, clone, monkeypatch, capsys):
     monkeypatch.chdir(clone)
 
@@ -266,7 +273,7 @@ def stand_in(tmp_path) -> list[str]:
     """Words for `make`: an environment whose Python says what it was asked to run, and fetches what `FETCHED` names."""
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     script = """#!/bin/sh
-echo "ran $1 $2 $3"
+echo "ran $@"
 case "$1" in
   scripts/get_smollm2.py) test -n "$FETCHED" && mkdir -p "$2" && touch "$2/config.json" ;;
 esac
@@ -282,7 +289,7 @@ def test_make_demo_brings_the_model_and_runs_on_it(stand_in):
     done = make("demo", "TEXT=notes.txt", *stand_in, FETCHED="1")
     assert done.returncode == 0, done.stderr
     assert "ran scripts/get_smollm2.py" in done.stdout
-    assert "ran examples/demo.py --text notes.txt" in done.stdout
+    assert re.search(r"^ran examples/demo.py --model \S+/model --text notes.txt$", done.stdout, re.MULTILINE)
     assert "demo_synthetic" not in done.stdout
     again = make("demo", *stand_in)
     assert "get_smollm2" not in again.stdout and "ran examples/demo.py" in again.stdout
