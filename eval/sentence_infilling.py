@@ -26,10 +26,10 @@ from rich.progress import track
 from a3_hf.adapters.checkpoints import load_model, load_tokenizer
 from a3_hf.adapters.layers import SlotLinear
 from a3_hf.data.fim import fim_prompt
-from a3_hf.evaluation.measures.batching import order_inputs, pad_rows, span_mask
+from a3_hf.evaluation.measures.sentence_nats import IN_PLACE, PREFIX_ALONE, arrange, blank_nats, mean_nats, split_story
 from a3_hf.evaluation.reporting.markdown import markdown_table
 from a3_hf.evaluation.tasks.functions import ROUGE, rouge
-from a3_hf.models.a3_llama.infilling_templates import Template, encode_piece, encode_prompt
+from a3_hf.models.a3_llama.infilling_templates import Template, encode_piece
 
 # What a practitioner would write around the suffix; `{suffix}` begins with a space.
 WORDINGS = [
@@ -41,45 +41,10 @@ WORDINGS = [
 ]
 
 
-def parts_of(sentences: list[str]) -> tuple[str, str, str]:
-    """Sentences 1 and 2, sentence 3, and sentences 4 and 5 of a story, with the spaces between them."""
-    first, second, third, *rest = (sentence.strip() for sentence in sentences)
-    return f"{first} {second}", f" {third}", f" {' '.join(rest)}"
-
-
-def arranged(tokenizer, story: tuple[str, str, str], way: str) -> tuple[list[int], list[int], list[int]]:
-    """Token ids before the blank, in it, and after it, as a way shows the story."""
-    before, target, suffix = story
-    if way == "prefix alone":
-        suffix = ""
-    elif way != "in place":
-        pieces = Template((before, suffix), (1,)).with_suffix_first(way).pieces
-        before, suffix = pieces
-    ids = (encode_piece(tokenizer, text, is_start=False) for text in (target, suffix))
-    return encode_prompt(tokenizer, before), *ids
-
-
 def fim_arranged(tokenizer, story: tuple[str, str, str], form: str, marks: list[int]) -> tuple[list[int], ...]:
-    """As `arranged`, in the form psm or spm, the middle's tokens last."""
+    """As `arrange`, in the form psm or spm, the middle's tokens last."""
     prefix, middle, suffix = (encode_piece(tokenizer, text, is_start=i == 0) for i, text in enumerate(story))
     return [tokenizer.bos_token_id, *fim_prompt(form, prefix, suffix, marks)], middle, []
-
-
-@torch.no_grad()
-def nats_per_token(model, rows: list[tuple[list[int], ...]], *, batch_size: int, about: str) -> float:
-    """Mean over the tokens of all blanks, left to right given the rest."""
-    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
-    total, tokens = 0.0, 0
-    for batch in track(list(batched(order, batch_size)), about):
-        parts = [rows[index] for index in batch]
-        ids, real = pad_rows([[*before, *target, *after] for before, target, after in parts])
-        blank = span_mask(
-            [len(before) for before, _, _ in parts], [len(target) for _, target, _ in parts], ids.shape[1]
-        )
-        log_probs = model.log_likelihood(**order_inputs(ids, real, blank, model.device))
-        total += log_probs.double().sum().item()
-        tokens += int(blank.sum())
-    return -total / tokens
 
 
 def batched(items: list[int], size: int) -> Iterator[list[int]]:
@@ -88,14 +53,14 @@ def batched(items: list[int], size: int) -> Iterator[list[int]]:
 
 def mean_rouge(model, tokenizer, stories, way: str, *, batch_size: int, about: str) -> dict[str, float]:
     """ROUGE of greedy texts of the true length, in percent."""
-    words = "" if way in ("in place", "prefix alone") else way
+    words = "" if way in (IN_PLACE, PREFIX_ALONE) else way
     totals = Counter()
     for batch in track(list(batched(list(range(len(stories))), batch_size)), about):
         templates = []
         for index in batch:
             before, target, after = stories[index]
             length = len(encode_piece(tokenizer, target, is_start=False))
-            templates.append(Template((before + " ", "" if way == "prefix alone" else after), (length,)))
+            templates.append(Template((before + " ", "" if way == PREFIX_ALONE else after), (length,)))
         output = model.fill_templates(tokenizer, templates, suffix_template=words)
         for index, (written,) in zip(batch, output.written, strict=True):
             totals.update(rouge({"target": stories[index][1]}, [written]))
@@ -122,11 +87,11 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     settings = {"architecture": "a3"} if arguments.fim else {}
     model = load_model(arguments.model, dtype=torch.float32, **settings).eval()
-    stories = [parts_of(sentences) for sentences in read_stories(arguments.stories)[: arguments.count]]
+    stories = [split_story(sentences) for sentences in read_stories(arguments.stories)[: arguments.count]]
     own = model.config.suffix_template
     given = [way.replace("\\n", "\n") for way in arguments.ways or ()]  # a shell passes \n as two characters
-    ways = given or ["prefix alone", "in place", *([own] if own else []), *(w for w in WORDINGS if w != own)]
-    forms = {way: [arranged(tokenizer, story, way) for story in stories] for way in ways}
+    ways = given or [PREFIX_ALONE, IN_PLACE, *([own] if own else []), *(w for w in WORDINGS if w != own)]
+    forms = {way: [arrange(tokenizer, story, way) for story in stories] for way in ways}
     if arguments.fim:
         marks = tokenizer.convert_tokens_to_ids(arguments.fim)
         forms = {form: [fim_arranged(tokenizer, story, form, marks) for story in stories] for form in ("psm", "spm")}
@@ -139,8 +104,12 @@ def main() -> None:
         rows = forms[way]
         for module, scaling in zip(adapters, whole, strict=True):
             module.scaling = {name: value * scale for name, value in scaling.items()}
-        row: dict[str, Any] = {"way": way} | ({"scale": scale} if arguments.scales else {})
-        row["nats"] = nats_per_token(model, rows, batch_size=arguments.batch_size, about=repr(way))
+        nats = blank_nats(model, rows, batch_size=arguments.batch_size, track=track, about=repr(way))
+        row: dict[str, Any] = {
+            "way": way,
+            **({"scale": scale} if arguments.scales else {}),
+            "nats": mean_nats(nats, rows),
+        }
         if arguments.texts and not arguments.fim:
             chosen = stories[: arguments.texts]
             row |= mean_rouge(model, tokenizer, chosen, way, batch_size=arguments.batch_size, about=f"texts {way!r}")

@@ -1,45 +1,60 @@
-"""A3 from nothing in a few minutes on a CPU, offline: a tiny LLaMA is pretrained, adapted and put to use.
+"""A3 on a pretrained LLaMA in a few minutes on a CPU, offline: blanks, an adapter, groups, and an adaptation of your own.
 
-    python examples/demo.py
+    make demo                                   # brings the model, then calls this
+    python examples/demo.py --text notes.txt    # adapts to a text of yours
 
-The claim that it checks: of words that only the text after them settles, the LLaMA, which sees the text before a blank,
-fills as many as chance would, and the A3 model adapted from it at least `REQUIRED` of them. It exits with 1 otherwise.
+The LLaMA is SmolLM2-135M-Instruct, which `make smollm2` puts into models/smollm2-135m. Without it, `make demo` runs
+demo_synthetic.py, which needs nothing.
 """
 
 import argparse
+import json
+import os
+import re
+import shlex
+import shutil
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import disable_progress_bars
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
-from rich.text import Text
-from story_language import NUM_STORIES, SLOTS, Story, build_tokenizer, sample_stories
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    Trainer,
-    set_seed,
-)
+from story_language import sample_stories
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
-from a3_hf import A3LlamaForCausalLM, A3Trainer, Curriculum
-from a3_hf.data.collator import RowCollator
-from a3_hf.training.arguments import A3TrainingArguments
+from a3_hf.adapters.checkpoints import load_model, load_tokenizer
+from a3_hf.evaluation.measures.sentence_nats import IN_PLACE, arrange, blank_nats, mean_nats, split_story
+from a3_hf.models.a3_llama.infilling_templates import Template, encode_prompt
+from a3_hf.training.recipes import parse_recipe, read_settings
+from a3_hf.training.run import METRICS_FILE, run
 
-REQUIRED = 0.9
-CONTEXT = 256
-GROUP_SIZES = (1, 4, 8)
-STAGES = [
-    {"name": "ar", "until": 0.1},
-    {"name": "expand", "until": 0.25, "group_size": [1, 4]},
-    {"name": "permute", "group_size": 4},
-]
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "demo" / "config_smollm2.yaml"
+# The best of the wordings in recipes/smollm2-135m/README.md for the LLaMA as it is.
+PROMPT = 'Later in the story: "{suffix}"\nThe whole story:\n'
+BLANKS = (
+    "He opened the <blank:1> and took out the cold milk.",
+    "Last night we went to the <blank:1>. The film was far too long.",
+    "We waited at the <blank:2> for an hour, but the train never came.",
+    "Dear Anna, thank you for the <blank:2> you gave me. It keeps my head warm all winter.",
+)
+# After step 4, and at any time.
+MADE_BLANK = (
+    "someone hid a <blank:2> in the attic . mia asked tom for help . later mia found the red key in the attic ."
+)
+OWN_BLANK = "We met in <blank:auto>, and it rained all day."
+GROUP_SIZE = 4
+FEWEST, MOST = 4000, 1_000_000  # characters of a text to adapt to
+HELD_OUT = 0.1  # of the text
+TEXT_FILES = ("train.txt", "held_out.txt")
 
 console = Console()
 
@@ -48,350 +63,305 @@ console = Console()
 class Size:
     """How much the demo does."""
 
-    pretraining_steps: int
-    adaptation_steps: int
-    batch_size: int
-    held_out: int
+    stories: int
     speed_tokens: int
     speed_repeats: int
+    steps: int
+    made_stories: int
 
 
-FULL = Size(
-    pretraining_steps=400, adaptation_steps=1000, batch_size=16, held_out=500, speed_tokens=240, speed_repeats=5
-)
-SMOKE = Size(pretraining_steps=2, adaptation_steps=6, batch_size=4, held_out=4, speed_tokens=16, speed_repeats=1)
+FULL = Size(stories=10, speed_tokens=96, speed_repeats=3, steps=40, made_stories=600)
+SMOKE = Size(stories=2, speed_tokens=8, speed_repeats=1, steps=2, made_stories=40)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Pretrain a tiny LLaMA, adapt it to any-order generation, use it.")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="where both models are saved")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, and no claim checked")
-    arguments = parser.parse_args()
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"), help="the LLaMA's folder")
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("adapters/smollm2-135m"), help="a trained adapter's folder"
+    )
+    parser.add_argument("--text", type=Path, help="UTF-8 text to adapt to (default: stories of a made-up language)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo-smollm2"), help="where the demo writes")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    arguments = parser.parse_args(words)
     size = SMOKE if arguments.smoke else FULL
+    try:
+        text = check(arguments, size)
+    except ValueError as error:
+        parser.error(str(error))
     # The load report would list query_embed as missing: just that is the adaptation's start.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # Layers this narrow gain little from a second thread, and lose much where the core is not free.
-    torch.set_num_threads(1)
+    disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of libraries, to developers
+            return demonstrate(arguments, size, text)
+    except KeyboardInterrupt:
+        console.print("\nStopped.")
+        return 130
+
+
+def check(arguments: argparse.Namespace, size: Size) -> str:
+    """Returns the text to adapt to.
+
+    Raises:
+        ValueError: no model, an adapter's folder without an adapter or that step 4 writes to, or a text that can't be used.
+    """
+    if not (arguments.model / "config.json").is_file():
+        raise ValueError(f"--model {arguments.model}: holds no model; `make smollm2` brings one to models/smollm2-135m")
+    if arguments.adapter.exists() and not (arguments.adapter / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter {arguments.adapter}: holds no adapter (no adapter_config.json)")
+    if arguments.adapter.resolve() == (arguments.output_dir / "adapter").resolve():
+        raise ValueError(f"--adapter {arguments.adapter}: step 4 writes there; give another --output-dir")
+    if arguments.text is None:
+        return "\n\n".join(story.text for story in sample_stories(size.made_stories, seed=0))
+    return read_text(arguments.text)
+
+
+def read_text(path: Path) -> str:
+    """Reads a text, at most its first `MOST` characters.
+
+    Raises:
+        ValueError: no such file, a file that is not UTF-8, or one of fewer than `FEWEST` characters.
+    """
+    if not path.is_file():
+        raise ValueError(f"--text {path}: there is no such file")
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST).strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path}: expected text in UTF-8, which byte {error.start} is not") from error
+    if len(text) < FEWEST:
+        raise ValueError(f"--text {path}: holds {len(text):,} characters of text; expected at least {FEWEST:,}")
+    return text
+
+
+def demonstrate(arguments: argparse.Namespace, size: Size, text: str) -> int:
     start = time.perf_counter()
+    tokenizer = load_tokenizer(str(arguments.model))
+    base = load_model(str(arguments.model), dtype=torch.float32).eval()
+    base.pack_weights()
+    adapted = None
+    if arguments.adapter.exists():
+        adapted = load_model(str(arguments.adapter), base=str(arguments.model), dtype=torch.float32).eval()
+        adapted.get_base_model().pack_weights()
 
-    tokenizer = build_tokenizer()
-    stories = sample_stories(
-        size.held_out + (size.pretraining_steps + size.adaptation_steps) * size.batch_size, seed=arguments.seed
-    )
-    held_out, unread = stories[: size.held_out], stories[size.held_out :]
-    console.rule("1. A language")
-    console.print(
-        f"{NUM_STORIES:,} stories; {len(unread):,} to train on, {len(held_out)} held out, no two with the same facts. "
-        f"One of them:\n\n  {held_out[0].text}\n"
-    )
+    console.rule("1. A pretrained LLaMA fills blanks, untrained")
+    show_blanks(base, tokenizer)
 
-    console.rule("2. A LLaMA, pretrained left to right")
-    num_pretraining = size.pretraining_steps * size.batch_size
-    base_path = arguments.output_dir / "base"
-    write_stories(arguments.output_dir / "stories.txt", unread[num_pretraining:])
-    pretrain(base_path, unread[:num_pretraining], tokenizer, size, arguments.seed)
+    console.rule("2. Ten short stories, the third sentence blank")
+    if adapted is None:
+        console.print(f"There is no adapter in {arguments.adapter}: the LLaMA is shown alone.", soft_wrap=True)
+    stories = read_stories(ROOT / "examples" / "short_stories.txt")[: size.stories]
+    show_texts(base, adapted, tokenizer, stories)
+    show_nats(base, adapted, tokenizer, stories)
 
-    console.rule("3. The same weights, adapted: " + " → ".join(stage["name"] for stage in STAGES))
-    a3_path = arguments.output_dir / "a3"
-    adapt(base_path, a3_path, unread[num_pretraining:], tokenizer, size, arguments.seed)
+    console.rule(f"3. Groups of {GROUP_SIZE} tokens against one at a time")
+    show_speed(base, base if adapted is None else adapted, tokenizer, stories[0], size)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = LlamaForCausalLM.from_pretrained(base_path).to(device).eval()
-    model = A3LlamaForCausalLM.from_pretrained(a3_path).to(device).eval()
+    console.rule("4. A minute of adaptation to a text")
+    del base, adapted
+    code = adapt(arguments, size, text)
+    if code:
+        return code
 
-    console.rule("4. The same blanks, filled by both")
-    by_opening = {story.tokens[1]: story for story in reversed(held_out)}
-    show_fills(base, model, list(by_opening.values()), tokenizer)
-    score = show_scores(base, model, held_out, tokenizer)
-
-    console.rule("5. Speed")
-    show_speed(base, model, held_out[0], tokenizer, size)
-
-    console.rule("6. The order in which a story is filled")
-    show_order(model, held_out[1], tokenizer)
-
-    console.rule("7. Next")
-    console.print(f"Both models are in {arguments.output_dir}; the demo took {time.perf_counter() - start:.0f} s.")
-    console.print("what else these models do:   README.md, docs/decoding.md", soft_wrap=True)
-    console.print("a really pretrained LLaMA:   make smollm2", soft_wrap=True)
-    console.print("a LLaMA of yours, on a GPU:  a3 adapt recipes/llama-3.2-1b/config_full.yaml", soft_wrap=True)
-    if not arguments.smoke and score < REQUIRED:
-        console.print(
-            f"[bold red]The claim fails:[/] A3 fills {score:.1%} of the words that only the right settles; "
-            f"at least {REQUIRED:.0%} was expected."
-        )
-        return 1
+    console.rule("5. Next")
+    console.print(f"The demo took {time.perf_counter() - start:.0f} s. With the environment activated:")
+    show_next(arguments)
     return 0
 
 
-def write_stories(path: Path, stories: Sequence[Story]) -> None:
-    """One story a line, for `recipes/demo`, which adapts the same LLaMA by the command `a3 adapt`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(story.text for story in stories), encoding="utf-8")
+def show_next(arguments: argparse.Namespace) -> None:
+    """Prints three commands that go on from here."""
+    best = arguments.adapter if arguments.adapter.exists() else arguments.model
+    own, text = arguments.output_dir / "adapter", MADE_BLANK if arguments.text is None else "One day <blank:8>."
+    longer = recipe_words(arguments, max_steps=300, output_dir=arguments.output_dir / "longer")
+    for about, words in (
+        ("a text of yours, with a blank of any length", ["a3", "infill", best, OWN_BLANK]),
+        ("what the adapter of step 4 has learnt", ["a3", "infill", own, text]),
+        ("a longer adaptation to the same text", ["a3", "adapt", os.path.relpath(RECIPE), *longer]),
+    ):
+        console.print(f"  {about}:\n    {command_line(words)}", soft_wrap=True, markup=False, highlight=False)
 
 
-def rows_of(stories: Sequence[Story], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
-    """Training rows; BOS is given, so it has no label."""
-    encoded = tokenizer([story.text for story in stories])
-    return [
-        {"input_ids": ids, "attention_mask": mask, "labels": [-100, *ids[1:]]}
-        for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+def command_line(words: Sequence[str | Path]) -> str:
+    """Words as a shell takes them; those with spaces in double quotes, as they hold none of the shell's own characters."""
+    return " ".join(f'"{word}"' if " " in str(word) else shlex.quote(str(word)) for word in words)
+
+
+def show_blanks(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prints texts with blanks, filled by the LLaMA as it is, with the text after the blank in two places."""
+    ways = {"in place": "", "in a prompt": PROMPT}
+    filled = {name: base.infill(tokenizer, list(BLANKS), suffix_template=words) for name, words in ways.items()}
+    console.print("The LLaMA reads the text after a blank in its place, or before all other text, in a prompt.\n")
+    for number, text in enumerate(BLANKS):
+        table = Table(show_header=False, box=None, padding=(0, 1))
+        table.add_row("text", shown(text))
+        for name, texts in filled.items():
+            table.add_row(name, f"[bold]{shown(texts[number])}")
+        console.print(table, "")
+
+
+def read_stories(path: Path) -> list[tuple[str, str, str]]:
+    """Stories of a file, each as the text before its third sentence, that sentence and the text after it."""
+    return [split_story(story.splitlines()) for story in path.read_text(encoding="utf-8").strip().split("\n\n")]
+
+
+def show_texts(
+    base: PreTrainedModel,
+    adapted: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    stories: Sequence[tuple[str, str, str]],
+) -> None:
+    """Prints each story, and what is written into its blank at the true sentence's number of tokens."""
+    rows = [arrange(tokenizer, story, IN_PLACE) for story in stories]
+    templates = [
+        Template((before + " ", after), (len(target),))
+        for (before, _, after), (_, target, _) in zip(stories, rows, strict=True)
     ]
+    written = {"LLaMA": base.fill_templates(tokenizer, templates, suffix_template=PROMPT).written}
+    if adapted is not None:
+        written["adapter"] = adapted.fill_templates(tokenizer, templates).written
+    console.print("A blank has as many tokens as the true sentence, so that a text may end too early.\n")
+    for number, (before, target, after) in enumerate(stories):
+        table = Table(show_header=False, box=None, padding=(0, 1))
+        table.add_row("", f"[dim]{before}")
+        table.add_row("true", target.strip())
+        for name, texts in written.items():
+            table.add_row(name, f"[bold]{shown(texts[number][0])}")
+        table.add_row("", f"[dim]{after.strip()}\n")
+        console.print(table)
 
 
-def training_arguments(path: Path, num_steps: int, batch_size: int, seed: int) -> A3TrainingArguments:
-    return A3TrainingArguments(
-        output_dir=str(path),
-        max_steps=num_steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=1e-3,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": max(1, num_steps * 3 // 10)},
-        warmup_steps=min(30, num_steps // 2),
-        adam_beta2=0.98,
-        weight_decay=0.01,
-        logging_steps=max(1, num_steps // 6),
-        save_strategy="no",
-        seed=seed,
-        disable_tqdm=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+def shown(written: str) -> str:
+    """A text on one line, in which square brackets are no markup."""
+    return " ".join(written.split()).replace("[", r"\[")
 
 
-def pretrain(path: Path, stories: Sequence[Story], tokenizer: PreTrainedTokenizerBase, size: Size, seed: int) -> None:
-    """Trains a LLaMA of 0.9M parameters from scratch, and saves it."""
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        # Wider than usual, as the model is narrow: at 0.02 it takes several times as long to learn to look words up.
-        initializer_range=0.06,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    base = LlamaForCausalLM(config)
-    console.print(f"{base.num_parameters():,} parameters, {config.num_hidden_layers} layers, {len(tokenizer)} words\n")
-    trainer = Trainer(
-        model=base,
-        args=training_arguments(path, size.pretraining_steps, size.batch_size, seed),
-        train_dataset=rows_of(stories, tokenizer),
-        data_collator=RowCollator(pad_token_id=tokenizer.pad_token_id),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    trainer.save_model()
-
-
-def adapt(
-    base_path: Path,
-    path: Path,
-    stories: Sequence[Story],
+def show_nats(
+    base: PreTrainedModel,
+    adapted: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
-    size: Size,
-    seed: int,
+    stories: Sequence[tuple[str, str, str]],
 ) -> None:
-    """Adapts the LLaMA of `base_path` to any order, and saves it."""
-    set_seed(seed)
-    model = A3LlamaForCausalLM.from_pretrained(base_path)
-    console.print(f"new beside LLaMA's weights: query_embed, {model.config.hidden_size} numbers\n")
-    trainer = A3Trainer(
-        model=model,
-        args=training_arguments(path, size.adaptation_steps, size.batch_size, seed),
-        train_dataset=rows_of(stories, tokenizer),
-        data_collator=RowCollator(pad_token_id=tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        curriculum=Curriculum.from_config(STAGES, unit="fraction"),
-    )
-    trainer.train()
-    trainer.save_model()
-
-
-@torch.no_grad()
-def fill_from_prefix(base: LlamaForCausalLM, input_ids: torch.Tensor, blank_mask: torch.Tensor) -> torch.Tensor:
-    """Fills blanks (B, S) as a LLaMA can: greedily, left to right, each from all that stands before it (what it wrote
-    itself included).
-    """
-    filled = input_ids.masked_fill(blank_mask, base.config.pad_token_id)
-    for column in blank_mask.any(dim=0).nonzero().flatten().tolist():
-        rows = blank_mask[:, column]
-        logits = base(filled[rows, :column], logits_to_keep=1).logits[:, -1]
-        filled[rows, column] = logits.argmax(dim=-1)
-    return filled
-
-
-def fill_from_both_sides(model: A3LlamaForCausalLM, input_ids: torch.Tensor, blank_mask: torch.Tensor) -> torch.Tensor:
-    """Fills blanks (B, S) as A3 can: the surest first, each from all other text."""
-    batches = zip(input_ids.split(500), blank_mask.split(500), strict=True)
-    return torch.cat(
-        [model.generate_any_order(ids, blank_mask=mask, strategy="dynamic").sequences for ids, mask in batches]
-    )
-
-
-def encode(stories: Sequence[Story], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> torch.Tensor:
-    """(B, S) token ids; all stories are equally long."""
-    return torch.tensor(tokenizer([story.text for story in stories])["input_ids"], device=device)
-
-
-def mask_at(positions: Sequence[Sequence[int]], like: torch.Tensor) -> torch.Tensor:
-    """(B, S) bool, True at the given positions of each row."""
-    mask = torch.zeros_like(like, dtype=torch.bool)
-    return mask.scatter_(1, torch.tensor(positions, device=like.device), True)
-
-
-def show_fills(
-    base: LlamaForCausalLM,
-    model: A3LlamaForCausalLM,
-    stories: Sequence[Story],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Prints stories whose first mentions are blank, and both models' words for them."""
-    input_ids = encode(stories, tokenizer, base.device)
-    blank_mask = mask_at([story.right_settled for story in stories], input_ids)
-    from_prefix = fill_from_prefix(base, input_ids, blank_mask)
-    from_both = fill_from_both_sides(model, input_ids, blank_mask)
-
-    table = Table(show_lines=True)
-    table.add_column("story", ratio=3)
-    table.add_column("LLaMA, from the left alone", ratio=1)
-    table.add_column("A3, from both sides", ratio=1)
-    for row, story in enumerate(stories):
-        words = ["____" if at in story.right_settled else word for at, word in enumerate(story.tokens)]
-        fills = [Text(), Text()]
-        for text, filled in zip(fills, (from_prefix, from_both), strict=True):
-            for at in story.right_settled:
-                word = tokenizer.convert_ids_to_tokens(int(filled[row, at]))
-                right = word == story.tokens[at]
-                text.append(f"{word} {'✓' if right else '✗'}\n", style="green" if right else "red")
-            text.rstrip()
-        table.add_row(" ".join(words[1:-1]), *fills)
+    """Prints how likely the true sentences are, in nats per token: the fewer, the better."""
+    ways = {"LLaMA, all text in its place": (base, IN_PLACE), "LLaMA, text after the blank in a prompt": (base, PROMPT)}
+    if adapted is not None:
+        ways["adapter"] = (adapted, adapted.config.suffix_template or IN_PLACE)
+    measured = {}
+    for name, (model, way) in ways.items():
+        rows = [arrange(tokenizer, story, way) for story in stories]
+        nats = blank_nats(model, rows, batch_size=5, track=track, about=name)
+        measured[name] = (mean_nats(nats, rows), nats)
+    _, prompted = measured["LLaMA, text after the blank in a prompt"]
+    table = Table(title="the true sentence, given the text on both sides")
+    for name in ("", "nats per token", "stories better than prompted"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, (mean, nats) in measured.items():
+        wins = sum(own < other for own, other in zip(nats, prompted, strict=True))
+        table.add_row(name, f"{mean:.4f}", "–" if nats is prompted else f"{wins} of {len(stories)}")
     console.print(table)
-
-
-def show_scores(
-    base: LlamaForCausalLM,
-    model: A3LlamaForCausalLM,
-    stories: Sequence[Story],
-    tokenizer: PreTrainedTokenizerBase,
-) -> float:
-    """Prints how many blanks of unseen stories both models fill with the right word; returns the lowest share of A3's
-    among blanks settled by the right.
-    """
-    input_ids = encode(stories, tokenizer, base.device)
-    chance = 1 / min(len(words) for words in SLOTS.values())
-    console.print(f"right words in {len(stories)} unseen stories (chance: {chance:.1%})")
-    table = Table()
-    table.add_column("blanks settled by")
-    table.add_column("blank at once")
-    for name in ("words", "LLaMA, from the left alone", "A3, from both sides"):
-        table.add_column(name, justify="right")
-
-    scores = []
-    for side in ("right", "left"):
-        positions = [getattr(story, f"{side}_settled") for story in stories]
-        num_blanks = len(positions[0])
-        one_each = [[position] for blanks in positions for position in blanks]
-        for how_many, repeats, blanks in (("one", num_blanks, one_each), (f"all {num_blanks}", 1, positions)):
-            truth = input_ids.repeat_interleave(repeats, dim=0)
-            blank_mask = mask_at(blanks, truth)
-            shares = [
-                (fill(filler, truth, blank_mask) == truth)[blank_mask].float().mean().item()
-                for fill, filler in ((fill_from_prefix, base), (fill_from_both_sides, model))
-            ]
-            table.add_row(f"the {side}", how_many, str(int(blank_mask.sum())), *(f"{share:.1%}" for share in shares))
-            if side == "right":
-                scores.append(shares[1])
-    console.print(table)
-    return min(scores)
 
 
 def show_speed(
-    base: LlamaForCausalLM,
-    model: A3LlamaForCausalLM,
-    story: Story,
+    base: PreTrainedModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    story: tuple[str, str, str],
     size: Size,
 ) -> None:
-    """Times writing on from a prompt, in turns, and prints medians. What is written doesn't matter, so neither stops at
-    an end of text.
-    """
-    prompt = encode([story], tokenizer, base.device)[:, : CONTEXT - 240]
-    base.generation_config.eos_token_id = None
-    ways: dict[str, Callable[[], object]] = {
-        "LLaMA, generate": lambda: base.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=size.speed_tokens, do_sample=False
-        )
-    }
-    for group_size in GROUP_SIZES:
-        ways[f"A3, groups of {group_size}"] = lambda group_size=group_size: model.generate_any_order(
-            prompt, max_new_tokens=size.speed_tokens, group_size=group_size, eos_token_id=[]
-        )
-    seconds = {name: [] for name in ways}
-    for repeat in range(size.speed_repeats + 1):
-        for name, write in ways.items():
-            elapsed = timed(write, base.device)
-            if repeat:  # the first round warms up
-                seconds[name].append(elapsed)
+    """Times writing on from a story's start, in turns, and prints medians and both texts. Neither stops at an end of text."""
+    prompt = torch.tensor([encode_prompt(tokenizer, story[0])])
 
+    def one_by_one(count: int) -> torch.Tensor:
+        lengths = {"max_new_tokens": count, "min_new_tokens": count}
+        mask = torch.ones_like(prompt)
+        return base.generate(prompt, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
+
+    def in_groups(count: int) -> torch.Tensor:
+        settings = {"group_size": GROUP_SIZE, "eos_token_id": []}
+        return model.generate_any_order(prompt, max_new_tokens=count, **settings).sequences
+
+    ways = {"LLaMA, generate": one_by_one, f"A3, groups of {GROUP_SIZE}": in_groups}
+    for write in ways.values():  # warms up
+        write(GROUP_SIZE)
+    seconds, texts = {name: [] for name in ways}, {}
+    for _ in track(range(size.speed_repeats), "in turns"):
+        for name, write in ways.items():
+            elapsed, texts[name] = timed(write, size.speed_tokens)
+            seconds[name].append(elapsed)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    baseline = medians["LLaMA, generate"]
     console.print(
-        f"{size.speed_tokens} tokens after a prompt, one row, {device_name(base.device)}: medians of {size.speed_repeats}"
+        f"{size.speed_tokens} tokens after a prompt, one row, float32, CPU, threads: {torch.get_num_threads()}; "
+        f"medians of {size.speed_repeats}"
     )
     table = Table()
-    table.add_column("")
-    for name in ("tokens/s", "against LLaMA"):
-        table.add_column(name, justify="right")
+    for name in ("", "seconds", "tokens/s", "against generate"):
+        table.add_column(name, justify="right" if name else "left")
     for name, median in medians.items():
-        table.add_row(name, f"{size.speed_tokens / median:,.0f}", f"{baseline / median:.2f} ×")
+        faster = medians["LLaMA, generate"] / median
+        table.add_row(name, f"{median:.2f}", f"{size.speed_tokens / median:.1f}", f"{faster:.2f} ×")
     console.print(table)
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
-
-
-def show_order(model: A3LlamaForCausalLM, story: Story, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Prints a story of which the last sentence was given: each word that was written with the step it was written at."""
-    input_ids = encode([story], tokenizer, model.device)
-    last_sentence = max(at for at, word in enumerate(story.tokens[:-2]) if word == ".") + 1
-    output = model.generate_any_order(
-        input_ids, blank_mask=mask_at([range(1, last_sentence)], input_ids), strategy="dynamic"
-    )
-    words = tokenizer.convert_ids_to_tokens(output.sequences[0].tolist())
-    steps = output.commit_step[0].tolist()
-    text = Text()
-    for word, step in list(zip(words, steps, strict=True))[1:-1]:
-        if step < 0:
-            text.append(f"{word} ", style="dim")
-        else:
-            share = step / max(steps)
-            text.append(
-                word, style=f"bold rgb({int(80 + 175 * share)},{int(200 - 100 * share)},{int(255 - 175 * share)})"
-            )
-            text.append(f"·{step + 1} ", style="dim")
+    for name, sequences in texts.items():
+        text = tokenizer.decode(sequences[0, prompt.shape[1] :], skip_special_tokens=True)
+        console.print(f"[dim]{name}:[/] … {shown(text)}\n", soft_wrap=True, highlight=False)
     console.print(
-        "Given: the last sentence (dim). Written: the words with a number, the step at which each was chosen.\n"
+        "Groups bring speed. What they cost depends on the training: the tokens of a group don't see each other while they "
+        "are chosen, and a LLaMA that has not been trained for groups writes poorly in them.\n"
     )
-    console.print(text)
-    console.print(f"\n{max(steps) + 1} words in {output.num_forward_passes} passes; the true story: {story.text}")
+
+
+def timed(write: Callable[[int], torch.Tensor], count: int) -> tuple[float, torch.Tensor]:
+    """Seconds that a call takes, and its result."""
+    start = time.perf_counter()
+    sequences = write(count)
+    return time.perf_counter() - start, sequences
+
+
+def adapt(arguments: argparse.Namespace, size: Size, text: str) -> int:
+    """Adapts the LLaMA to a text, as the command `a3 adapt` does, and prints held-out losses. Returns the exit code."""
+    write_texts(text, arguments.output_dir)
+    target = arguments.output_dir / "adapter"
+    if (target / "run.json").is_file():  # of an earlier demo
+        shutil.rmtree(target)
+    source = "stories of a made-up language, which it has never read" if arguments.text is None else arguments.text
+    console.print(f"The text: {source}; its last tenth is held out. By hand:\n", soft_wrap=True)
+    words = recipe_words(arguments, max_steps=size.steps, output_dir=target)
+    shown_command = command_line(["a3", "adapt", os.path.relpath(RECIPE), *words])
+    console.print(f"  {shown_command}\n", soft_wrap=True, markup=False, highlight=False)
+    set_seed(0)
+    code = run(parse_recipe(RECIPE, words))
+    if code == 0:
+        before, after = held_out_losses(target / METRICS_FILE)
+        console.print(f"\nHeld-out text: {before:.3f} nats per token before, {after:.3f} after {size.steps} steps.")
+    return code
+
+
+def recipe_words(arguments: argparse.Namespace, **settings: object) -> list[str]:
+    """What the command line of `a3 adapt` says beyond the recipe."""
+    train_file, held_out_file = (arguments.output_dir / name for name in TEXT_FILES)
+    settings |= {"model_name_or_path": arguments.model, "train_file": train_file, "validation_file": held_out_file}
+    own = read_settings(RECIPE)
+    changed = {name: str(value) for name, value in settings.items() if str(value) != str(own[name])}
+    return [word for name, value in changed.items() for word in (f"--{name}", value)]
+
+
+def write_texts(text: str, folder: Path) -> None:
+    """Writes a text to `TEXT_FILES`, the last `HELD_OUT` of it to the second, cut between paragraphs or else words."""
+    near = int(len(text) * (1 - HELD_OUT))
+    cut = re.compile(r"\n\s*\n").search(text, near) or re.compile(r"\s").search(text, near)
+    at = cut.start() if cut else near
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in zip(TEXT_FILES, (text[:at], text[at:]), strict=True):
+        (folder / name).write_text(part.strip(), encoding="utf-8")
+
+
+def held_out_losses(path: Path) -> tuple[float, float]:
+    """The first and the last held-out loss in a run's metrics file, nats per token."""
+    entries = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    losses = [entry["eval_loss_left_to_right"] for entry in entries if "eval_loss_left_to_right" in entry]
+    return losses[0], losses[-1]
 
 
 if __name__ == "__main__":

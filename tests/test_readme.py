@@ -1,7 +1,7 @@
 """The commands and Python of README.md and docs/, block after block as they stand, offline, with no other files.
 
-What stands in for what a test can't have: `make` is not called (`make demo` is the demo's script at a few steps); in place of
-SmolLM2, and of the models and texts of recipes that come from the hub, there are a tiny LLaMA and a few lines; the tasks'
+What stands in for what a test can't have: `make` is not called (`make demo-synthetic` is its script at a few steps); in place
+of SmolLM2, and of the models and texts of recipes that come from the hub, there are a tiny LLaMA and a few lines; the tasks'
 items are made up; a training takes three steps; of a launcher's command the part behind `-m a3_hf` runs.
 """
 
@@ -41,11 +41,11 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, tokenizer):
-    """The repository as a reader sees it, with the models that `make demo` and `make smollm2` make, smaller."""
+    """The repository as a reader sees it, with the models that `make demo-synthetic` and `make smollm2` make, smaller."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("recipes", "accelerate_configs", "eval"):
         (folder / name).symlink_to(ROOT / name)
-    demo = [sys.executable, str(ROOT / "examples" / "demo.py"), "--smoke", "--output-dir", "runs/demo"]
+    demo = [sys.executable, str(ROOT / "examples" / "demo_synthetic.py"), "--smoke", "--output-dir", "runs/demo"]
     subprocess.run(demo, cwd=folder, check=True, capture_output=True)
     stories = folder / "runs" / "demo" / "stories.txt"
     stories.write_text("\n".join([stories.read_text()] * 20))

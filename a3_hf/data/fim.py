@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .collator import IGNORED_LABEL
 
 FORMS = ("psm", "spm", "suffix_template")
+LONGEST_SENTENCE = 32  # tokens of a blank
 SHORTEST = 4  # tokens of a piece that is cut; a shorter one stays a plain row
 
 
@@ -26,7 +28,8 @@ class FimArguments:
             middle with EOS (SPM of "Efficient Training of Language Models to Fill in the Middle", arXiv 2207.14255).
         suffix_template: weight of the form in which the model's `suffix_template`, with the suffix in it, stands before the
             prefix, and the middle ends the row.
-        middle: least and most tokens of a blank, each number equally likely; null: two ends at random.
+        middle: least and most tokens of a blank, each number equally likely; null: two ends at random; `sentence`: a whole
+            sentence with text on both sides, of at most `LONGEST_SENTENCE` tokens (where a piece has none: two ends).
         tokens: the tokens of `psm` and `spm`, for prefix, suffix and middle: tokens of the vocabulary that no text uses.
         score: `all` tokens of a row, or the `middle` of those with a blank alone; what is not scored is given.
 
@@ -38,7 +41,7 @@ class FimArguments:
     psm: float = 0.0
     spm: float = 0.0
     suffix_template: float = 0.0
-    middle: list[int] | None = None
+    middle: list[int] | Literal["sentence"] | None = None
     tokens: list[str] | None = None
     score: Literal["all", "middle"] = "all"
 
@@ -50,12 +53,13 @@ class FimArguments:
                 raise ValueError(f"fim: {form}={weight}: expected a number of at least 0")
         if not any(self.weights):
             raise ValueError(f"fim: no form has a weight; set one of {', '.join(FORMS)}")
-        if self.middle is not None and not (
-            len(self.middle) == 2
+        if self.middle not in (None, "sentence") and not (
+            isinstance(self.middle, list)
+            and len(self.middle) == 2
             and all(type(one) is int for one in self.middle)
             and 1 <= self.middle[0] <= self.middle[1]
         ):
-            raise ValueError(f"fim: middle={self.middle!r}: expected [least, most] tokens, at least 1")
+            raise ValueError(f"fim: middle={self.middle!r}: expected [least, most] tokens, at least 1, or sentence")
         if (self.psm > 0 or self.spm > 0) != (self.tokens is not None):
             raise ValueError(f"fim: tokens={self.tokens!r}: needed by psm and spm, and by no other form")
         if self.tokens is not None and len(set(self.tokens)) != 3:
@@ -102,6 +106,17 @@ class FimRows:
             if suffix_template is None:
                 raise ValueError("fim: suffix_template has a weight: set suffix_template, the words around the suffix")
             self.words = template_words(tokenizer, suffix_template)
+        if fim.middle == "sentence":
+            texts = {token_id: tokenizer.convert_tokens_to_string([token]) for token, token_id in vocabulary.items()}
+            self.ends = {one for one, text in texts.items() if text.rstrip("\"'”’)").endswith((".", "!", "?"))}
+            # SentencePiece's mark of a space is lost where a token is decoded alone
+            self.begins = {
+                one for token, one in vocabulary.items() if texts[one][:1].isspace() or token.startswith("▁")
+            }
+            if not (self.ends and self.begins):
+                raise ValueError(
+                    "fim: middle=sentence: the tokenizer has no tokens that end sentences, or none with a space"
+                )
         # BOS, and three marks and EOS, or the template's words
         self.room = block_size - 1 - max(4 if fim.tokens is not None else 0, sum(map(len, self.words)))
         if self.room < SHORTEST:
@@ -121,7 +136,7 @@ class FimRows:
         has_blank = random.random() < self.fim.rate
         if not has_blank or len(piece) < SHORTEST:
             return _scored([self.bos], piece)
-        first, last = self._cut(len(piece), random)
+        first, last = self._cut(piece, random)
         prefix, middle, suffix = piece[:first], piece[first:last], piece[last:]
         weights = np.array(self.fim.weights)
         form = FORMS[random.choice(len(FORMS), p=weights / weights.sum())]
@@ -130,9 +145,21 @@ class FimRows:
             middle = [*middle, self.eos]
         return _scored(given, middle) if self.fim.score == "middle" else _scored(given[:1], [*given[1:], *middle])
 
-    def _cut(self, length: int, random: np.random.Generator) -> tuple[int, int]:
+    def _inner_sentences(self, piece: list[int]) -> list[tuple[int, int]]:
+        """The first token of each sentence of a piece and the first after it, without the piece's first and last sentence."""
+        starts = [
+            place for place in range(1, len(piece)) if piece[place - 1] in self.ends and piece[place] in self.begins
+        ]
+        return [(first, last) for first, last in pairwise(starts) if SHORTEST <= last - first <= LONGEST_SENTENCE]
+
+    def _cut(self, piece: list[int], random: np.random.Generator) -> tuple[int, int]:
         """The first token of the middle and the first after it."""
-        if self.fim.middle is None:
+        length = len(piece)
+        if self.fim.middle == "sentence":
+            sentences = self._inner_sentences(piece)
+            if sentences:
+                return sentences[random.integers(len(sentences))]
+        if not isinstance(self.fim.middle, list):
             first, last = sorted(random.integers(0, length + 1, size=2).tolist())
             return (first, last) if first < last else (min(first, length - 1), min(first, length - 1) + 1)
         size = min(int(random.integers(self.fim.middle[0], self.fim.middle[1] + 1)), length - 1)
