@@ -13,6 +13,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault(
+    "ACCELERATE_MIXED_PRECISION", "no"
+)  # runs are compared in float32, on CPUs with bfloat16 products too
 
 import pytest
 import torch
@@ -78,6 +81,14 @@ def pytest_configure():
 def pytest_collection_modifyitems(items):
     """What the libraries changed is said before anything else fails by it."""
     items.sort(key=lambda item: item.path.name != "test_conventions.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_load_in_float32():
+    """On every CPU: what commands print is compared with what models in float32 say."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)
+        yield
 
 
 @pytest.fixture
