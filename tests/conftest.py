@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
+from a3_hf import A3LlamaConfig, A3LlamaForCausalLM, devices
 from tests.made import make_data
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,10 @@ def pytest_collection_modifyitems(items):
 def commands_load_in_float32():
     """On every CPU: what commands print is compared with what models in float32 say."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)
+        default_dtype = devices.default_dtype
+        patch.setattr(
+            devices, "default_dtype", lambda device: torch.float32 if device.type == "cpu" else default_dtype(device)
+        )
         yield
 
 

@@ -22,12 +22,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_a_cpu_computes_in_what_it_multiplies_fast(monkeypatch, capabilities, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert default_dtype(CPU) is expected and has_bf16_products(CPU) is (expected is torch.bfloat16)
 
 
 def test_an_older_torch_does_not_tell_and_a_gpu_keeps_the_checkpoints_type(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert default_dtype(CPU) is torch.float32
     assert default_dtype(GPU) == default_dtype(torch.device("mps")) == "auto"
     assert not has_bf16_products(torch.device("mps"))
@@ -68,7 +68,8 @@ def test_commands_load_a_bf16_checkpoint_as_the_cpu_likes_it(source, tmp_path, m
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": dtype == torch.bfloat16})
+    monkeypatch.setattr(devices, "default_dtype", default_dtype)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": dtype == torch.bfloat16}, raising=False)
     model, _ = load(str(tmp_path))
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     said = capsys.readouterr()

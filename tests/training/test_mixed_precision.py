@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from a3_hf import devices
 from a3_hf.cli import app
 from a3_hf.training.arguments import A3TrainingArguments
 from a3_hf.training.recipes import build_recipe
@@ -20,7 +21,7 @@ SAID = "Passes are in bfloat16"
 @pytest.fixture
 def fast_bf16(monkeypatch):
     """A CPU with bfloat16 products, and no word from accelerate."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
 
 
@@ -61,6 +62,7 @@ def test_absent_is_automatic_and_false_is_false(tmp_path, source, fast_bf16):
 
 
 def test_a_cpu_without_such_products_trains_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     assert precision(tmp_path) == (False, "no")
     assert precision(tmp_path, bf16=True) == (True, "bf16")
@@ -100,7 +102,7 @@ def test_a_run_does_not_go_on_in_another_precision(source, tmp_path, monkeypatch
     write_record(small_recipe(source, tmp_path, **first), tokenizer)
     assert check_resume(small_recipe(source, tmp_path, **first), tokenizer) == []
     if began_in_bf16:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
     before, now = ("bf16", "no") if began_in_bf16 else ("no", "bf16")
     word = "true" if began_in_bf16 else "false"
     with pytest.raises(
@@ -130,7 +132,8 @@ def test_records_from_before_hold_flags(source, tmp_path, flags, expected):
         check_resume(small_recipe(source, tmp_path, **other), tokenizer)
 
 
-def test_an_adapter_is_run_in_bf16_by_commands(source, tmp_path, fast_bf16):
+def test_an_adapter_is_run_in_bf16_by_commands(source, tmp_path, monkeypatch, fast_bf16):
+    monkeypatch.setattr(devices, "default_dtype", lambda device: torch.bfloat16)
     assert run(small_recipe(source, tmp_path, lora={"r": 2, "rows": "slots"})) == 0
     shown = CliRunner().invoke(app, ["infill", str(tmp_path), "w1 w2 <blank:3> w4"])
     assert shown.exit_code == 0, shown.output
