@@ -10,7 +10,6 @@ import argparse
 import re
 from pathlib import Path
 
-
 SEPARATOR = "<|endoftext|>"
 SHORTEST = 300  # characters of a document that is a line
 JOINED = {" @-@ ": "-", " @,@ ": ",", " @.@ ": ".", "( ": "(", " )": ")", "<unk>": "X"}

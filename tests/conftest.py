@@ -13,13 +13,16 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault(
+    "ACCELERATE_MIXED_PRECISION", "no"
+)  # runs are compared in float32, on CPUs with bfloat16 products too
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from a3_hf import A3LlamaConfig, A3LlamaForCausalLM
+from a3_hf import A3LlamaConfig, A3LlamaForCausalLM, devices
 from tests.made import make_data
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +81,17 @@ def pytest_configure():
 def pytest_collection_modifyitems(items):
     """What the libraries changed is said before anything else fails by it."""
     items.sort(key=lambda item: item.path.name != "test_conventions.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_load_in_float32():
+    """On every CPU: what commands print is compared with what models in float32 say."""
+    with pytest.MonkeyPatch.context() as patch:
+        default_dtype = devices.default_dtype
+        patch.setattr(
+            devices, "default_dtype", lambda device: torch.float32 if device.type == "cpu" else default_dtype(device)
+        )
+        yield
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from a3_hf import GroupOrder
-from a3_hf.models.a3_llama.attention_masks import singleton_attention_mask
+from a3_hf.devices import leave_out_cudnn_attention
+from a3_hf.models.a3_llama.attention_masks import group_attention_mask, groups_of, singleton_attention_mask
 from tests.conftest import tiny_model
 from tests.models.a3_llama.test_modeling import generation_order, group_by_group, leaks, random_ids, text_order
 from tests.models.a3_llama.test_orders import BUILDERS, generators, ragged_mask
@@ -60,6 +61,29 @@ def test_bf16_is_close_to_fp32(implementation):
     rough = text_order(cuda_model(implementation, max_position_embeddings=256).to(torch.bfloat16), order, ids)
     exact, rough = (logits[order.scored_mask].float().log_softmax(-1) for logits in (exact, rough))
     assert (exact - rough).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("num_keys", [64, 192, 512])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bf16_gradients_are_finite_and_close_to_fp32s(implementation, num_keys, autocast):
+    """The slots of the first group see nothing, as in every step with groups: cuDNN's attention gave NaN (pytorch#196678)."""
+    leave_out_cudnn_attention()
+    order = GroupOrder.scattered(torch.ones(2, num_keys), group_size=4, generator=generators(2))
+    order, ids = to_cuda(order), random_ids(2, num_keys).cuda()
+    (mask,) = group_attention_mask("sdpa", *groups_of(order.group_ids, order.group_ids))
+    assert mask.mask.shape[-1] == num_keys and not mask.mask.any(dim=-1).all()
+    labels, gradients = ids.masked_fill(~order.scored_mask, -100), []
+    for is_exact in (True, False):
+        model = cuda_model("sdpa" if is_exact else implementation, max_position_embeddings=512, initializer_range=0.1)
+        model = model if is_exact or autocast else model.to(torch.bfloat16)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast and not is_exact):
+            model(ids, group_ids=order.group_ids, labels=labels, use_cache=False).loss.backward()
+        gradients.append({name: weight.grad.float() for name, weight in model.named_parameters()})
+    exact, rough = gradients
+    for name, gradient in exact.items():
+        assert torch.isfinite(rough[name]).all(), name
+        assert (rough[name] - gradient).norm() <= 0.05 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])

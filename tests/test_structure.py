@@ -24,15 +24,16 @@ MAY_IMPORT = {
     "models.masked_diffusion_llama": "models.a3_llama",
     "models": "",
     "settings": "",
+    "devices": "",
     "adapters": "models settings",
     "data": "settings",
-    "training": "models adapters data settings",
+    "training": "models adapters data settings devices",
     "evaluation": "models adapters data settings training",
     "experiments": "models adapters data settings training evaluation",
     "visualization": "models",
     "versions": "",
     "registration": "models adapters training versions",
-    "cli": "models adapters data settings training evaluation experiments visualization registration versions",
+    "cli": "models adapters data settings devices training evaluation experiments visualization registration versions",
 }
 # Where a library may be imported, by the start of a module's name.
 ONLY_IN = {

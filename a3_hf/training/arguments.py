@@ -1,13 +1,16 @@
 """Settings of a recipe, which describes one complete run."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import TrainingArguments
 
 from a3_hf.adapters.arguments import LoraArguments
 from a3_hf.data.arguments import DataArguments
+from a3_hf.devices import has_bf16_products
 
 from .curriculum import Curriculum
 from .trainer_fields import check_fields
@@ -64,6 +67,13 @@ class A3TrainingArguments(TrainingArguments):
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Omit non-finite losses from the logs."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Passes in bfloat16 by autocast. None: if the device has bfloat16 products, and neither fp16, deepspeed "
+            "nor accelerate sets a precision."
+        },
+    )
     loss: Literal["plain", "chunked"] = field(
         default="plain",
         metadata={"help": "plain, or chunked: never holds all logits of a batch; less memory, the same values."},
@@ -99,10 +109,18 @@ class A3TrainingArguments(TrainingArguments):
         check_fields(self)
         if isinstance(self.deepspeed, str) and not Path(self.deepspeed).is_file():
             raise ValueError(f"deepspeed={self.deepspeed!r}: no such file (relative paths start at {Path.cwd()})")
+        self.bf16_by_default = self.bf16 is None and self._runs_well_in_bf16()
+        self.bf16 = bool(self.bf16) or self.bf16_by_default
         try:
             super().__post_init__()
         except ImportError as error:
             raise ValueError(f"a setting needs a package that is not installed: {error}") from error
+
+    def _runs_well_in_bf16(self) -> bool:
+        if self.fp16 or self.deepspeed or "ACCELERATE_MIXED_PRECISION" in os.environ:
+            return False
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        return has_bf16_products(torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator())
 
     @property
     def rows_per_step(self) -> int:

@@ -10,6 +10,9 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from a3_hf.devices import leave_out_cudnn_attention
+from a3_hf.models.a3_llama.compiling import raise_recompile_limit
+
 from .even_rows import EvenRowsTrainer
 from .throughput import Meter, peak_memory_mib
 
@@ -109,6 +112,9 @@ class BaseTrainer(EvenRowsTrainer):
     ):
         args = TrainingArguments() if args is None else args
         check_arguments(args)
+        leave_out_cudnn_attention()
+        if args.torch_compile:
+            raise_recompile_limit()
         super().__init__(
             model=model,
             args=args,

@@ -24,7 +24,7 @@ from .curriculum import draw_order
 from .run_checks import check_settings
 from .run_inputs import RunInputs
 from .schedule import AdaptiveSchedule, Schedule
-from .throughput import training_flops
+from .throughput import NO_ADAPTERS, AdapterWeights, training_flops
 
 GIB = 2**30
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
@@ -67,12 +67,14 @@ def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
             console.print(f"source {name}: {source.weight / total:.1%} of the documents")
     local_tokens = training.per_device_train_batch_size * training.gradient_accumulation_steps * data.block_size
     console.print(_stages_table(schedule, local_tokens))
-    flops = training_flops(inputs.config, length=data.block_size) * local_tokens * schedule.ends[-1]
-    hours = flops * (4 / 3 if training.gradient_checkpointing else 1.0) / (tflops * 1e12) / 3600  # one more forward
+    flops = training_flops(
+        inputs.config, length=data.block_size, adapters=size.adapters, recomputed=training.gradient_checkpointing
+    )
+    hours = flops * local_tokens * schedule.ends[-1] / (tflops * 1e12) / 3600
     console.print(_memory_table(recipe, size, accelerate_configs, hours))
     console.print(
-        f"Activations and logits are not included. Hours at {tflops:g} TFLOP/s per GPU. Each GPU has its own rows: more GPUs "
-        "train on more tokens in the same hours."
+        f"Activations and logits are not included. Hours at {tflops:g} TFLOP/s per GPU, with a slot for each token. "
+        "Each GPU has its own rows: more GPUs train on more tokens in the same hours."
     )
     _print_rows(console, recipe.training.seed, schedule, rows, inputs.tokenizer)
 
@@ -80,7 +82,7 @@ def dry_run(recipe: Recipe, *, accelerate_configs: Path, tflops: float) -> None:
 @dataclass(frozen=True)
 class ModelSize:
     """Numbers of parameters: all, the trained ones, those of one decoder layer, those outside the layers (embeddings, lm_head,
-    `query_embed`); and the number of layers.
+    `query_embed`); the number of layers; and the adapters' weights.
     """
 
     total: int
@@ -88,6 +90,7 @@ class ModelSize:
     layer: int
     outside: int
     layers: int
+    adapters: AdapterWeights = NO_ADAPTERS
 
     @classmethod
     def of(cls, config: A3LlamaConfig, lora: LoraArguments | None = None) -> "ModelSize":
@@ -97,9 +100,17 @@ class ModelSize:
             model.tie_weights()  # parameters() has a tied weight once
             total = model.num_parameters()
             layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
-            trained = total if lora is None else attach(model, lora).num_parameters(only_trainable=True)
+            adapted = model if lora is None else attach(model, lora)
+            trained = adapted.num_parameters(only_trainable=True)
         layers = config.num_hidden_layers
-        return cls(total=total, trained=trained, layer=layer, outside=total - layer * layers, layers=layers)
+        return cls(
+            total=total,
+            trained=trained,
+            layer=layer,
+            outside=total - layer * layers,
+            layers=layers,
+            adapters=AdapterWeights.of(adapted),
+        )
 
 
 def state_bytes(

@@ -87,6 +87,8 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
         say(f"The run in {output_dir} is finished: nothing to do. For a new run, set another output_dir.")
         say(_next_command(output_dir, recipe.model.architecture))
         return 0
+    if training.bf16_by_default:
+        say("Passes are in bfloat16, which this device multiplies faster than float32; bf16: false keeps to float32.")
     checkpoint = _find_checkpoint(training, output_dir, resume=resume)
     state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 

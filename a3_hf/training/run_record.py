@@ -38,15 +38,20 @@ OLD_RUN_DEFAULTS = {
     "low_discrepancy": False,
     "anneal_steps": 0,
 }
+FLAGS = ("bf16", "fp16")  # recorded as the mixed precision that they and accelerate's settings result in
 
 
 def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Returns a recipe and its tokenizer as plain values."""
     training = recipe.training
+    arguments = training.to_dict()
+    for name in FLAGS:
+        del arguments[name]
     settings = {
         **asdict(recipe.model),
         **asdict(recipe.data),
-        **{name: value for name, value in training.to_dict().items() if not name.startswith("_")},
+        **{name: value for name, value in arguments.items() if not name.startswith("_")},
+        "mixed_precision": training.mixed_precision,
         "curriculum": None if recipe.curriculum is None else asdict(recipe.curriculum),
         "lora": None if recipe.lora is None else asdict(recipe.lora),
         "rows_per_step": training.rows_per_step,
@@ -153,6 +158,8 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
     if before is None:
         return []
     before.pop("inputs", None)
+    flags = [name for name in FLAGS if before.pop(name, False)]  # of older records
+    before.setdefault("mixed_precision", flags[0] if flags else "no")
     for name, value in {**OLD_RUN_DEFAULTS, "tokenizer_rules": now["tokenizer_rules"]}.items():
         before.setdefault(name, value)
     changes = {
@@ -160,6 +167,8 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     }
+    if "mixed_precision" in changes:
+        changes["mixed_precision"] += f" (bf16: {str(before['mixed_precision'] == 'bf16').lower()} in the recipe)"
     if "tokenizer" in changes:
         changes["tokenizer"] = "the tokenizer has another vocabulary"
     if "tokenizer_rules" in changes:

@@ -3,8 +3,10 @@
 import resource
 import sys
 import time
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import LlamaConfig
 
 # Dense 16-bit FLOP/s with fp32 accumulation, from the makers' data sheets, by the start of the device's name.
@@ -20,20 +22,61 @@ PEAK_FLOPS = {
 }
 
 
-def training_flops(config: LlamaConfig, *, length: int, slots: bool = True) -> float:
+class AdapterWeights(NamedTuple):
+    """Numbers of adapter weights that a content row and a slot pass. (0, 0): no adapters, and all weights are trained."""
+
+    content: int = 0
+    slots: int = 0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "AdapterWeights":
+        """Counts those of a model; keys and values have no slots."""
+        sizes = {name: weight.numel() for name, weight in model.named_parameters() if "lora_" in name}
+        on_slots = sum(size for name, size in sizes.items() if not ("k_proj" in name or "v_proj" in name))
+        is_frozen = any(getattr(module, "content_is_frozen", False) for module in model.modules())
+        return cls(0 if is_frozen else sum(sizes.values()), on_slots)
+
+
+NO_ADAPTERS = AdapterWeights()
+
+
+def training_flops(
+    config: LlamaConfig,
+    *,
+    length: int,
+    slots: float = 1,
+    adapters: AdapterWeights = NO_ADAPTERS,
+    recomputed: bool = False,
+) -> float:
     """Returns the FLOPs per token of a training step, forward and backward, on rows of `length` tokens.
 
-    Each token has a content row and a slot; without `slots` it is LLaMA's next-token step. Attention counts all pairs,
-    whatever the mask skips; recomputed activations don't count.
+    Attention counts all pairs, whatever the mask skips. A product costs 2 operations forward, 2 for the gradient of what
+    enters it and 2 for that of its weights (in attention: of its other factor). Without adapters each costs 6. Beside
+    adapters, weights get no gradient: 4. If content rows have no adapters, they are not trained: 2, and 4 in slots.
+
+    Args:
+        slots: slots per token; 0: LLaMA's next-token step, or Decoupled RoPE's.
+        adapters: weights of adapters; (0, 0): all weights are trained.
+        recomputed: counts a second forward of trained rows (gradient checkpointing).
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
     width = config.head_dim * heads
     keys_and_values = 2 * hidden * config.head_dim * config.num_key_value_heads
-    row = 2 * hidden * width + 3 * hidden * config.intermediate_size + 2 * width * length
+    weights = 2 * hidden * width + 3 * hidden * config.intermediate_size
+    attention = 2 * width * length
     layers = config.num_hidden_layers
-    rows = 2 * layers if slots else layers
-    products = rows * row + layers * keys_and_values + hidden * config.vocab_size
-    return 6.0 * products  # 2 operations per product; once forward, twice backward
+    again = 2 if recomputed else 0
+    of_weights = (4 if any(adapters) else 6) + again
+    is_frozen = adapters.content == 0 and adapters.slots > 0
+    of_pairs = (4 if is_frozen else 6) + again
+
+    if is_frozen:
+        content = 2 * (weights + keys_and_values + attention) * layers
+    else:
+        content = (of_weights * (weights + keys_and_values) + of_pairs * attention) * layers
+    content += (6 + again) * adapters.content
+    slot = (of_weights * weights + of_pairs * attention) * layers + (6 + again) * adapters.slots
+    return float(content + slots * slot + (slots or 1) * of_weights * hidden * config.vocab_size)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

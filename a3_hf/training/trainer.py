@@ -20,7 +20,7 @@ from .curriculum_callbacks import AdaptiveCallback, CurriculumCallback
 from .model_inputs import model_inputs
 from .schedule import AdaptiveSchedule, Schedule, StageAtStep
 from .stage_checks import check_stages
-from .throughput import peak_flops, training_flops
+from .throughput import AdapterWeights, peak_flops, training_flops
 
 # The orders of the evaluation, each as the stage that draws it.
 EVALUATION_ORDERS = {
@@ -41,8 +41,8 @@ class A3Trainer(BaseTrainer):
     - `evaluate` measures nats per token under four fixed orders, over all scored tokens of the set: `eval_loss_left_to_right`,
       `eval_loss_contiguous_4`, `eval_loss_scattered_1`, `eval_loss_scattered_4`; `eval_loss` is their mean. Decoupled RoPE is
       trained and evaluated under the orders of single tokens only.
-    - The logs hold the stage's `stage_index` and `group_size`, and `mfu` (model FLOPs utilization) on a known
-      device, where all weights are trained and every token has a slot.
+    - The logs hold the stage's `stage_index` and `group_size`, and `mfu` (model FLOPs utilization) on a known device, if all
+      weights are trained or adapters alone, without auxiliary losses. It counts the slots that passes had.
 
     Args:
         curriculum: the stages; `.schedule` has them in whole steps (None without a training set).
@@ -80,8 +80,8 @@ class A3Trainer(BaseTrainer):
         self.peak_flops = peak_flops
         self._mask_cache = MaskCache()
         self._row_length = 0
-        self._flops_are_known = False  # whether `training_flops` holds for the last batch
-        self._trains_all_weights = all(parameter.requires_grad for parameter in self.model.parameters())
+        self._adapter_weights = AdapterWeights.of(self.model)
+        self._content_rows = self._slots = 0  # since the last log
         self.content_loss_weight = content_loss_weight
         self.distillation_weight = distillation_weight
         self.one_stream = self.model.config.model_type == DecoupledRopeLlamaConfig.model_type
@@ -191,7 +191,8 @@ class A3Trainer(BaseTrainer):
             slot_start=self.slot_start,
             scored_only=self.scored_only,
         )
-        self._flops_are_known = self._trains_all_weights and arguments["labels"].shape[1] >= self._row_length - 1
+        self._content_rows += arguments["input_ids"].numel()
+        self._slots += arguments["labels"].numel()
         if self.chunked_loss:
             arguments["chunked_loss"] = True
         pairs = None
@@ -285,12 +286,26 @@ class A3Trainer(BaseTrainer):
     def costs(self) -> dict[str, float]:
         """Returns the costs of `BaseTrainer.costs`, and `mfu` if the device's peak and the pass's FLOPs are known."""
         costs = super().costs()
-        dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((self.args.bf16, self.args.fp16))
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         peak = self.peak_flops or peak_flops(self.args.device, dtype or self.model.dtype)
-        if peak is not None and "tokens_per_second" in costs and self._flops_are_known:
-            flops = training_flops(self.model.config, length=self._row_length, slots=not self.one_stream)
+        slots = 0 if self.one_stream else self._slots / max(self._content_rows, 1)
+        self._content_rows = self._slots = 0
+        if peak is not None and "tokens_per_second" in costs and self._has_known_flops():
+            flops = training_flops(
+                self.model.config, length=self._row_length, slots=slots, adapters=self._adapter_weights
+            )
             costs["mfu"] = costs["tokens_per_second"] / self.args.world_size * flops / peak
         return costs
+
+    def _has_known_flops(self) -> bool:
+        """Whether `training_flops` holds: no auxiliary loss, and all weights are trained, or adapters alone."""
+        trained = {
+            weight.requires_grad
+            for name, weight in self.model.named_parameters()
+            if not ("lora_" in name or "query_embed" in name)
+        }
+        has_one_loss = not (self.content_loss_weight or self.distillation_weight)
+        return has_one_loss and trained == {not any(self._adapter_weights)}
 
     def _auxiliary_logs(self) -> dict[str, float]:
         """Returns the auxiliary losses since the last log, in nats per token of the rows that have them, over all ranks."""

@@ -10,7 +10,7 @@ import zstandard
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import IterableDataset
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import a3_hf.data.mixture
@@ -170,6 +170,74 @@ def test_the_papers_recipe_runs_on_a_small_model_and_local_files(stories, tmp_pa
     position = json.loads((tmp_path / "out" / "checkpoint-4" / "stream_position.json").read_text())
     assert position["num_batches"] == 16
     assert set(position["mixture"]["weights"]) == {"fineweb", "slimpajama"}
+
+
+LLAMA_3 = {
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+SHAPES = {
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+    },
+    "llama-3.2-3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+}
+# As published, and query_embed; adapters of rank 16 on all but keys and values, worked out by hand from the shapes, and
+# query_embed.
+SIZES = {
+    "llama-3.2-1b": (1_235_814_400 + 2048, 16 * 16 * (4 * 2048 + 3 * 10240) + 2048),
+    "llama-3.2-3b": (3_212_749_824 + 3072, 28 * 16 * (4 * 3072 + 3 * 11264) + 3072),
+    "llama-3.1-8b": (8_030_261_248 + 4096, 32 * 16 * (4 * 4096 + 3 * 18432) + 4096),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_recipe_of_slots_runs_dry_without_weights_and_hub(name, source, tmp_path):
+    shape = {**LLAMA_3, **SHAPES[name], "tie_word_embeddings": name != "llama-3.1-8b"}
+    LlamaConfig(**shape).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
+    recipe = ROOT / "recipes" / name / "config_slots.yaml"
+    words = {
+        "model_name_or_path": tmp_path,
+        "dataset_name": "null",
+        "dataset_config_name": "null",
+        "train_file": source / "train.txt",
+        "validation_documents": "0",
+        "max_eval_rows": "null",
+        "eval_strategy": "no",
+        "cache_dir": tmp_path / "cache",
+        "output_dir": tmp_path / "out",
+        "use_cpu": "true",
+        "optim": "adamw_torch",
+    }
+    options = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+    configs = ["--accelerate-configs", str(ROOT / "accelerate_configs")]
+    shown = CliRunner().invoke(app, ["adapt", str(recipe), "--dry-run", *configs, *options])
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    total, trained = SIZES[name]
+    assert f"{total:,} parameters, of which {trained:,} are trained" in shown.output
+    tables = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.output.splitlines() if "│" in line}
+    gib, hours = tables["cpu"][-2].strip(), tables["ddp"][-1].strip()
+    readme = " ".join((recipe.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"{trained:,} of {total:,} parameters are trained" in readme
+    assert f"in one process are {gib} GiB" in readme and f"{hours} hours at 400 TFLOP/s with a slot for each" in readme
 
 
 def test_the_local_recipe_reads_its_data(beside_data, tmp_path):

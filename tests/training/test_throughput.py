@@ -3,8 +3,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.layers import attach
 from a3_hf.training import throughput
-from a3_hf.training.throughput import Meter, peak_flops, peak_memory_mib, training_flops
+from a3_hf.training.throughput import AdapterWeights, Meter, peak_flops, peak_memory_mib, training_flops
 from tests.conftest import tiny_config, tiny_model
 
 
@@ -21,6 +23,50 @@ def test_flops_are_those_that_are_counted(slots, changes):
     # nothing flows back from the first layer's norm to the embeddings through a product: exact but for RoPE's table
     found = counted.get_total_flops() / ids.numel()
     assert found == pytest.approx(training_flops(model.config, length=24, slots=slots), rel=0.01)
+
+
+@pytest.mark.parametrize("rows", ["all", "slots"])
+@pytest.mark.parametrize("num_slots", [24, 8])
+def test_flops_beside_adapters_are_those_that_are_counted(rows, num_slots):
+    model = attach(tiny_model(attn_implementation="eager", slot_start="left_token"), LoraArguments(r=2, rows=rows))
+    ids, places = torch.randint(3, 61, (2, 24)), torch.arange(24).expand(2, -1)
+    slots = {"target_position_ids": places[:, -num_slots:], "target_group_ids": places[:, -num_slots:]}
+    with FlopCounterMode(display=False) as counted:
+        model.train()(ids, use_cache=False, group_ids=places, **slots).logits.square().sum().backward()
+    found = counted.get_total_flops() / ids.numel()
+    adapters = AdapterWeights.of(model)
+    assert found == pytest.approx(
+        training_flops(model.config, length=24, slots=num_slots / 24, adapters=adapters), rel=0.01
+    )
+
+
+# tiny_config: 3 layers, 32 wide, 48 inside, 4 heads of 8 (2 for keys), 61 words. Products of a row in a layer: 6656 with
+# weights (2·32² + 3·32·48), 1024 for its key and value (2·32·16), 1536 with 24 keys (2·32·24); in the head 1952 (32·61).
+# Adapters of rank 2 have 736 weights in a layer (q and o 2·64 each, the others 2·80), and 192 for keys and values (2·48 each).
+ALL_ROWS, SLOTS = AdapterWeights(3 * 928, 3 * 736), AdapterWeights(0, 3 * 736)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 6 * (3 * (2 * 6656 + 1024 + 2 * 1536) + 1952)),
+        ({"slots": 0}, 6 * (3 * (6656 + 1024 + 1536) + 1952)),
+        ({"slots": 0.5}, 6 * (3 * (1.5 * 6656 + 1024 + 1.5 * 1536) + 0.5 * 1952)),
+        ({"adapters": ALL_ROWS}, 4 * (3 * (2 * 6656 + 1024) + 1952) + 6 * (3 * 2 * 1536 + 3 * 928 + 3 * 736)),
+        ({"adapters": SLOTS}, 2 * 3 * (6656 + 1024 + 1536) + 4 * 3 * (6656 + 1536) + 4 * 1952 + 6 * 3 * 736),
+        ({"adapters": SLOTS, "slots": 0.5}, 55296 + (98304 + 7808 + 13248) / 2),
+        ({"adapters": SLOTS, "recomputed": True}, 55296 + 6 * 3 * (6656 + 1536) + 6 * 1952 + 8 * 3 * 736),
+        ({"recomputed": True}, 8 * (3 * (2 * 6656 + 1024 + 2 * 1536) + 1952)),
+    ],
+)
+def test_flops_by_hand(settings, expected):
+    assert training_flops(tiny_config(), length=24, **settings) == expected
+
+
+def test_adapters_are_counted_by_the_rows_that_pass_them():
+    assert AdapterWeights.of(tiny_model()) == (0, 0)
+    assert AdapterWeights.of(attach(tiny_model(), LoraArguments(r=2))) == ALL_ROWS
+    assert AdapterWeights.of(attach(tiny_model(), LoraArguments(r=2, rows="slots"))) == SLOTS
 
 
 def test_the_meter_counts_while_its_clock_runs(monkeypatch):

@@ -24,7 +24,7 @@ from a3_hf.training.checkpoints import last_whole_checkpoint, set_aside, what_is
 from a3_hf.training.curriculum import Curriculum
 from a3_hf.training.curriculum_callbacks import CurriculumCallback
 from a3_hf.training.model_inputs import model_inputs
-from a3_hf.training.throughput import training_flops
+from a3_hf.training.throughput import AdapterWeights, training_flops
 from a3_hf.training.trainer import A3Trainer
 from tests.conftest import tiny_model
 
@@ -592,25 +592,58 @@ def test_logs_tell_what_training_costs(tmp_path):
     assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12)
 
 
-@pytest.mark.parametrize("why", ["few tokens have a slot", "most weights are frozen"])
-def test_a_utilization_that_the_formula_does_not_give_is_not_stated(tmp_path, why):
-    train, model = rows([8] * 8), tiny_model()
-    if why == "few tokens have a slot":
-        for row in train:
-            row["labels"] = [-100] * 6 + row["input_ids"][-2:]
-    else:
-        model = attach(model, LoraArguments(r=2, rows="slots"))
+def logged_costs(folder, model, train, *, peak_flops: float | None = 1e12, **settings) -> tuple[A3Trainer, dict]:
     trainer = A3Trainer(
         model,
-        TrainingArguments(str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True),
+        TrainingArguments(str(folder), max_steps=1, logging_steps=1, report_to="none", use_cpu=True),
         curriculum=Curriculum.from_config([{"name": "ar"}]),
         data_collator=collate,
         train_dataset=train,
-        peak_flops=1e12,
+        peak_flops=peak_flops,
+        **settings,
     )
     trainer.train()
-    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return trainer, next(entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize("lora", [None, LoraArguments(r=2), LoraArguments(r=2, rows="slots")])
+@pytest.mark.parametrize("num_scored", [7, 2])
+def test_the_utilization_counts_slots_and_what_is_trained(tmp_path, lora, num_scored):
+    train, model = rows([8] * 8), tiny_model()
+    for row in train:
+        row["labels"] = [-100] * (8 - num_scored) + row["input_ids"][-num_scored:]
+    model = model if lora is None else attach(model, lora)
+    adapters = AdapterWeights.of(model)
+    assert any(adapters) == (lora is not None)
+    trainer, entry = logged_costs(tmp_path, model, train)
+    flops = training_flops(trainer.model.config, length=8, slots=1 if num_scored == 7 else 2 / 8, adapters=adapters)
+    assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12)
+
+
+@pytest.mark.parametrize("why", ["some weights are frozen", "some weights beside adapters are trained", "another loss"])
+def test_a_utilization_that_the_formula_does_not_give_is_not_stated(tmp_path, why):
+    model, settings = tiny_model(), {}
+    if why == "some weights are frozen":
+        model.model.layers[0].requires_grad_(False)
+    elif why == "another loss":
+        settings = {"content_loss_weight": 0.5}
+    else:
+        model = attach(model, LoraArguments(r=2))
+        model.get_base_model().lm_head.requires_grad_(True)
+    _, entry = logged_costs(tmp_path, model, rows([8] * 8), **settings)
     assert entry["tokens_per_second"] > 0 and "mfu" not in entry
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_peak_is_that_of_the_precision_that_accelerate_sets(tmp_path, monkeypatch, precision):
+    """`args.bf16` stays False where an accelerate config says bf16."""
+    trainer, _ = logged_costs(tmp_path, tiny_model(dtype=torch.float32), rows([8] * 8), peak_flops=None)
+    asked = []
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", precision)
+    monkeypatch.setattr("a3_hf.training.trainer.peak_flops", lambda device, dtype: asked.append(dtype))
+    trainer.costs()
+    assert asked == [{"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]]
+    assert not trainer.args.bf16
 
 
 @pytest.mark.slow

@@ -34,12 +34,13 @@ class A3LlamaAttention(LlamaAttention):
         input_shape = hidden_states.shape[:-1]
 
         query_states = self.q_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        query_states = apply_rotary(query_states, cos, sin)
         key_states, value_states = (
             project(content_states).unflatten(0, (input_shape[0], content_length)).unflatten(-1, heads).transpose(1, 2)
             for project in (self.k_proj, self.v_proj)
         )
-        key_states = apply_rotary(key_states, cos[:, :content_length], sin[:, :content_length])
+        # Under autocast the rotation gives float32 and values have 16 bits; not every kernel takes both.
+        query_states = apply_rotary(query_states, cos, sin).to(value_states.dtype)
+        key_states = apply_rotary(key_states, cos[:, :content_length], sin[:, :content_length]).to(value_states.dtype)
 
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx)

@@ -9,11 +9,18 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .caching import CACHE
+from .compiling import raise_recompile_limit
 from .orders import ContentTokens, QuerySlots
 
 DENSE_IMPLEMENTATIONS = ("eager", "sdpa")
 # These ignore `is_causal`: a causal mask must be an explicit tensor or BlockMask.
 MATERIALISED_IMPLEMENTATIONS = ("eager", "flex_attention")
+
+
+def block_mask(*args, **settings) -> BlockMask:
+    # Identical to torch's `create_block_mask` except: flex attention may then be compiled for many masks.
+    raise_recompile_limit()
+    return create_block_mask(*args, **settings)
 
 
 class AttentionMask(NamedTuple):
@@ -89,7 +96,7 @@ def group_attention_mask(
                 rule = rule & (row_document[batch, row] == document_ids[batch, key])
             return present[batch, key] & (committed[key] | rule)
 
-        mask = create_block_mask(mask_mod, batch_size, None, row_group.shape[1], width, device=device)
+        mask = block_mask(mask_mod, batch_size, None, row_group.shape[1], width, device=device)
     else:
         rule = sees(row_group[:, :, None], row_is_slot[None, :, None], key_group[:, None, :])
         if row_document is not None:
@@ -157,7 +164,7 @@ def all_visible_mask(implementation: str, num_rows: int, key_mask: torch.Tensor 
     present = key_mask.to(torch.bool)
     if implementation == "flex_attention":
         batch_size, width = present.shape
-        mask = create_block_mask(
+        mask = block_mask(
             lambda batch, head, row, key: present[batch if batch_size > 1 else 0, key],
             batch_size,
             None,
@@ -184,7 +191,7 @@ def next_token_mask(
     if isinstance(content_mask, BlockMask):
         batch_size, _, _, width = content_mask.shape
         row_of = torch.cat([torch.arange(content_length, device=rows.device), rows])
-        fused = create_block_mask(
+        fused = block_mask(
             lambda batch, head, row, key: content_mask.mask_mod(batch, head, row_of[row], key),
             batch_size,
             None,
@@ -253,7 +260,7 @@ def slots_attention_mask(masks: AttentionMasks, content_length: int) -> Attentio
         return (AttentionMask(mask, is_causal),)
     if isinstance(mask, BlockMask):
         batch_size, _, num_rows, width = mask.shape
-        mask = create_block_mask(
+        mask = block_mask(
             lambda batch, head, row, key: masks[-1].mask.mask_mod(batch, head, row + content_length, key),
             batch_size,
             None,
@@ -270,7 +277,7 @@ def content_attention_mask(masks: AttentionMasks, content_length: int) -> Attent
     mask, is_causal = masks[0]
     if isinstance(mask, BlockMask):
         batch_size, _, _, width = mask.shape
-        mask = create_block_mask(mask.mask_mod, batch_size, None, content_length, width, device=mask.kv_indices.device)
+        mask = block_mask(mask.mask_mod, batch_size, None, content_length, width, device=mask.kv_indices.device)
     elif len(masks) == 1 and mask is not None and mask.shape[2] > 1:
         mask = mask[:, :, :content_length]
     return (AttentionMask(mask, is_causal),)

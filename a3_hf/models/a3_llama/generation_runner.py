@@ -8,6 +8,7 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache
 
 from .attention_masks import all_visible_mask, group_attention_mask, groups_of, prompt_attention_mask
+from .compiling import raise_recompile_limit
 from .generation_cache import first_tokens, preallocated_cache
 from .generation_canvas import Canvas, columns_of
 from .rope import apply_rotary
@@ -53,6 +54,7 @@ class ForwardRunner:
         elif static_width is not None:
             self.cache = StaticCache(config=model.config, max_cache_len=static_width)
             if compile_config is not None:
+                raise_recompile_limit()
                 self.compiled_call = model.get_compiled_call(compile_config)
         else:
             self.cache = preallocated_cache(model.config.num_hidden_layers, first_room=canvas.pad_column + 1)
