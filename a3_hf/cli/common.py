@@ -188,7 +188,7 @@ def _pack(model) -> None:
     """Packs the weights of a small A3 model, where that is possible: decoding is faster, and takes twice the memory."""
     from peft import PeftModel
 
-    from a3_hf import A3LlamaForCausalLM
+    from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(base, A3LlamaForCausalLM) and base.num_parameters() <= PACKED_PARAMETERS:

@@ -67,6 +67,9 @@ class A3TrainingArguments(TrainingArguments):
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Omit non-finite losses from the logs."})
+    eval_on_start: bool | None = field(
+        default=None, metadata={"help": "Evaluate before training. None: in `a3 adapt`, if there are evaluations."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={

@@ -226,7 +226,9 @@ def _make_trainer(
 ) -> Trainer:
     training = recipe.training
     # The losses "before" are those of step 0; a resumed run has them in its state.
-    training.eval_on_start = training.eval_strategy != IntervalStrategy.NO and not is_resumed
+    if training.eval_on_start is None:
+        training.eval_on_start = training.eval_strategy != IntervalStrategy.NO
+    training.eval_on_start = training.eval_on_start and not is_resumed
     shared = {
         "data_collator": RowCollator(pad_token_id=pad_id(tokenizer)),
         "train_dataset": train_rows,

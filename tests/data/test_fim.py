@@ -63,6 +63,32 @@ def test_every_piece_comes_back_from_its_row(tokenizer, form, middle):
             assert prefix and 1 <= len(blank) <= 4
 
 
+STORY = "Tom ran. The cat sat! One day, the dog ran home. So it was. The end"
+
+
+def test_whole_sentences_are_blanked(tokenizer):
+    document = tokenizer.encode(STORY, add_special_tokens=False)
+    blanks = set()
+    for seed in range(20):
+        fim = {"suffix_template": 1.0, "rate": 1.0, "middle": "sentence", "score": "middle"}
+        (row,), made = rows_of(tokenizer, documents=[document], block_size=len(document) + 30, seed=seed, **fim)
+        prefix, blank, suffix = undone(row, "suffix_template", made)
+        assert prefix + blank + suffix == document
+        blanks.add(tokenizer.decode(blank))
+    assert blanks == {" The cat sat!", " One day, the dog ran home.", " So it was."}
+
+
+def test_pieces_without_an_inner_sentence_are_cut_at_random(tokenizer):
+    fim = {"suffix_template": 1.0, "rate": 1.0, "score": "middle"}
+    assert rows_of(tokenizer, middle="sentence", **fim)[0] == rows_of(tokenizer, **fim)[0]
+
+
+def test_a_tokenizer_without_ends_of_sentences(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "convert_tokens_to_string", lambda self, tokens: "x")
+    with pytest.raises(ValueError, match="no tokens that end sentences"):
+        rows_of(tokenizer, suffix_template=1.0, middle="sentence")
+
+
 def test_what_is_scored(tokenizer):
     marks = [tokenizer.convert_ids_to_tokens(index) for index in (3, 4, 5)]
     whole, _ = rows_of(tokenizer, rate=1.0, psm=1.0, tokens=marks)
@@ -98,6 +124,7 @@ def test_rate_and_weights_are_frequencies_and_the_seed_decides(tokenizer):
         ({"psm": 1.0, "tokens": ["a", "a", "b"]}, "expected three tokens"),
         ({"suffix_template": 1.0, "middle": [0, 4]}, r"middle=\[0, 4\]"),
         ({"suffix_template": 1.0, "middle": [5, 4]}, r"middle=\[5, 4\]"),
+        ({"suffix_template": 1.0, "middle": "sentences"}, r"middle='sentences': .* or sentence"),
     ],
 )
 def test_settings_out_of_range_are_refused(fim, message):
