@@ -7,7 +7,6 @@ A scale below 1 takes that part of what the adapter adds: nearer to the base, of
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -41,7 +40,13 @@ def main() -> None:
     save_file(weights, arguments.output / WEIGHTS, metadata={"format": "pt"})
     settings["lora_alpha"] *= arguments.scale
     (arguments.output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(arguments.run / CARD, arguments.output / CARD)
+    card = (arguments.run / CARD).read_text(encoding="utf-8")
+    made = f"Made by `python scripts/release_adapter.py {arguments.run} {arguments.output} --scale {arguments.scale:g}`"
+    (arguments.output / CARD).write_text(
+        f"{card.rstrip()}\n\n## Release\n\n{made}: in bfloat16, and what the adapter adds times {arguments.scale:g} "
+        f"(alpha {settings['lora_alpha']:g}).\n",
+        encoding="utf-8",
+    )
     size = (arguments.output / WEIGHTS).stat().st_size / 1e6
     print(f"{arguments.output}: {sum(tensor.numel() for tensor in weights.values()):,} parameters, {size:.1f} MB")
 

@@ -71,6 +71,8 @@ def main() -> None:
         parser.error(f"temperature={arguments.temperature}: expected at least 0")
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LlamaForCausalLM.from_pretrained(
         arguments.model, dtype=torch.bfloat16 if device == "cuda" else torch.float32

@@ -1,0 +1,78 @@
+"""Scripts that make texts and release adapters, run as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.checkpoints import load_model
+from a3_hf.adapters.layers import SlotLinear, attach
+from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+END = "\n<|endoftext|>\n"
+
+
+def script(name: str, *arguments, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_texts_are_mixed_in_turns(tmp_path):
+    (tmp_path / "stories.txt").write_text(END.join(["One.", "Two.", "Three."]))
+    long = 'It was n\'t 3 @.@ 5 @-@ fold ( so he said ) , and " all right " . ' * 6
+    (tmp_path / "wiki.txt").write_text(f" = Heading = \n {long}\n short line\n {long.upper()}\n")
+    done = script("mix_texts.py", "mixed.txt", "stories.txt", "wiki.txt", "--documents", "4", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    documents = (tmp_path / "mixed.txt").read_text().split(END)
+    assert [documents[0], documents[2], documents[4]] == ["One.", "Two.", ""]
+    assert documents[1].startswith('It wasn\'t 3.5-fold (so he said), and "all right". It was')
+    done = script("mix_texts.py", "mixed.txt", "stories.txt", "wiki.txt", "--documents", "6", folder=tmp_path)
+    assert done.returncode == 2 and "documents=6: expected at most 4, for wiki.txt" in done.stderr
+
+
+def test_a_stopped_text_goes_on_to_the_same(source, tmp_path):
+    settings = ["--tokens", "60", "--length", "8", "--batch-size", "2"]
+    done = script("write_text.py", source, "whole.txt", *settings, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = (tmp_path / "whole.txt").read_text()
+    script("write_text.py", source, "part.txt", *settings, "--seed", "1", folder=tmp_path)
+    assert (tmp_path / "part.txt").read_text() != whole
+    parts = sorted((tmp_path / "whole.txt.parts").glob("*.txt"))
+    assert len(parts) >= 2 and whole.count(END) == 2 * len(parts)
+    parts[-1].unlink()
+    again = script("write_text.py", source, "whole.txt", *settings, folder=tmp_path)
+    assert again.returncode == 0 and (tmp_path / "whole.txt").read_text() == whole
+    other = script("write_text.py", source, "whole.txt", *settings, "--temperature", "0", folder=tmp_path)
+    assert other.returncode == 2 and "other settings" in other.stderr
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_released_adapter_adds_a_part(source, tmp_path, monkeypatch, scale):
+    monkeypatch.chdir(source.parent)
+    base = A3LlamaForCausalLM.from_pretrained(source.name, slot_start="left_token")
+    adapted = attach(base, LoraArguments(r=2, rows="slots"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    adapted.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "README.md").write_text("A card.")
+    done = script("release_adapter.py", tmp_path / "run", tmp_path / "out", "--scale", scale, folder=source.parent)
+    assert done.returncode == 0, done.stderr
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    whole, released = (
+        next(one for one in load_model(path).modules() if isinstance(one, SlotLinear))
+        for path in (tmp_path / "run", tmp_path / "out")
+    )
+    assert released.scaling["default"] == scale * whole.scaling["default"]
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["slot_start"] == "left_token" and f"times {scale:g}" in (tmp_path / "out" / "README.md").read_text()
+    done = script("release_adapter.py", tmp_path / "run", tmp_path / "out", "--scale", "0", folder=source.parent)
+    assert done.returncode == 2 and "scale=0.0: expected a number above 0" in done.stderr
