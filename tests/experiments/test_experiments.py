@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from a3_hf.cli import app
@@ -262,6 +263,20 @@ def test_one_that_was_stopped_goes_on_to_the_same_result(plan, tmp_path, monkeyp
     assert [cell["measures"] for cell in cells[0]] == [cell["measures"] for cell in cells[1]]
 
 
+@pytest.fixture
+def beside_models(beside_data):
+    """`beside_data`, and the small LLaMA in place of SmolLM2, with tokens that no text uses."""
+    folder = beside_data / "models" / "smollm2-135m"
+    if not folder.is_dir():
+        (small,) = (beside_data.parent / "shared" / "data" / "models").iterdir()
+        tokenizer, model = AutoTokenizer.from_pretrained(small), LlamaForCausalLM.from_pretrained(small)
+        tokenizer.add_tokens(["<repo_name>", "<reponame>", "<file_sep>"])
+        model.resize_token_embeddings(len(tokenizer))
+        for part in (tokenizer, model):
+            part.save_pretrained(folder)
+    return beside_data
+
+
 def test_there_are_experiments():
     assert {path.stem for path in EXPERIMENTS} >= {
         "better_recipe",
@@ -274,7 +289,7 @@ def test_there_are_experiments():
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("size", ["smoke", "cpu", "gpu"])
-def test_every_size_of_every_experiment_can_be_read(path, size, beside_data, tmp_path):
+def test_every_size_of_every_experiment_can_be_read(path, size, beside_models, tmp_path):
     experiment = read_experiment(path.stem, size=size, runs=tmp_path, known_measures=MEASURES)
     assert experiment.cells
     for cell in experiment.cells:
@@ -282,7 +297,7 @@ def test_every_size_of_every_experiment_can_be_read(path, size, beside_data, tmp
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_the_small_form_of_every_experiment_runs(path, beside_data, tmp_path):
+def test_the_small_form_of_every_experiment_runs(path, beside_models, tmp_path):
     arguments = ["experiment", path.stem, "--size", "smoke", "--runs", str(tmp_path / "runs")]
     done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output[-2000:]
