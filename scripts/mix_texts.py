@@ -37,7 +37,12 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--documents", type=int, required=True, help="of all files together")
     arguments = parser.parse_args()
-    share = arguments.documents // len(arguments.texts)
+    missing = [str(path) for path in arguments.texts if not path.is_file()]
+    if missing:
+        parser.error(f"texts: there is no file {', '.join(missing)}")
+    share, rest = divmod(arguments.documents, len(arguments.texts))
+    if rest:
+        parser.error(f"documents={arguments.documents}: expected a multiple of the {len(arguments.texts)} texts")
     read = {path: documents_of(path) for path in arguments.texts}
     for path, documents in read.items():
         if not 0 < share <= len(documents):

@@ -65,6 +65,9 @@ PRIVATE = {
         ("transformers.utils.generic", "merge_with_config_defaults", []),
         ("transformers.utils.output_capturing", "capture_outputs", []),
     ],
+    "models/a3_llama/packed_layers": [
+        ("torch", "Tensor._version", None),
+    ],
     "models/a3_llama/pretrained": [
         ("transformers.integrations", "is_deepspeed_zero3_enabled", []),
         ("transformers", "LlamaPreTrainedModel._keys_to_ignore_on_load_unexpected", None),

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from a3_hf import devices
+from a3_hf.cli import common
 from a3_hf.cli.common import load, report_user_errors
 from a3_hf.devices import default_dtype, has_bf16_products, leave_out_cudnn_attention
 from tests.conftest import tiny_model
@@ -75,3 +76,15 @@ def test_commands_load_a_bf16_checkpoint_as_the_cpu_likes_it(source, tmp_path, m
     said = capsys.readouterr()
     has = "has" if dtype == torch.bfloat16 else "has no"
     assert f"Computing in {str(dtype)[6:]}: this CPU {has} bfloat16 products.\n" in said.err and not said.out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "is_packed"),
+    [(torch.float32, 10**9, True), (torch.float32, 10, False), (torch.bfloat16, 10**9, False)],
+)
+def test_commands_pack_small_models_in_float32(source, monkeypatch, dtype, most, is_packed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "default_dtype", lambda device: dtype)
+    monkeypatch.setattr(common, "PACKED_PARAMETERS", most)
+    model, _ = load(str(source))
+    assert (model.model.packed_layers is not None) == is_packed

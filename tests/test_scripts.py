@@ -34,6 +34,10 @@ def test_texts_are_mixed_in_turns(tmp_path):
     assert documents[1].startswith('It wasn\'t 3.5-fold (so he said), and "all right". It was')
     done = script("mix_texts.py", "mixed.txt", "stories.txt", "wiki.txt", "--documents", "6", folder=tmp_path)
     assert done.returncode == 2 and "documents=6: expected at most 4, for wiki.txt" in done.stderr
+    done = script("mix_texts.py", "mixed.txt", "stories.txt", "wiki.txt", "--documents", "3", folder=tmp_path)
+    assert done.returncode == 2 and "documents=3: expected a multiple of the 2 texts" in done.stderr
+    done = script("mix_texts.py", "mixed.txt", "storys.txt", "--documents", "1", folder=tmp_path)
+    assert done.returncode == 2 and "there is no file storys.txt" in done.stderr
 
 
 def test_a_stopped_text_goes_on_to_the_same(source, tmp_path):

@@ -104,7 +104,6 @@ DECODING_OPTIONS = {
     "draft": _option(str, "Speculative: model or ngram.", "model"),
     "draft_tokens": _option(int, "Speculative: drafts per pass.", "4"),
 }
-PACKED_PARAMETERS = 10**9  # of a model that is packed, at most
 GENERATION_OPTIONS = {
     **DECODING_OPTIONS,
     "refine_rounds": _option(int, "Refine: number of rounds.", "4"),
@@ -140,6 +139,9 @@ def with_options(options: dict[str, Any]) -> Callable:
         return wrapped
 
     return decorate
+
+
+PACKED_PARAMETERS = 10**9  # of a model that is packed, at most
 
 
 def load(

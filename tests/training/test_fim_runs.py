@@ -42,6 +42,15 @@ def test_an_adapter_of_slots_holds_its_suffix_template(source, tmp_path):
     assert any("eval_loss_left_to_right" in line for line in losses)
 
 
+@pytest.mark.parametrize(("setting", "first"), [("eval_on_start: false", 3), ("eval_on_start: true", 0), ("", 0)])
+def test_a_run_evaluates_before_training_if_it_is_told_to(source, tmp_path, setting, first):
+    fim = "{rate: 0.5, psm: 1, spm: 1, tokens: [w50, w51, w52]}"
+    path = recipe(source, tmp_path, fim, "architecture: llama", "eval_steps: 3", setting)
+    assert train.run(parse_recipe(path)) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert next(entry["step"] for entry in state["log_history"] if "eval_loss" in entry) == first
+
+
 def test_a_llama_learns_rows_with_marks(source, tmp_path):
     fim = "{rate: 0.5, psm: 1, spm: 1, tokens: [w50, w51, w52]}"
     assert train.run(parse_recipe(recipe(source, tmp_path, fim, "architecture: llama"))) == 0

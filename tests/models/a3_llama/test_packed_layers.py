@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import DynamicCache
 
@@ -65,8 +66,8 @@ def test_joined_weights(dtype, num_rows):
 
 
 def test_this_torch_has_packed_products():
-    """They are private: without them decoding is right, but slower."""
-    assert has_packed_products(torch.float32)
+    """They are private: without them decoding is right, but slower. A torch built without oneDNN has none."""
+    assert has_packed_products(torch.float32) == torch.backends.mkldnn.is_available()
     assert not has_packed_products(torch.bfloat16)
 
 
@@ -232,6 +233,27 @@ def test_copies_and_saved_models_have_no_packed_layers(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = A3LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert torch.equal(loaded(PROMPT).logits, model(PROMPT).logits)
+
+
+def test_a_packed_adapter_is_saved_and_trained_as_before(tmp_path):
+    model = adapted()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.get_base_model().pack_weights()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved and all(
+        torch.equal(weight, before[name.replace(".weight", ".default.weight")])
+        for name, weight in saved.items()
+        if "lora_" in name
+    )
+    optimiser = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.5)
+    model.train()
+    labels = torch.tensor([[-100] * 3 + [5] * 3, [-100] + [5] * 5])
+    model(PROMPT, group_ids=torch.arange(6).expand(2, -1), attention_mask=MASK, labels=labels).loss.backward()
+    optimiser.step()
+    after = model.state_dict()
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed and all("lora_" in name or "query_embed" in name for name in changed)
 
 
 def test_without_torchs_operators_products_are_plain(monkeypatch):
