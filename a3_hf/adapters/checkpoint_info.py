@@ -134,7 +134,10 @@ def read_adapter_config(path: str | PathLike) -> A3LoraConfig | None:
     kind = settings.get("peft_type") if isinstance(settings, Mapping) else None
     if kind not in ("LORA", SLOT_ADAPTER_TYPE):
         raise ValueError(f"{path} holds an adapter of type {kind!r}: expected LORA or A3's {SLOT_ADAPTER_TYPE}")
-    unknown = sorted(set(settings) - {field.name for field in fields(SlotLoraConfig)})
+    known = {field.name for field in fields(SlotLoraConfig)}
+    # A newer peft also stores its settings that are not in use, as null.
+    settings = {name: value for name, value in settings.items() if name in known or value is not None}
+    unknown = sorted(set(settings) - known)
     if unknown:
         raise ValueError(f"{file} has settings unknown to peft {peft.__version__}: {', '.join(unknown)}. Update peft.")
     config_class = SlotLoraConfig if kind == SLOT_ADAPTER_TYPE else A3LoraConfig

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.trainer_utils import set_seed
 
 from a3_hf.models.a3_llama.configuration_a3_llama import A3LlamaConfig
@@ -129,6 +136,30 @@ def merge(path: str, output: str | PathLike, *, base: str | None = None) -> None
     tokenizer = load_tokenizer(info)
     load_model(info).merge_and_unload(safe_merge=True).save_pretrained(output)
     tokenizer.save_pretrained(output)
+
+
+def content_llama(adapted: PeftModel) -> LlamaForCausalLM:
+    """Returns an adapted model's content stream as a LLaMA, which shares its weights. With `rows: slots` it is the base; with
+    `rows: all` the adapters are merged first, and `adapted` is used up.
+    """
+    if isinstance(adapted.peft_config[ADAPTER], SlotLoraConfig):
+        model = adapted.get_base_model()
+    else:
+        model = adapted.merge_and_unload(safe_merge=True)
+    left_out = {"model_type", *(A3LlamaConfig().to_dict().keys() - LlamaConfig().to_dict().keys())}
+    config = LlamaConfig(**{name: value for name, value in model.config.to_dict().items() if name not in left_out})
+    with torch.device("meta"):
+        names = LlamaForCausalLM(config).state_dict().keys()
+    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
+    llama = LlamaForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict={name: weights[name] for name in names},
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+    ).to(model.device)
+    llama.generation_config = model.generation_config
+    return llama.eval()
 
 
 def check_start(info: CheckpointInfo, lora: LoraArguments | None, config: LlamaConfig) -> None:

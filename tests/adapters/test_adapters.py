@@ -324,6 +324,12 @@ def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
         load_model(path)
     assert isinstance(load_model(path, base=base), PeftModel)
 
+    config.write_text(json.dumps({**settings, "of_a_newer_peft": None}))  # not in use
+    assert isinstance(load_model(path), PeftModel)
+    config.write_text(json.dumps({**settings, "of_a_newer_peft": 2}))
+    with pytest.raises(ValueError, match=r"unknown to peft .*: of_a_newer_peft. Update peft"):
+        load_model(path)
+
     config.write_text(json.dumps({**settings, "peft_type": "IA3"}))
     with pytest.raises(ValueError, match="type 'IA3': expected LORA"):
         load_model(path)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,12 +19,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from a3_hf import A3LlamaForCausalLM
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.checkpoints import load_model
+from a3_hf.adapters.layers import attach
 from a3_hf.evaluation.lm_harness.a3_lm import A3LM
 from a3_hf.evaluation.lm_harness.batched_lm import Scored, cut_at
 from a3_hf.evaluation.lm_harness.causal_lm import CausalLM
+from a3_hf.evaluation.measures.batching import next_token_scores
 from a3_hf.evaluation.tasks.requests import Blank, LogLikelihood, take_blank
 from a3_hf.models.a3_llama.infilling_templates import Template
 from a3_hf.models.a3_llama.orders import GroupOrder
@@ -471,23 +477,58 @@ def test_two_processes_answer_as_one(source, tmp_path):
     assert outputs[0] == outputs[1] and len(outputs[0]["answers"]) == 9
 
 
-def test_an_adapter_is_loaded_from_its_folder_alone_or_beside_its_base(source, tmp_path):
-    from a3_hf.adapters.arguments import LoraArguments
-    from a3_hf.adapters.checkpoints import load_model
-    from a3_hf.adapters.layers import attach
-
-    adapted = attach(load_model(str(source)), LoraArguments(r=4, rows="slots"))
+def saved_adapter(source, rows: str, path: Path) -> PeftModel:
+    """An adapter with weights that change its model's answers, saved without a tokenizer."""
+    adapted = attach(load_model(str(source)), LoraArguments(r=4, rows=rows))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    adapted.save_pretrained(tmp_path)
+    adapted.save_pretrained(path)
+    return adapted.eval()
+
+
+def test_an_adapter_is_loaded_from_its_folder_alone_or_beside_its_base(source, tmp_path):
+    saved_adapter(source, "slots", tmp_path)
     alone = like(tmp_path, batch_size=4).loglikelihood(asking(PAIRS), disable_tqdm=True)
     beside = like(source, peft=str(tmp_path), batch_size=4).loglikelihood(asking(PAIRS), disable_tqdm=True)
     plain = like(source, batch_size=4).loglikelihood(asking(PAIRS), disable_tqdm=True)
     assert alone == beside and abs(alone[0][0] - plain[0][0]) > 1e-2
-    with pytest.raises(ValueError, match="a3 merge"):
-        CausalLM(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("rows", ["slots", "all"])
+def test_an_adapter_under_a3_ar_is_its_content_stream(source, rows, tmp_path):
+    adapted = saved_adapter(source, rows, tmp_path)
+    ar, plain = (CausalLM(str(path), device="cpu", dtype="float32", batch_size=4) for path in (tmp_path, source))
+    assert type(ar.model) is LlamaForCausalLM and ar.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+    answers = ar.loglikelihood(asking(PAIRS), disable_tqdm=True)
+    for (context, continuation), answer in zip(PAIRS, answers, strict=True):
+        row = ar._encode((context, continuation), "toy")
+        ids = torch.tensor([[*row.context, *row.continuation]])
+        scored = torch.arange(ids.shape[1])[None] >= len(row.context)
+        log_probs, _ = next_token_scores(adapted.get_base_model(), ids, torch.ones_like(ids), scored)
+        assert answer[0] == pytest.approx(float(log_probs.sum()), abs=1e-4)
+    wanted = plain.loglikelihood(asking(PAIRS), disable_tqdm=True)
+    if rows == "slots":
+        assert answers == wanted
+    else:
+        assert max(abs(one[0] - other[0]) for one, other in zip(answers, wanted, strict=True)) > 1e-2
+
+    requests = asking([("w1 w2", {"until": [], "max_gen_toks": 8})], kind="generate_until")
+    texts = [one.generate_until(requests, disable_tqdm=True) for one in (ar, plain)]
+    assert (texts[0] == texts[1]) == (rows == "slots")
+
+
+def test_a3_ar_takes_an_adapters_base_and_no_adapted_model(source, tmp_path):
+    adapted = saved_adapter(source, "slots", tmp_path / "adapter")
+    moved = tmp_path / "moved"
+    shutil.copytree(source, moved)
+    ar = CausalLM(str(tmp_path / "adapter"), base=str(moved), device="cpu")
+    assert ar.identity["arguments"]["pretrained"] == str(moved)
+    with pytest.raises(ValueError, match="a model with adapters: expected its folder"):
+        CausalLM(adapted, tokenizer=ar.tokenizer)
+    with pytest.raises(ValueError, match="base=.*leave it out"):
+        CausalLM(str(source), base=str(moved), device="cpu")
 
 
 def test_models_are_registered_beside_lm_evals_own():

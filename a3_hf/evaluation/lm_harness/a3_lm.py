@@ -9,7 +9,6 @@ from lm_eval.api.registry import register_model
 from transformers import PreTrainedModel
 
 from a3_hf.adapters.checkpoint_info import CheckpointInfo
-from a3_hf.adapters.checkpoints import attach_adapter, load_tokenizer
 from a3_hf.evaluation.measures.batching import order_inputs, pad_rows, span_mask
 from a3_hf.evaluation.tasks.requests import Blank
 from a3_hf.models.a3_llama.generation_config import OWN_OPTIONS, A3GenerationConfig
@@ -17,7 +16,7 @@ from a3_hf.models.a3_llama.infilling_templates import Template, decode_after
 from a3_hf.models.a3_llama.orders import ORDERS, RANDOM_ORDERS, GroupOrder, seed_of
 from a3_hf.models.auto import ARCHITECTURES
 
-from .batched_lm import BatchedLM, Scored, Written
+from .batched_lm import BatchedLM, Scored, Written, adapter_arguments
 
 MOST_ORDERS = 10_000  # a request's orders are scored in one batch
 # Options of A3GenerationConfig that have a name of their own here.
@@ -105,7 +104,7 @@ class A3LM(BatchedLM):
             self._decoding.update(group_size=group_size)
         A3GenerationConfig(**self._decoding)
         if checkpoint is not None and checkpoint.adapter_config is not None:
-            kwargs = {"tokenizer": load_tokenizer(checkpoint), **kwargs, "peft": pretrained}
+            kwargs = adapter_arguments(checkpoint, kwargs)
             pretrained = checkpoint.base
         elif base is not None:
             raise ValueError(f"base={base!r}: pretrained is not an adapter and needs no base; leave it out")
@@ -114,11 +113,8 @@ class A3LM(BatchedLM):
     def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs) -> None:
         if peft is None:
             super()._create_model(pretrained, **kwargs)
-            return
-        adapter = CheckpointInfo.read(peft, base=pretrained)
-        kwargs.update(adapter.base_settings(kwargs.pop("slot_start", None), kwargs.pop("suffix_template", None)))
-        super()._create_model(pretrained, **kwargs)
-        self._model = attach_adapter(self._model, adapter)
+        else:
+            self._create_adapted(pretrained, peft, **kwargs)
 
     def settings(self) -> dict[str, Any]:
         likelihood = {**self._orders, "num_orders": self._num_orders, "seed": self._seed}

@@ -6,7 +6,7 @@ import json
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 from transformers.utils import logging
 
+from a3_hf.adapters.checkpoint_info import CheckpointInfo
+from a3_hf.adapters.checkpoints import attach_adapter, load_tokenizer
 from a3_hf.evaluation.measures.text_windows import rolling_windows
 from a3_hf.evaluation.tasks.requests import Blank, LogLikelihood, take_blank
 from a3_hf.models.a3_llama.generation_config import OWN_OPTIONS
@@ -94,6 +96,13 @@ class BatchedLM(HFLM):
         }
         self.speed = Speed()
         self.truncated: defaultdict[str, int] = defaultdict(int)
+
+    def _create_adapted(self, base: str, adapter: str, **kwargs) -> None:
+        """As HFLM's `_create_model`, with an A3 adapter on the base."""
+        checkpoint = CheckpointInfo.read(adapter, base=base)
+        kwargs.update(checkpoint.base_settings(kwargs.pop("slot_start", None), kwargs.pop("suffix_template", None)))
+        super()._create_model(base, **kwargs)
+        self._model = attach_adapter(self._model, checkpoint)
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -374,6 +383,11 @@ class BatchedLM(HFLM):
             "speed": self.speed.table(),
             "truncated": {task: count for task, count in self.truncated.items() if count},
         }
+
+
+def adapter_arguments(adapter: CheckpointInfo, given: Mapping[str, Any]) -> dict[str, Any]:
+    """HFLM's arguments for an adapter, beside `pretrained`, which is its base."""
+    return {"tokenizer": load_tokenizer(adapter), **given, "peft": adapter.path}
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:

@@ -5,37 +5,43 @@ from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
+from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from a3_hf.adapters.checkpoint_info import read_adapter_config
+from a3_hf.adapters.checkpoint_info import CheckpointInfo, read_adapter_config
+from a3_hf.adapters.checkpoints import content_llama
 from a3_hf.evaluation.measures.batching import next_token_scores, pad_rows, span_mask
 from a3_hf.evaluation.tasks.requests import Blank
 from a3_hf.evaluation.tasks.sentences import sentence_ends
 from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_piece, special_token_ids
+from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
 from a3_hf.models.a3_llama.orders import seed_of
 
-from .batched_lm import BatchedLM, Scored, Written
+from .batched_lm import BatchedLM, Scored, Written, adapter_arguments
 
 INFILLING = ("prefix", "suffix_prompt", "best_of")
 
 
 @register_model("a3_ar")
 class CausalLM(BatchedLM):
-    """A LLaMA, or an A3 checkpoint's content stream read as a LLaMA, for lm-eval. Without text after the blank its answers are
-    those of lm-eval's `hf` for texts that begin with BOS (see `BatchedLM`).
+    """A LLaMA, or the content stream of an A3 checkpoint or adapter read as a LLaMA, for lm-eval. Without text after the blank
+    its answers are those of lm-eval's `hf` for texts that begin with BOS (see `BatchedLM`). An adapter with `rows: slots`
+    answers as its base, one with `rows: all` as its merged checkpoint.
 
     Args:
-        pretrained: folder or hub id of a LLaMA or an A3 checkpoint; or a model, together with `tokenizer`.
+        pretrained: folder or hub id of a LLaMA, an A3 checkpoint or an adapter; or a model without adapters, together with
+            `tokenizer`.
         infilling: use of the text after a blank. `"prefix"`: ignored (as in the paper's baseline). `"suffix_prompt"`: put
             before the context, on a line of its own. `"best_of"`: `num_samples` texts are written without it, and the one with
             the highest likelihood followed by it is chosen; likelihoods of continuations include it.
         num_samples: number of samples, with `best_of`.
         temperature: temperature of these samples.
         seed: seed of these samples, together with the text.
+        base: folder or hub id of an adapter's base, if it is not the recorded one.
         **kwargs: arguments of `HFLM`.
 
     Raises:
-        ValueError: an unknown `infilling`, an adapter.
+        ValueError: an unknown `infilling`; a base of a model that is no adapter; a model with adapters that is no checkpoint.
     """
 
     AUTO_MODEL_CLASS = LlamaForCausalLM
@@ -48,18 +54,31 @@ class CausalLM(BatchedLM):
         num_samples: int = 8,
         temperature: float = 1.0,
         seed: int = 0,
+        base: str | None = None,
         **kwargs: Any,
     ):
         if infilling not in INFILLING:
             raise ValueError(f"infilling={infilling!r}: expected one of {', '.join(INFILLING)}")
         if num_samples < 1 or temperature <= 0:
             raise ValueError(f"num_samples={num_samples}, temperature={temperature}: expected at least 1, and above 0")
+        if isinstance(pretrained, PeftModel):
+            raise ValueError("pretrained is a model with adapters: expected its folder, or a model without adapters")
+        self._adapter = None
         if isinstance(pretrained, str) and read_adapter_config(pretrained) is not None:
-            raise ValueError(
-                f"pretrained={pretrained!r} is an adapter: expected a whole model. Merge it first: a3 merge"
-            )
+            self._adapter, self.AUTO_MODEL_CLASS = pretrained, A3LlamaForCausalLM
+            checkpoint = CheckpointInfo.read(pretrained, base=base)
+            pretrained, kwargs = checkpoint.base, adapter_arguments(checkpoint, kwargs)
+        elif base is not None:
+            raise ValueError(f"base={base!r}: pretrained is not an adapter and needs no base; leave it out")
         self._infilling, self._num_samples, self._temperature, self._seed = infilling, num_samples, temperature, seed
         super().__init__(pretrained, **kwargs)
+
+    def _create_model(self, pretrained: str, **kwargs) -> None:
+        if self._adapter is None:
+            super()._create_model(pretrained, **kwargs)
+        else:
+            self._create_adapted(pretrained, kwargs.pop("peft"), **kwargs)
+            self._model = content_llama(self._model)
 
     def settings(self) -> dict[str, Any]:
         sampling = {"num_samples": self._num_samples, "temperature": self._temperature, "seed": self._seed}
