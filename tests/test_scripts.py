@@ -1,6 +1,8 @@
 """Scripts that make texts and release adapters, run as a user runs them."""
 
+import itertools
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from a3_hf.adapters.arguments import LoraArguments
-from a3_hf.adapters.checkpoints import load_model
+from a3_hf.adapters.checkpoints import load_model, load_tokenizer
 from a3_hf.adapters.layers import SlotLinear, attach
+from a3_hf.evaluation.measures.sentence_nats import IN_PLACE, arrange, blank_nats
 from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -80,3 +83,37 @@ def test_a_released_adapter_adds_a_part(source, tmp_path, monkeypatch, scale):
     assert settings["slot_start"] == "left_token" and f"times {scale:g}" in (tmp_path / "out" / "README.md").read_text()
     done = script("release_adapter.py", tmp_path / "run", tmp_path / "out", "--scale", "0", folder=source.parent)
     assert done.returncode == 2 and "scale=0.0: expected a number above 0" in done.stderr
+
+
+def test_several_blanks_hold_the_true_words(stories, made_data, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS.parent / "eval"))
+    from several_blanks import blanked, total_nats
+
+    words = 'Later: "{suffix}"\n'
+    tokenizer, model = load_tokenizer(str(stories)), load_model(str(stories), dtype=torch.float64).eval()
+    text = "One day, Tom went to the park. He saw a big ball, and it was red. In the end, Tom was happy."
+    template, targets = blanked(tokenizer, text, 3, random.Random(0))
+    assert "".join(itertools.chain(*zip(template.pieces, [*targets, ""], strict=True))) == text
+    assert blanked(tokenizer, "Tom went home.", 3, random.Random(0)) is None
+    (template, (word,)) = one = blanked(tokenizer, text, 1, random.Random(3))
+    before, after = template.pieces
+    for way, shown in ((None, IN_PLACE), (words, words)):
+        row = arrange(tokenizer, (before.removesuffix(" "), f" {word}", after), shown)
+        wanted = blank_nats(model, [row])[0]
+        assert total_nats(model, tokenizer, [one], way) == pytest.approx(wanted, rel=1e-9)
+        assert total_nats(model, tokenizer, [one, one], way) == pytest.approx(2 * wanted, rel=1e-9)
+
+    told = made_data / "rocstories" / "cloze_test_val__spring2016.csv"
+    command = [
+        sys.executable,
+        str(SCRIPTS.parent / "eval" / "several_blanks.py"),
+        str(stories),
+        str(stories),
+        str(told),
+    ]
+    done = subprocess.run(
+        [*command, "--count", "3", "--json", "out.json"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 2 and rows[0] == rows[1] and rows[0]["nats"] > 0
