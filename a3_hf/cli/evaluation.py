@@ -15,7 +15,8 @@ Usage: a3 eval --model a3|a3_ar|hf --model_args pretrained=PATH,… --tasks NAME
 The first form is lm-eval's command line, with two more models and the tasks of a3_hf/evaluation/tasks:
   a3     an A3 model, an adapter, or a LLaMA used as one: order=, group_size=, num_orders=, decoding=, and any option of
          A3GenerationConfig
-  a3_ar  a LLaMA, or the content stream of an A3 checkpoint: infilling=prefix|suffix_prompt|best_of
+  a3_ar  a LLaMA, or the content stream of an A3 checkpoint or adapter:
+         infilling=prefix|suffix_prompt|best_of|psm|spm, fim_tokens=
   --metadata data_dir=FOLDER   read the tasks from local files instead of the hub (a3_hf/evaluation/tasks/README.md)
   --output_path FOLDER         write the results, for `a3 report FOLDER`
   --use_cache PATH             resume an interrupted run

@@ -328,9 +328,13 @@ def test_blanks_are_filled_as_infill_does(a3):
     assert text.strip() == chosen.written[0][0].strip()
 
 
-@pytest.mark.parametrize("infilling", ["prefix", "suffix_prompt", "best_of"])
+FIM_TOKENS = "w50 w51 w52"
+
+
+@pytest.mark.parametrize("infilling", ["prefix", "suffix_prompt", "best_of", "psm", "spm"])
 def test_baselines_fill_blanks(source, infilling):
-    ar = CausalLM(str(source), device="cpu", batch_size=2, infilling=infilling)
+    fim = {"fim_tokens": FIM_TOKENS} if infilling in ("psm", "spm") else {}
+    ar = CausalLM(str(source), device="cpu", batch_size=2, infilling=infilling, **fim)
     requests = asking(
         [(context, Blank(" w5 w6", length_of=" w1 w2 w3").in_kwargs()) for context in ("w1 w2", "w9 w8 w7")],
         kind="generate_until",
@@ -341,7 +345,12 @@ def test_baselines_fill_blanks(source, infilling):
     )
     base = LlamaForCausalLM.from_pretrained(source).eval()
     encode = ar.tokenizer.encode
-    prompt = {"prefix": "w1 w2", "suffix_prompt": "w5 w6\nw1 w2"}.get(infilling)
+    prompt = {
+        "prefix": "w1 w2",
+        "suffix_prompt": "w5 w6\nw1 w2",
+        "psm": "w50 w1 w2 w51 w5 w6 w52",
+        "spm": "w50 w51 w5 w6 w52 w1 w2",
+    }.get(infilling)
     if prompt:
         ids = torch.tensor([[1, *encode(prompt)]])
         expected = base.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, suppress_tokens=[0, 1, 2])
@@ -351,9 +360,50 @@ def test_baselines_fill_blanks(source, infilling):
         "prefix": ("w1 w2", " w3"),
         "suffix_prompt": ("w5 w6\nw1 w2", " w3"),
         "best_of": ("w1 w2", " w3 w5 w6"),
+        "psm": (prompt, " w3"),
+        "spm": (prompt, " w3"),
     }[infilling]
     assert pair[0] == pytest.approx(ar.loglikelihood(asking([plain]), disable_tqdm=True)[0][0], abs=1e-3)
     assert pair.num_tokens == 1
+
+
+@pytest.mark.parametrize("infilling", ["psm", "spm"])
+def test_a_fim_middle_ends_where_the_model_says_and_fits_its_context(source, infilling, monkeypatch):
+    ar = CausalLM(
+        str(source), device="cpu", batch_size=2, infilling=infilling, fim_tokens=FIM_TOKENS.split(), max_length=16
+    )
+    assert ar.settings()["fim_tokens"] == FIM_TOKENS
+    generate, calls = ar.model.generate, []
+
+    def ended(ids, **settings):
+        calls.append((ids, settings))
+        output = generate(ids, **settings)
+        if settings["min_new_tokens"] == 1:
+            output[0, ids.shape[1] + 1] = 2  # EOS after one token
+        return output
+
+    monkeypatch.setattr(ar.model, "generate", ended)
+    free, fixed = Blank(" w5 w6", lengths=(1, 4)), Blank(" w5 w6", length_of=" w1 w2 w3")
+    texts = ar.generate_until(
+        asking([("w1 w2", blank.in_kwargs()) for blank in (free, fixed)], kind="generate_until"), disable_tqdm=True
+    )
+    assert [len(text.split()) for text in texts] == [1, 3]
+    assert {2 in settings["suppress_tokens"] for _, settings in calls} == {True, False}
+
+    context, suffix = list(range(10, 22)), list(range(30, 34))
+    short = ar._fim_context([1, *context], suffix, 3)
+    assert len(short) == 13 and short[0] == 1 and set(suffix) < set(short) and 21 in short and 10 not in short
+    assert len(ar._fim_context([1, *context], [*range(30, 50)], 3)) == 13
+
+
+def test_fim_tokens_are_checked(source):
+    for wrong in (None, "w50 w51", "w50 w50 w51"):
+        with pytest.raises(ValueError, match="fim_tokens=.*three different tokens"):
+            CausalLM(str(source), device="cpu", infilling="psm", fim_tokens=wrong)
+    with pytest.raises(ValueError, match="fim_tokens=.*infilling='prefix'"):
+        CausalLM(str(source), device="cpu", fim_tokens=FIM_TOKENS)
+    with pytest.raises(ValueError, match="no token '<fim>'"):
+        CausalLM(str(source), device="cpu", infilling="spm", fim_tokens="<fim> w51 w52")
 
 
 def test_best_of_takes_the_sample_that_fits_the_suffix(source):

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from a3_hf.adapters.checkpoint_info import CheckpointInfo, read_adapter_config
 from a3_hf.adapters.checkpoints import content_llama
+from a3_hf.data.fim import fim_prompt
 from a3_hf.evaluation.measures.batching import next_token_scores, pad_rows, span_mask
 from a3_hf.evaluation.tasks.requests import Blank
 from a3_hf.evaluation.tasks.sentences import sentence_ends
@@ -19,7 +20,7 @@ from a3_hf.models.a3_llama.orders import seed_of
 
 from .batched_lm import BatchedLM, Scored, Written, adapter_arguments
 
-INFILLING = ("prefix", "suffix_prompt", "best_of")
+INFILLING = ("prefix", "suffix_prompt", "best_of", "psm", "spm")
 
 
 @register_model("a3_ar")
@@ -33,7 +34,10 @@ class CausalLM(BatchedLM):
             `tokenizer`.
         infilling: use of the text after a blank. `"prefix"`: ignored (as in the paper's baseline). `"suffix_prompt"`: put
             before the context, on a line of its own. `"best_of"`: `num_samples` texts are written without it, and the one with
-            the highest likelihood followed by it is chosen; likelihoods of continuations include it.
+            the highest likelihood followed by it is chosen; likelihoods of continuations include it. `"psm"` and `"spm"`: the
+            forms of a model that has learnt to fill in the middle (`FimArguments`); a blank whose length the model chooses
+            ends at its EOS.
+        fim_tokens: with `psm` and `spm`, the three tokens of prefix, suffix and middle: a list, or a text with spaces between.
         num_samples: number of samples, with `best_of`.
         temperature: temperature of these samples.
         seed: seed of these samples, together with the text.
@@ -41,7 +45,8 @@ class CausalLM(BatchedLM):
         **kwargs: arguments of `HFLM`.
 
     Raises:
-        ValueError: an unknown `infilling`; a base of a model that is no adapter; a model with adapters that is no checkpoint.
+        ValueError: an unknown `infilling`; `fim_tokens` without such a form, or not three tokens of the vocabulary; a base of a
+            model that is no adapter; a model with adapters that is no checkpoint.
     """
 
     AUTO_MODEL_CLASS = LlamaForCausalLM
@@ -51,6 +56,7 @@ class CausalLM(BatchedLM):
         pretrained: str | LlamaForCausalLM,
         *,
         infilling: str = "prefix",
+        fim_tokens: str | Sequence[str] | None = None,
         num_samples: int = 8,
         temperature: float = 1.0,
         seed: int = 0,
@@ -71,7 +77,17 @@ class CausalLM(BatchedLM):
         elif base is not None:
             raise ValueError(f"base={base!r}: pretrained is not an adapter and needs no base; leave it out")
         self._infilling, self._num_samples, self._temperature, self._seed = infilling, num_samples, temperature, seed
+        self._fim_tokens = fim_tokens.split() if isinstance(fim_tokens, str) else list(fim_tokens or ())
+        if (infilling in ("psm", "spm")) != (len(self._fim_tokens) == 3) or len(set(self._fim_tokens)) not in (0, 3):
+            raise ValueError(
+                f"fim_tokens={fim_tokens!r} with infilling={infilling!r}: expected three different tokens, of prefix, suffix "
+                "and middle, with psm and spm alone"
+            )
         super().__init__(pretrained, **kwargs)
+        self._fim_ids = self.tokenizer.convert_tokens_to_ids(self._fim_tokens)
+        absent = [token for token in self._fim_tokens if token not in self.tokenizer.get_vocab()]
+        if absent:
+            raise ValueError(f"fim_tokens: the tokenizer has no token {', '.join(map(repr, absent))}")
 
     def _create_model(self, pretrained: str, **kwargs) -> None:
         if self._adapter is None:
@@ -83,6 +99,8 @@ class CausalLM(BatchedLM):
     def settings(self) -> dict[str, Any]:
         sampling = {"num_samples": self._num_samples, "temperature": self._temperature, "seed": self._seed}
         own = {"model": "a3_ar", "infilling": self._infilling}
+        if self._fim_tokens:
+            own["fim_tokens"] = " ".join(self._fim_tokens)
         return own | (sampling if self._infilling == "best_of" else {})
 
     def score_batch(self, batch: Sequence[Scored]) -> list[tuple[float, bool, int]]:
@@ -100,11 +118,23 @@ class CausalLM(BatchedLM):
             return Scored(row.context, row.continuation, [])
         if self._infilling == "best_of":
             return Scored(row.context, [*row.continuation, *row.suffix], [])
+        if self._fim_ids:
+            return Scored(self._fim_context(row.context, row.suffix, len(row.continuation) - 1), row.continuation, [])
         start = 1 if row.context[:1] == [self.prefix_token_id] else 0
         line = encode_piece(self.tokenizer, "\n", is_start=False)
         return Scored(
             [*row.context[:start], *row.suffix, *line, *row.context[start:]][-self.max_length :], row.continuation, []
         )
+
+    def _fim_context(self, context: list[int], suffix: list[int], length: int) -> list[int]:
+        """The form of `infilling` for a middle of `length` tokens; what exceeds the model's context is cut off at the start of
+        the prefix, and then at the end of the suffix.
+        """
+        start = 1 if context[:1] == [self.prefix_token_id] else 0
+        over = len(context) + len(self._fim_ids) + len(suffix) + length - self.max_length
+        cut = min(max(over, 0), len(context) - start)
+        suffix = suffix[: len(suffix) - max(over - cut, 0)]
+        return [*context[:start], *fim_prompt(self._infilling, context[start + cut :], suffix, self._fim_ids)]
 
     def continue_batch(
         self, contexts: Sequence[list[int]], *, max_tokens: int, until: list[str], **sampling
@@ -129,32 +159,48 @@ class CausalLM(BatchedLM):
         most = [self.most_tokens(blank, context) for context, blank in zip(contexts, blanks, strict=True)]
         ids = []
         for context, blank, length in zip(contexts, blanks, most, strict=True):
+            if self._fim_ids and blank.suffix.strip():
+                suffix = encode_piece(self.tokenizer, blank.suffix, is_start=False)
+                ids.append(self._fim_context(self._context_ids(context), suffix, length))
+                continue
             if self._infilling == "suffix_prompt" and blank.suffix.strip():
                 context = f"{blank.suffix.strip()}\n{context}"
             ids.append(self._context_ids(context)[-(self.max_length - length) :])
         if self._infilling == "best_of" and any(blank.suffix for blank in blanks):
             return [self._best(*row) for row in zip(ids, most, blanks, strict=True)]
-        written = self._generate(ids, max(most), **sampling)
+        may_end = [bool(self._fim_ids and blank.suffix.strip() and blank.lengths) for blank in blanks]
+        written: list = [None] * len(ids)
+        for ends in sorted(set(may_end)):
+            part = [row for row, flag in enumerate(may_end) if flag == ends]
+            rows = self._generate([ids[row] for row in part], max(most[row] for row in part), may_end=ends, **sampling)
+            for row, tokens in zip(part, rows, strict=True):
+                written[row] = tokens
         texts = [
             self._ended(prompt, tokens[:length], blank)
             for prompt, tokens, length, blank in zip(ids, written, most, blanks, strict=True)
         ]
         return [Written(text, len(tokens), length) for (text, tokens), length in zip(texts, most, strict=True)]
 
-    def _generate(self, prompts: Sequence[list[int]], length: int, **sampling) -> list[list[int]]:
-        """`length` tokens after each prompt."""
+    def _generate(
+        self, prompts: Sequence[list[int]], length: int, *, may_end: bool = False, **sampling
+    ) -> list[list[int]]:
+        """`length` tokens after each prompt; with `may_end`, those before an EOS, which is not the first one."""
         ids, real = pad_rows(prompts, side="left")
+        end = self.eot_token_id
+        special = special_token_ids(self.tokenizer, self.model.config.vocab_size)
         with torch.no_grad():
             output = self.model.generate(
                 ids.to(self.device),
                 attention_mask=real.to(self.device),
                 max_new_tokens=length,
-                min_new_tokens=length,
-                suppress_tokens=special_token_ids(self.tokenizer, self.model.config.vocab_size) or None,
-                pad_token_id=self.tokenizer.pad_token_id,
+                min_new_tokens=1 if may_end else length,
+                suppress_tokens=[token for token in special if not (may_end and token == end)] or None,
+                eos_token_id=end,
+                pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
                 **sampling,
             )
-        return output[:, ids.shape[1] :].tolist()
+        written = output[:, ids.shape[1] :].tolist()
+        return [row[: row.index(end)] if may_end and end in row else row for row in written]
 
     def _best(self, ids: list[int], most: int, blank: Blank) -> Written:
         """The likeliest of several samples."""
