@@ -556,7 +556,7 @@ def test_an_adapter_under_a3_ar_is_its_content_stream(source, rows, tmp_path):
         row = ar._encode((context, continuation), "toy")
         ids = torch.tensor([[*row.context, *row.continuation]])
         scored = torch.arange(ids.shape[1])[None] >= len(row.context)
-        log_probs, _ = next_token_scores(adapted.get_base_model(), ids, torch.ones_like(ids), scored)
+        log_probs, _ = next_token_scores(adapted, ids, torch.ones_like(ids), scored)
         assert answer[0] == pytest.approx(float(log_probs.sum()), abs=1e-4)
     wanted = plain.loglikelihood(asking(PAIRS), disable_tqdm=True)
     if rows == "slots":

@@ -45,8 +45,8 @@ class CausalLM(BatchedLM):
         **kwargs: arguments of `HFLM`.
 
     Raises:
-        ValueError: an unknown `infilling`; `fim_tokens` without such a form, or not three tokens of the vocabulary; a base of a
-            model that is no adapter; a model with adapters that is no checkpoint.
+        ValueError: an unknown `infilling`; `fim_tokens` without such a form, or not three tokens of the vocabulary; a base of
+            a model that is no adapter; a model with adapters that is no checkpoint.
     """
 
     AUTO_MODEL_CLASS = LlamaForCausalLM

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -55,7 +56,8 @@ def order_inputs(ids: torch.Tensor, mask: torch.Tensor, scored: torch.Tensor, de
 def next_token_scores(
     model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, scored: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores tokens given those before them, by a causal model. Of an A3 model the content stream is used, which is a LLaMA.
+    """Scores tokens given those before them, by a causal model. Of an A3 model, adapted or not, the content stream is used,
+    which is a LLaMA.
 
     Args:
         ids: (B, S) tokens, padded on the right.
@@ -66,6 +68,8 @@ def next_token_scores(
         Log-probabilities (B, S) in nats, fp32 (fp64 from an fp64 model), 0 at other tokens; and (B, S) whether a token is the
         likeliest one, True at other tokens. Both on the CPU.
     """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()  # with its adapters
     where, inputs = scored[:, 1:].to(model.device), {"attention_mask": mask.to(model.device), "use_cache": False}
     on_device = ids.to(model.device)
     if isinstance(model, A3LlamaForCausalLM):
