@@ -103,6 +103,7 @@ DECODING_OPTIONS = {
     "window": _option(int, "Dynamic: number of next blanks that compete.", "all"),
     "draft": _option(str, "Speculative: model or ngram.", "model"),
     "draft_tokens": _option(int, "Speculative: drafts per pass.", "4"),
+    "verify": _option(str, "Speculative: slots, or content, for the text of the plain LLaMA.", "slots"),
 }
 GENERATION_OPTIONS = {
     **DECODING_OPTIONS,

@@ -148,7 +148,8 @@ def prompt_attention_mask(
     `key_mask` (B, C) is False at padding; None: no padding.
     """
     if key_mask is None and implementation not in MATERIALISED_IMPLEMENTATIONS:
-        return AttentionMask(None, is_causal=True), AttentionMask(None)
+        triangle = AttentionMask(None, is_causal=True)
+        return (triangle, AttentionMask(None)) if num_slots else (triangle,)
     ranks = torch.arange(content_length, device=device).expand(1 if key_mask is None else key_mask.shape[0], -1)
     slots = torch.full((ranks.shape[0], num_slots), content_length, device=device)
     return group_attention_mask(implementation, *groups_of(ranks, slots), key_mask=key_mask)

@@ -133,6 +133,11 @@ class A3GenerationMixin:
             raise ValueError("past_key_values: expected use_cache=True and no static cache")
         canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
         config.check_vocabulary(self.config.vocab_size, has_blanks=canvas.has_blanks_inside())
+        if config.verify == "content" and canvas.has_text_after_blanks():
+            raise ValueError(
+                "verify='content': expected no given text after a blank, which the content stream has not seen. Put it in "
+                "front (infill's suffix_template), or use verify='slots'"
+            )
         chance = SlotNoise(config, canvas)
         # `refine` rewrites tokens, so its streamer gets the final text only.
         shows_drafts = config.strategy != "refine"

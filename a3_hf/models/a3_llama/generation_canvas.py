@@ -72,6 +72,11 @@ class Canvas:
         """True if there are blanks before the continuation."""
         return bool(self.blank_mask[:, : self.new_from].any())
 
+    def has_text_after_blanks(self) -> bool:
+        """True if a row has a given token after a blank."""
+        after = self.blank_mask.cumsum(dim=1) > 0
+        return bool((after & self.given_mask).any())
+
     def is_ragged(self) -> bool:
         """True if rows have padding or different numbers of blanks, so that steps need padding."""
         if not (self.given_mask | self.blank_mask).all():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from .generation_sampling import CRITERIA, DRAFTS
+from .generation_sampling import CRITERIA, DRAFTS, VERIFIERS
 from .input_validation import check_integers
 from .orders import ORDERS
 
@@ -17,7 +17,7 @@ DYNAMIC_OPTIONS = ("criterion", "criterion_temperature", "tokens_per_step", "thr
 OPTIONS_OF = {
     "groupwise": ("order", "group_size", "span_length"),
     "dynamic": DYNAMIC_OPTIONS,
-    "speculative": ("order", "span_length", "draft", "draft_tokens"),
+    "speculative": ("order", "span_length", "draft", "draft_tokens", "verify"),
     "refine": (*DYNAMIC_OPTIONS, "refine_rounds", "refine_fraction"),
 }
 STRATEGIES = tuple(OPTIONS_OF)
@@ -90,6 +90,10 @@ class A3GenerationConfig(GenerationConfig):
         draft: speculative. `"model"` (default: from slots of the same pass) or `"ngram"` (the continuation of the same
             tokens elsewhere in the text).
         draft_tokens: speculative. Drafts checked per pass, 4 by default.
+        verify: speculative. What checks drafts, and so decides the text. `"slots"` (default: the text is that of `groupwise`)
+            or `"content"`: the content stream, so that the text is that of a plain LLaMA, with `rows: slots` the untouched
+            base's, and `log_probs` are its. It needs left to right, no given text after a blank, and a new last token where a
+            cache is passed; fewer rows are encoded.
         refine_rounds: refine. Number of rounds, 4 by default.
         refine_fraction: refine. Fraction of the written tokens that a round reopens, 0.25 by default; in (0, 1].
         use_cache: True (default): committed groups stay in the key/value cache, exactly. False encodes the whole text at
@@ -171,6 +175,8 @@ class A3GenerationConfig(GenerationConfig):
         self._check_commit_rules()
         if self.draft is not None:
             _check_choice("draft", self.draft, DRAFTS)
+        if self.verify is not None:
+            _check_choice("verify", self.verify, VERIFIERS)
         _check_fraction("refine_fraction", self.refine_fraction)
         if self.forced_eos_token_id is not None and self.max_new_tokens is None:
             raise ValueError("forced_eos_token_id needs max_new_tokens")
@@ -261,12 +267,19 @@ class A3GenerationConfig(GenerationConfig):
             check_integers("order", self.order, dimensions=2)
         elif self.order is not None:
             _check_choice("order", self.order, ORDERS)
-        if (self.span_length is not None) != (isinstance(self.order, str) and self.order == "spans"):
+        if (self.span_length is not None) != self._is_order("spans"):
             raise ValueError(
                 f"span_length={self.span_length} with order={self.order!r}: expected a number with order='spans', else None"
             )
+        if self.verify == "content" and not (self.order is None or self._is_order("left_to_right")):
+            raise ValueError(
+                f"verify='content' with order={self.order!r}: expected left_to_right, in which a LLaMA writes"
+            )
         if isinstance(self.order, torch.Tensor) and self.group_size is not None:
             raise ValueError("group_size has no effect if order is a tensor of groups. Leave it out.")
+
+    def _is_order(self, name: str) -> bool:
+        return isinstance(self.order, str) and self.order == name
 
     def _check_commit_rules(self) -> None:
         if self.criterion is not None:

@@ -79,6 +79,7 @@ class ForwardRunner:
         *,
         singletons: bool = False,
         slot_groups: torch.Tensor | None = None,
+        logits_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Encodes the new columns `content` (B, C) and returns logits (B, Q, V) of the columns `slots` (B, Q), given all
         content so far.
@@ -86,6 +87,7 @@ class ForwardRunner:
         Args:
             singletons: each new column is a group, in the order given; otherwise all are one group.
             slot_groups: (Q,) with `singletons`: slot q sees the first `slot_groups[q]` columns of `content`. None: all.
+            logits_at: (B, n) places in `content`, whose next-token logits come before those of the slots, (B, n + Q, V).
         """
         num_new, num_slots, device = content.shape[1], slots.shape[1], content.device
         num_cached = self.encoded.shape[1]
@@ -101,6 +103,10 @@ class ForwardRunner:
         if slot_groups is None:
             slot_groups = torch.full((num_slots,), num_new if singletons else 1, device=device)
         rows = content.shape[0] if self.ragged else 1
+        at = {}
+        if logits_at is not None:
+            in_pass = logits_at if self.cache is not None else logits_at + num_cached  # without a cache, all is encoded
+            at["content_logits_at"] = (torch.arange(len(content), device=device)[:, None].expand_as(in_pass), in_pass)
         if self.cache is None:
             content, num_cached = self.encoded, 0
             if self.one_group:
@@ -131,7 +137,7 @@ class ForwardRunner:
             masks = all_visible_mask(self.implementation, num_new + num_slots, key_mask)
         call = self.call if self.compiled_call is None or self.passes == 0 else self.compiled_call
         self.passes += 1
-        return call(
+        output = call(
             input_ids=self.canvas.sequences.gather(1, content),
             position_ids=self.canvas.position_ids.gather(1, content),
             target_position_ids=self.canvas.position_ids.gather(1, slots),
@@ -139,7 +145,9 @@ class ForwardRunner:
             cache=self.cache,
             use_cache=self.cache is not None,
             **left,
-        ).logits
+            **at,
+        )
+        return output.logits if logits_at is None else torch.cat([output.content_logits, output.logits], dim=1)
 
     def _left_tokens(
         self, content: torch.Tensor, slots: torch.Tensor, slot_groups: torch.Tensor | None

@@ -4,6 +4,7 @@ import torch
 
 CRITERIA = ("confidence", "entropy", "margin", "random")
 DRAFTS = ("model", "ngram")
+VERIFIERS = ("slots", "content")
 NGRAM_LENGTH = 3  # maximum number of left neighbours that an n-gram draft matches
 
 

@@ -73,16 +73,23 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
     from the cache. An EOS is never a draft, only a replacement or the token after the drafts, as drafts after it would
     depend on where the text ends.
 
+    With `verify="content"` (not in the paper) the content row of each token checks the draft after it, and the last one
+    makes the first new draft.
+
     Args:
         path: (B, N) each row's blanks in generation order, then the padding column.
     """
     canvas, config = decoder.canvas, decoder.config
     num_drafts = config.draft_tokens or DRAFT_TOKENS
-    by_ngram, greedy = config.draft == "ngram", not config.do_sample
+    by_ngram, greedy, by_content = config.draft == "ngram", not config.do_sample, config.verify == "content"
     batch_size, device = path.shape[0], path.device
     num_new = 1 if by_ngram else num_drafts  # slots after the drafts
     rest = path  # columns not yet certain
     pending = decoder.runner.given_columns()
+    if by_content and (pending == canvas.pad_column).all(dim=1).any():
+        raise ValueError(
+            "past_key_values holds a row's whole prompt: verify='content' expects a cache without its last token"
+        )
     drafts = rest.new_zeros(batch_size, 0)
     count = rest.new_zeros(batch_size)  # drafts of each row
     draft_scores = None
@@ -99,8 +106,14 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
         slots = torch.cat([columns, _ahead(rest, count, num_new, canvas.pad_column)], dim=1)
         canvas.sequences.scatter_(1, columns, drafts)
         seen = torch.cat([place, torch.full((num_new,), width, device=device)])
-        groups = {} if first_pass else {"singletons": True, "slot_groups": seen + pending.shape[1]}
-        logits = decoder.logits_of(torch.cat([pending, columns], dim=1), slots, **groups)
+        groups = {"singletons": True, "slot_groups": seen + pending.shape[1]}
+        own = slots  # the columns that need a slot
+        if by_content:
+            own = slots[:, width + 1 :]
+            groups |= {"slot_groups": groups["slot_groups"][width + 1 :], "logits_at": _checks(pending, width, canvas)}
+        if first_pass:
+            del groups["slot_groups"]
+        logits = decoder.logits_of(torch.cat([pending, columns], dim=1), own, **groups)
         draft_number = torch.full_like(canvas.sequences, width).scatter_(1, columns, place.expand_as(columns))
         known = canvas.known()[:, None] | (draft_number[:, None, :-1] < seen[:, None])
         scores = decoder.warped(decoder.processed(logits, slots, known))
@@ -152,6 +165,16 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
                 draft_scores = both.gather(1, source[..., None].expand(-1, -1, both.shape[-1]))
         count, pending = next_count, certain_column
         rest = rest[:, :max_left]
+
+
+def _checks(pending: torch.Tensor, num_drafts: int, canvas: Canvas) -> torch.Tensor:
+    """Returns (B, 1 + num_drafts) the places, in a pass over the columns `pending` (B, C) and then the drafts, of each row's
+    last certain token and its drafts.
+    """
+    place = torch.arange(pending.shape[1], device=pending.device)
+    last = torch.where(pending != canvas.pad_column, place, 0).amax(dim=1, keepdim=True)
+    drafts = pending.shape[1] + torch.arange(num_drafts, device=pending.device)
+    return torch.cat([last, drafts.expand(len(pending), -1)], dim=1)
 
 
 def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, pad_column: int) -> torch.Tensor:

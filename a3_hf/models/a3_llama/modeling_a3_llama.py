@@ -293,9 +293,9 @@ class A3LlamaForCausalLM(
           groups. `labels` (B, C) are not shifted. The lowest group sees nothing: its logits are meaningless.
         - with `target_position_ids` and `target_group_ids` (B, Q): logits (B, Q, V) and `labels` (B, Q) are those of slots.
 
-        Other arguments as in `A3LlamaModel.forward`; −100 in `labels` is ignored. `content_logits_at`, rows and columns (N,)
-        of content tokens, adds `content_logits`, the logits of their content states. With `chunked_loss`, the output has
-        `loss` and `token_losses` (B, Q), but no logits, which are never all held at once.
+        Other arguments as in `A3LlamaModel.forward`; −100 in `labels` is ignored. `content_logits_at`, rows and columns
+        (N,) or (B, n) of content tokens, adds `content_logits`, the logits of their content states. With `chunked_loss`, the
+        output has `loss` and `token_losses` (B, Q), but no logits, which are never all held at once.
 
         Raises:
             ValueError: as `A3LlamaModel.forward`; labels that differ in shape from the logits; a label at padding or where
@@ -334,10 +334,12 @@ class A3LlamaForCausalLM(
             target_input_ids=target_input_ids,
             **kwargs,
         )
+        packed = self.model.packed_layers
         content_logits = None
         if content_logits_at is not None:
-            content_logits = self.lm_head(outputs.content_hidden_state[content_logits_at])
-        packed = self.model.packed_layers
+            states = outputs.content_hidden_state[content_logits_at]
+            is_packed = packed is not None and packed.can_run(states)
+            content_logits = packed.logits(states) if is_packed else self.lm_head(states)
         if labels is None and packed is not None and packed.can_run(outputs.last_hidden_state):
             head = HeadOutput(packed.logits(outputs.last_hidden_state))
         else:

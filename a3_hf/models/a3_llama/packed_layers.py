@@ -122,10 +122,10 @@ class PackedLayers:
             self._is_used = before
 
     def can_run(self, hidden_states: torch.Tensor, masks: AttentionMasks | None = None) -> bool:
-        """Whether a pass (B, C + Q, D) is one of few rows, under one dense mask if any, in the context of `in_use`."""
+        """Whether a pass (…, D) is one of few rows, under one dense mask if any, in the context of `in_use`."""
         return (
             self._is_used
-            and 0 < hidden_states.shape[0] * hidden_states.shape[1] <= MOST_ROWS
+            and 0 < hidden_states.shape[:-1].numel() <= MOST_ROWS
             and not torch.compiler.is_compiling()
             and (masks is None or (len(masks) == 1 and not masks[0].is_causal and _is_dense(masks[0].mask)))
         )
@@ -157,8 +157,8 @@ class PackedLayers:
         return rows.view(num_rows, batch_size, width).transpose(0, 1)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Returns logits (B, Q, V) of hidden states (B, Q, D)."""
-        return self.head(hidden_states.flatten(0, 1)).unflatten(0, hidden_states.shape[:2])
+        """Returns logits (…, V) of hidden states (…, D)."""
+        return self.head(hidden_states.flatten(0, -2)).unflatten(0, hidden_states.shape[:-1])
 
 
 class _PackedLayer:
