@@ -102,7 +102,7 @@ DECODING_OPTIONS = {
     "entropy_budget": _option(float, "Dynamic: entropy to commit per pass, in nats."),
     "window": _option(int, "Dynamic: number of next blanks that compete.", "all"),
     "draft": _option(str, "Speculative: model or ngram.", "model"),
-    "draft_tokens": _option(int, "Speculative: drafts per pass.", "4"),
+    "draft_tokens": _option(int, "Speculative: most drafts per pass.", "4, ngram 7"),
     "verify": _option(str, "Speculative: slots, or content, for the text of the plain LLaMA.", "slots"),
 }
 GENERATION_OPTIONS = {

@@ -87,9 +87,9 @@ class A3GenerationConfig(GenerationConfig):
         entropy_budget: instead of `tokens_per_step`. Commit blanks, best first, while the sum of their entropies (nats)
             stays within it, and always the best one.
         window: dynamic, refine. Only the next `window` open blanks, in text order, are predicted.
-        draft: speculative. `"model"` (default: from slots of the same pass) or `"ngram"` (the continuation of the same
-            tokens elsewhere in the text).
-        draft_tokens: speculative. Drafts checked per pass, 4 by default.
+        draft: speculative. `"model"` (default: from slots of the same pass) or `"ngram"` (the continuation of the same two or
+            more tokens elsewhere in the text, and no draft where there is none).
+        draft_tokens: speculative. Drafts checked per pass at most; 4 by default, 7 with `"ngram"`.
         verify: speculative. What checks drafts, and so decides the text. `"slots"` (default: the text is that of `groupwise`)
             or `"content"`: the content stream, so that the text is that of a plain LLaMA, with `rows: slots` the untouched
             base's, and `log_probs` are its. It needs left to right, no given text after a blank, and a new last token where a

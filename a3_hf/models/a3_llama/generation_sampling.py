@@ -6,6 +6,7 @@ CRITERIA = ("confidence", "entropy", "margin", "random")
 DRAFTS = ("model", "ngram")
 VERIFIERS = ("slots", "content")
 NGRAM_LENGTH = 3  # maximum number of left neighbours that an n-gram draft matches
+NGRAM_LEAST = 2  # and the minimum: after one alone, too few drafts stand
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
@@ -154,13 +155,16 @@ def accept_drafts(
     return stands, replacements.gather(1, first_fallen).squeeze(1)
 
 
-def ngram_draft(tokens: torch.Tensor, known: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Returns (B,) a draft of the token at `places` (B,): the token after the same left neighbours elsewhere in the row,
-    preferring the longest match (up to `NGRAM_LENGTH`), then the last. Without a match: the left neighbour.
+def ngram_draft(tokens: torch.Tensor, known: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drafts the token at `places` (B,): the one after the same left neighbours elsewhere in the row, preferring the longest
+    match (up to `NGRAM_LENGTH`), then the last.
 
     Args:
         tokens: (B, S) the text by position, without padding between tokens.
         known: (B, S), True where `tokens` are known.
+
+    Returns:
+        (B,) the drafts, and (B,) how many left neighbours match; with 0 the draft is arbitrary.
     """
     length = tokens.shape[1]
     place = torch.arange(length, device=tokens.device)
@@ -173,6 +177,5 @@ def ngram_draft(tokens: torch.Tensor, known: torch.Tensor, places: torch.Tensor)
         there_known = torch.roll(known, distance, dims=1) & (place >= distance)
         agrees = agrees & here_known & there_known & (there == tokens.gather(1, here))
         matched = matched + agrees
-    best = (matched * length + place).masked_fill(matched == 0, -1).max(dim=1)
-    source = torch.where(best.values >= 0, best.indices, (places - 1).clamp_min(0))
-    return tokens.gather(1, source[:, None]).squeeze(1)
+    best = (matched * length + place).argmax(dim=1, keepdim=True)
+    return tokens.gather(1, best).squeeze(1), matched.gather(1, best).squeeze(1)

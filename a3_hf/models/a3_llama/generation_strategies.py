@@ -7,10 +7,10 @@ import torch
 from .generation_canvas import Canvas, columns_of, pack
 from .generation_config import A3GenerationConfig
 from .generation_decoder import ACCEPT, RESIDUAL, SAMPLE, Decoder, SlotNoise
-from .generation_sampling import accept_drafts, choose_tokens, ngram_draft
+from .generation_sampling import NGRAM_LEAST, accept_drafts, choose_tokens, ngram_draft
 from .orders import GroupOrder
 
-DRAFT_TOKENS = 4
+DRAFT_TOKENS, NGRAM_TOKENS = 4, 7
 REFINE_ROUNDS, REFINE_FRACTION = 4, 0.25
 COMPACT_EVERY = 16  # passes of a speculative batch between compactions of the cache
 
@@ -80,7 +80,7 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
         path: (B, N) each row's blanks in generation order, then the padding column.
     """
     canvas, config = decoder.canvas, decoder.config
-    num_drafts = config.draft_tokens or DRAFT_TOKENS
+    num_drafts = config.draft_tokens or (NGRAM_TOKENS if config.draft == "ngram" else DRAFT_TOKENS)
     by_ngram, greedy, by_content = config.draft == "ngram", not config.do_sample, config.verify == "content"
     batch_size, device = path.shape[0], path.device
     num_new = 1 if by_ngram else num_drafts  # slots after the drafts
@@ -110,7 +110,10 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
         own = slots  # the columns that need a slot
         if by_content:
             own = slots[:, width + 1 :]
-            groups |= {"slot_groups": groups["slot_groups"][width + 1 :], "logits_at": _checks(pending, width, canvas)}
+            groups |= {
+                "slot_groups": groups["slot_groups"][width + 1 :],
+                "logits_at": _checks(pending, count, width, canvas),
+            }
         if first_pass:
             del groups["slot_groups"]
         logits = decoder.logits_of(torch.cat([pending, columns], dim=1), own, **groups)
@@ -154,7 +157,7 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
             if batch_size > 1 and decoder.runner.passes % COMPACT_EVERY == 0:
                 decoder.runner.compact()
         if by_ngram:
-            drafts = _ngram_drafts(canvas, rest, next_width)
+            drafts, next_count = _ngram_drafts(canvas, rest, next_count, next_width)
         else:
             source = stands[:, None] + 1 + torch.arange(next_width, device=device)
             source = torch.where(source < count[:, None], source, source - count[:, None] + width)
@@ -167,14 +170,14 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
         rest = rest[:, :max_left]
 
 
-def _checks(pending: torch.Tensor, num_drafts: int, canvas: Canvas) -> torch.Tensor:
-    """Returns (B, 1 + num_drafts) the places, in a pass over the columns `pending` (B, C) and then the drafts, of each row's
-    last certain token and its drafts.
+def _checks(pending: torch.Tensor, count: torch.Tensor, num_drafts: int, canvas: Canvas) -> torch.Tensor:
+    """Returns (B, 1 + num_drafts) the places, in a pass over the columns `pending` (B, C) and then drafts, of the tokens whose
+    content rows check each row's `count` (B,) drafts and, at the end, predict the token after them.
     """
     place = torch.arange(pending.shape[1], device=pending.device)
     last = torch.where(pending != canvas.pad_column, place, 0).amax(dim=1, keepdim=True)
-    drafts = pending.shape[1] + torch.arange(num_drafts, device=pending.device)
-    return torch.cat([last, drafts.expand(len(pending), -1)], dim=1)
+    drafts_before = torch.minimum(torch.arange(1 + num_drafts, device=pending.device), count[:, None])
+    return torch.where(drafts_before == 0, last, pending.shape[1] - 1 + drafts_before)
 
 
 def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, pad_column: int) -> torch.Tensor:
@@ -184,27 +187,30 @@ def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, pad_column: int) 
     return padded.gather(1, place.clamp_max(rest.shape[1]))
 
 
-def _ngram_drafts(canvas: Canvas, rest: torch.Tensor, width: int) -> torch.Tensor:
-    """Returns (B, width) drafts for the next columns, each based on the earlier ones. An EOS is replaced by the first other
-    token of the vocabulary.
+def _ngram_drafts(
+    canvas: Canvas, rest: torch.Tensor, most: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (B, n) drafts for the next columns, each based on the earlier ones, and (B,) their number: at most `most` (B,),
+    and up to the first one for which too few neighbours match, or which is an EOS.
     """
     pad = torch.nn.functional.pad
     by_position = pad(canvas.by_position, (0, 1), value=canvas.pad_column)
     tokens = canvas.sequences.gather(1, by_position)
     known = pad(canvas.known(), (0, 1)).gather(1, by_position)
-    ends = canvas.eos_token_ids
-    other = next(token for token in range(len(ends) + 1) if token not in ends.tolist()) if len(ends) else 0
-    drafts = []
-    for column in rest[:, :width].unbind(dim=1):
+    drafts, count, goes_on = [], torch.zeros_like(most), torch.ones_like(most, dtype=torch.bool)
+    for number, column in enumerate(rest[:, :width].unbind(dim=1)):
         place = canvas.position_ids.gather(1, column[:, None]).masked_fill(
             column[:, None] == canvas.pad_column, canvas.pad_column
         )
-        draft = ngram_draft(tokens[:, :-1], known[:, :-1], place[:, 0])
-        draft = draft.masked_fill(torch.isin(draft, ends), other)
+        draft, matched = ngram_draft(tokens[:, :-1], known[:, :-1], place[:, 0])
+        goes_on = goes_on & (number < most) & (matched >= NGRAM_LEAST) & ~torch.isin(draft, canvas.eos_token_ids)
+        if not goes_on.any():
+            break
         drafts.append(draft)
+        count = count + goes_on
         tokens.scatter_(1, place, draft[:, None])
         known.scatter_(1, place, True)
-    return torch.stack(drafts, dim=1) if drafts else rest[:, :0]
+    return torch.stack(drafts, dim=1) if drafts else rest[:, :0], count
 
 
 def _without_eos(scores: torch.Tensor, eos_token_ids: torch.Tensor) -> torch.Tensor:

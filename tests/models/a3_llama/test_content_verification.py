@@ -70,7 +70,7 @@ def test_the_text_is_the_bases(slot_start, draft, side):
 
 def test_it_is_what_generate_writes():
     """Of the LLaMA itself, packed and not; `infill` brings the text after a blank to the front."""
-    model, base = adapted("left_token", attn_implementation="sdpa")
+    model, _ = adapted("left_token", attn_implementation="sdpa")
     llama = content_llama(model)
     ids, mask = prompts("left", 0)
     settings = {"max_new_tokens": 9, "attention_mask": mask, "pad_token_id": 0}
