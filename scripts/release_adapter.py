@@ -40,7 +40,9 @@ def main() -> None:
     save_file(weights, arguments.output / WEIGHTS, metadata={"format": "pt"})
     settings["lora_alpha"] *= arguments.scale
     (arguments.output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    run, output = arguments.run.name, arguments.output
     card = (arguments.run / CARD).read_text(encoding="utf-8")
+    card = card.replace(f"\n# {run}\n", f"\n# {output.name}\n").replace(f'("{run}")', f'("{output}")')
     made = f"Made by `python scripts/release_adapter.py {arguments.run} {arguments.output} --scale {arguments.scale:g}`"
     (arguments.output / CARD).write_text(
         f"{card.rstrip()}\n\n## Release\n\n{made}: in bfloat16, and what the adapter adds times {arguments.scale:g} "

@@ -69,7 +69,7 @@ def test_a_released_adapter_adds_a_part(source, tmp_path, monkeypatch, scale):
             if ".lora_B." in name:
                 parameter.normal_()
     adapted.save_pretrained(tmp_path / "run")
-    (tmp_path / "run" / "README.md").write_text("A card.")
+    (tmp_path / "run" / "README.md").write_text('---\n\n# run\n\nmodel = load_model("run")')
     done = script("release_adapter.py", tmp_path / "run", tmp_path / "out", "--scale", scale, folder=source.parent)
     assert done.returncode == 0, done.stderr
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -80,7 +80,9 @@ def test_a_released_adapter_adds_a_part(source, tmp_path, monkeypatch, scale):
     )
     assert released.scaling["default"] == scale * whole.scaling["default"]
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert settings["slot_start"] == "left_token" and f"times {scale:g}" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert settings["slot_start"] == "left_token" and f"times {scale:g}" in card
+    assert "\n# out\n" in card and f'load_model("{tmp_path / "out"}")' in card
     done = script("release_adapter.py", tmp_path / "run", tmp_path / "out", "--scale", "0", folder=source.parent)
     assert done.returncode == 2 and "scale=0.0: expected a number above 0" in done.stderr
 
