@@ -120,8 +120,8 @@ def main() -> None:
                 "equal texts": f"{total['equal']:.0f} of {len(prompts[kind])}",
             }
         )
-    print(f"{arguments.model}, greedy, at most {arguments.length} tokens, {date.today()}, {platform.machine()} CPU, "
-          f"{arguments.threads} threads, fp32, torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
+    print(f"{arguments.model}, greedy, {arguments.length} tokens, {date.today()}, {platform.machine()} CPU, fp32, threads: "
+          f"{arguments.threads}, torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
     cells = [[one if isinstance(one, str) else f"{one:.2f}" for one in row.values()] for row in table]
     print(markdown_table(list(table[0]), cells))
     if arguments.json:

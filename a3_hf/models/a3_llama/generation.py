@@ -136,7 +136,7 @@ class A3GenerationMixin:
         if config.verify == "content" and canvas.has_text_after_blanks():
             raise ValueError(
                 "verify='content': expected no given text after a blank, which the content stream has not seen. Put it in "
-                "front (infill's suffix_template), or use verify='slots'"
+                "front (infill's suffix_template, with blanks of a given length), or use verify='slots'"
             )
         chance = SlotNoise(config, canvas)
         # `refine` rewrites tokens, so its streamer gets the final text only.
