@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .attention_masks import AttentionMasks
 from .rope import apply_rotary
@@ -152,8 +153,11 @@ class PackedLayers:
         """Returns the hidden states (B, C + Q, D) after the last layer. Arguments as the layers take them."""
         batch_size, num_rows, width = hidden_states.shape
         rows = hidden_states.transpose(0, 1).reshape(-1, width)  # one place of all texts after another: slots come last
+        mask = masks[0].mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, self.layers[0].heads_per_key, 1)
         for layer in self.layers:
-            rows = layer(rows, batch_size, masks[0].mask, position_embeddings, content_length, cache)
+            rows = layer(rows, batch_size, mask, position_embeddings, content_length, cache)
         return rows.view(num_rows, batch_size, width).transpose(0, 1)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -168,6 +172,7 @@ class _PackedLayer:
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
         self.num_heads, self.num_key_heads = (linear.weight.shape[0] // self.head_dim for linear in (q, k))
+        self.heads_per_key = self.num_heads // self.num_key_heads
         self.qkv, self.o = SlotLinears([q, k, v]), SlotLinears([o])
         self.gate_up, self.down = SlotLinears([mlp.gate_proj, mlp.up_proj]), SlotLinears([mlp.down_proj])
         self.weights = [weight for one in (self.qkv, self.o, self.gate_up, self.down) for weight in one.weights]
@@ -184,7 +189,7 @@ class _PackedLayer:
         cache: Cache | None,
     ) -> torch.Tensor:
         first_slot = content_length * batch_size
-        states = self.qkv(self.norms[0](rows), first_slot)
+        states = self.qkv(_normed(self.norms[0], rows), first_slot)
         states = states.view(-1, batch_size, self.num_heads + 2 * self.num_key_heads, self.head_dim).permute(1, 2, 0, 3)
         rotated = apply_rotary(states[:, : -self.num_key_heads], *position_embeddings)
         keys = rotated[:, self.num_heads :, :content_length]
@@ -193,7 +198,7 @@ class _PackedLayer:
             keys, values = cache.update(keys, values, self.index)
         seen = attend(rotated[:, : self.num_heads], keys, values, mask, self.scaling)
         rows = rows + self.o(seen.permute(2, 0, 1, 3).reshape(len(rows), -1), first_slot)
-        gate, up = self.gate_up(self.norms[1](rows), first_slot).chunk(2, dim=-1)
+        gate, up = self.gate_up(_normed(self.norms[1], rows), first_slot).chunk(2, dim=-1)
         return rows + self.down(self.activation(gate) * up, first_slot)
 
 
@@ -201,12 +206,18 @@ def attend(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     """Attention of few rows: queries (B, H, R, d) of the heads that share a key head are rows of it, so that keys and values
-    (B, G, K, d) aren't repeated. `mask` (B or 1, 1, R or 1, K) is True where a row sees a key. Returns (B, H, R, d).
+    (B, G, K, d) aren't repeated. `mask` (B or 1, 1, 1 or R · H / G, K) is True where a row of a key head sees a key. Returns
+    (B, H, R, d).
     """
     grouped = queries.reshape(len(queries), keys.shape[1], -1, queries.shape[-1])
-    if mask is not None and mask.shape[2] > 1:
-        mask = mask.repeat(1, 1, queries.shape[1] // keys.shape[1], 1)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling).reshape(queries.shape)
+
+
+def _normed(norm: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """LLaMA's RMS norm, which rounds to float32, in one operation."""
+    if rows.dtype != torch.float32:
+        return norm(rows)
+    return F.rms_norm(rows, rows.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _is_dense(mask: object) -> bool:
@@ -218,6 +229,9 @@ def slot_factors(linear: nn.Module) -> list[SlotFactors]:
 
 
 def _check(model: nn.Module, head: nn.Module) -> None:
+    kinds = {type(norm) for layer in model.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
+    if kinds != {LlamaRMSNorm}:
+        raise ValueError(f"norms are {sorted(kind.__name__ for kind in kinds)}: packed weights expect LlamaRMSNorm")
     if model.config._attn_implementation != "sdpa":
         raise ValueError(f"attn_implementation={model.config._attn_implementation!r}: packed weights expect 'sdpa'")
     linears = {name: module for name, module in model.layers.named_modules() if name.endswith("_proj")}
