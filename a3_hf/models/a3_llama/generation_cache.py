@@ -23,9 +23,11 @@ class PreallocatedLayer(DynamicLayer):
         if not self._has_room(total, key_states.shape[0]):
             capacity = max(self.first_room, 2 * total if self.room is not None else total)
             old = (self.keys, self.values)
-            self.room = tuple(
-                states.new_empty(*states.shape[:2], capacity, states.shape[3]) for states in (key_states, value_states)
-            )
+            with torch.inference_mode(False):  # other passes write here, too
+                self.room = tuple(
+                    torch.empty(*states.shape[:2], capacity, states.shape[3], dtype=states.dtype, device=states.device)
+                    for states in (key_states, value_states)
+                )
             if length:
                 for room, states in zip(self.room, old, strict=True):
                     room[:, :, :length] = states

@@ -14,6 +14,7 @@ from a3_hf import A3LlamaForCausalLM
 from a3_hf.adapters.arguments import LoraArguments
 from a3_hf.adapters.layers import attach
 from a3_hf.models.a3_llama import packed_layers
+from a3_hf.models.a3_llama.generation_cache import preallocated_cache
 from a3_hf.models.a3_llama.packed_layers import (
     LEAST_PACKED,
     MOST_ROWS,
@@ -291,3 +292,34 @@ def mixed():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
     return model.get_base_model()
+
+
+def test_what_a_packed_pass_leaves_can_be_changed_and_learnt_from(calls):
+    """Its layers run in torch's inference mode, whose tensors could not."""
+    model = tiny_model(attn_implementation="sdpa")
+    model.pack_weights()
+
+    def forbid(step, columns, logits):
+        logits[..., 3] = -torch.inf
+        return logits
+
+    settings = {"max_new_tokens": 100, "eos_token_id": [], "logits_hook": forbid, "group_size": 2}
+    output = model.generate_any_order(PROMPT[:1], output_logits=True, **settings)
+    assert calls and 3 not in output.sequences[0, PROMPT.shape[1] :]
+    for tensor in (output.log_probs, output.logits, *(layer.keys for layer in output.cache.layers)):
+        tensor.add_(0.0)
+    loss = model.train()(PROMPT[:1], past_key_values=output.cache, labels=PROMPT[:1]).loss
+    loss.backward()
+    assert model.lm_head.weight.grad.any()
+
+
+def test_wide_passes_write_where_packed_ones_made_room(calls):
+    model = tiny_model(attn_implementation="sdpa")
+    cache = preallocated_cache(model.config.num_hidden_layers, first_room=1)
+    model.pack_weights()
+    with torch.no_grad(), model.generation_context():
+        for width in (2, 9, 2, MOST_ROWS + 1, 3):
+            ids = torch.randint(3, 60, (1, width))
+            groups = {"group_ids": torch.zeros_like(ids), "target_group_ids": ids[:, :0]}
+            model(ids, target_position_ids=ids[:, :0], cache=cache, **groups)
+    assert len(calls) == 4 and cache.get_seq_length() == 2 + 9 + 2 + MOST_ROWS + 1 + 3
