@@ -368,6 +368,16 @@ def test_attention_without_a_mask_obeys_is_causal():
     assert (moved[:2] < 1e-12).all() and (moved[2:] > 1e-3).all()
 
 
+def test_a_norm_is_torchs_in_float32():
+    """`packed_layers` takes torch's operation in its place."""
+    norm = modeling_llama.LlamaRMSNorm(24, eps=1e-3)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+    rows = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)) / 10
+    wanted = torch.nn.functional.rms_norm(rows, (24,), norm.weight, norm.variance_epsilon)
+    assert norm.variance_epsilon == 1e-3 and (norm(rows) - wanted).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", pytest.param("flex_attention", marks=compiles_flex)])
 def test_masked_diffusion_sees_both_sides(implementation):
     config = MaskedDiffusionLlamaConfig(**SMALL, attn_implementation=implementation)

@@ -390,10 +390,17 @@ def test_a_fim_middle_ends_where_the_model_says_and_fits_its_context(source, inf
     assert [len(text.split()) for text in texts] == [1, 3]
     assert {2 in settings["suppress_tokens"] for _, settings in calls} == {True, False}
 
-    context, suffix = list(range(10, 22)), list(range(30, 34))
-    short = ar._fim_context([1, *context], suffix, 3)
-    assert len(short) == 13 and short[0] == 1 and set(suffix) < set(short) and 21 in short and 10 not in short
-    assert len(ar._fim_context([1, *context], [*range(30, 50)], 3)) == 13
+    asked, scored = [], ar.score_batch
+    monkeypatch.setattr(ar, "score_batch", lambda batch: asked.extend(batch) or scored(batch))
+    words = " ".join(f"w{i}" for i in range(10, 22))
+    ar.loglikelihood(asking([(words, " w3 w4", {"suffix": " w5 w6"})]), disable_tqdm=True)
+    (row,) = asked
+    form = ar._without_suffix(row)
+    assert len(form.context) + len(form.continuation) == 16 + 1 and ar.truncated["toy"] == 1
+    assert set(row.suffix) < set(form.context) and row.context[-1] in form.context
+    ar.generate_until(asking([(words, fixed.in_kwargs())], kind="generate_until"), disable_tqdm=True)
+    ids, _ = calls[-1]
+    assert ids.shape[1] + 3 <= 16 and ar.truncated["toy"] == 2
 
 
 def test_fim_tokens_are_checked(source):

@@ -67,7 +67,12 @@ class BatchedLM(HFLM):
     no BOS, the answers are then those of `HFLM`.
 
     Subclasses implement the scoring and writing of batches.
+
+    Attributes:
+        num_form_tokens: tokens that the model's form of a text with a suffix adds to it.
     """
+
+    num_form_tokens = 0
 
     def __init__(self, pretrained, **kwargs):
         for name, harmless in WITHOUT_EFFECT.items():
@@ -173,7 +178,7 @@ class BatchedLM(HFLM):
         """Cuts the given text to the model's context: the context from the left, then the suffix from the right. As in `HFLM`,
         the last token of a row, which no other token sees, may lie beyond the context.
         """
-        room = self.max_length + 1 - len(row.continuation)
+        room = self.max_length + 1 - len(row.continuation) - (self.num_form_tokens if row.suffix else 0)
         if room < 1:
             raise ValueError(
                 f"continuation of a request of {task} has {len(row.continuation)} tokens: expected at most {self.max_length}"
@@ -293,6 +298,7 @@ class BatchedLM(HFLM):
             self.max_length
             - self.most_tokens(blank, context)
             - len(encode_piece(self.tokenizer, blank.suffix, is_start=False))
+            - (self.num_form_tokens if blank.suffix.strip() else 0)
         )
         if room < 1:
             raise ValueError(f"blank and suffix of a request of {task} leave no room in {self.max_length} tokens")

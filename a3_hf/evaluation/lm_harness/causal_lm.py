@@ -83,6 +83,7 @@ class CausalLM(BatchedLM):
                 f"fim_tokens={fim_tokens!r} with infilling={infilling!r}: expected three different tokens, of prefix, suffix "
                 "and middle, with psm and spm alone"
             )
+        self.num_form_tokens = len(self._fim_tokens)
         super().__init__(pretrained, **kwargs)
         self._fim_ids = self.tokenizer.convert_tokens_to_ids(self._fim_tokens)
         absent = [token for token in self._fim_tokens if token not in self.tokenizer.get_vocab()]
@@ -119,22 +120,17 @@ class CausalLM(BatchedLM):
         if self._infilling == "best_of":
             return Scored(row.context, [*row.continuation, *row.suffix], [])
         if self._fim_ids:
-            return Scored(self._fim_context(row.context, row.suffix, len(row.continuation) - 1), row.continuation, [])
+            return Scored(self._fim_context(row.context, row.suffix), row.continuation, [])
         start = 1 if row.context[:1] == [self.prefix_token_id] else 0
         line = encode_piece(self.tokenizer, "\n", is_start=False)
         return Scored(
             [*row.context[:start], *row.suffix, *line, *row.context[start:]][-self.max_length :], row.continuation, []
         )
 
-    def _fim_context(self, context: list[int], suffix: list[int], length: int) -> list[int]:
-        """The form of `infilling` for a middle of `length` tokens; what exceeds the model's context is cut off at the start of
-        the prefix, and then at the end of the suffix.
-        """
+    def _fim_context(self, context: list[int], suffix: list[int]) -> list[int]:
+        """The form of `infilling` before a middle."""
         start = 1 if context[:1] == [self.prefix_token_id] else 0
-        over = len(context) + len(self._fim_ids) + len(suffix) + length - self.max_length
-        cut = min(max(over, 0), len(context) - start)
-        suffix = suffix[: len(suffix) - max(over - cut, 0)]
-        return [*context[:start], *fim_prompt(self._infilling, context[start + cut :], suffix, self._fim_ids)]
+        return [*context[:start], *fim_prompt(self._infilling, context[start:], suffix, self._fim_ids)]
 
     def continue_batch(
         self, contexts: Sequence[list[int]], *, max_tokens: int, until: list[str], **sampling
@@ -161,7 +157,7 @@ class CausalLM(BatchedLM):
         for context, blank, length in zip(contexts, blanks, most, strict=True):
             if self._fim_ids and blank.suffix.strip():
                 suffix = encode_piece(self.tokenizer, blank.suffix, is_start=False)
-                ids.append(self._fim_context(self._context_ids(context), suffix, length))
+                ids.append(self._fim_context(self._context_ids(context), suffix))
                 continue
             if self._infilling == "suffix_prompt" and blank.suffix.strip():
                 context = f"{blank.suffix.strip()}\n{context}"

@@ -69,7 +69,7 @@ def test_the_text_is_the_bases(slot_start, draft, side):
 
 
 def test_it_is_what_generate_writes():
-    """Of the LLaMA itself, packed and not; `infill` brings the text after a blank to the front."""
+    """Of the LLaMA itself, packed and not."""
     model, _ = adapted("left_token", attn_implementation="sdpa")
     llama = content_llama(model)
     ids, mask = prompts("left", 0)
@@ -82,6 +82,18 @@ def test_it_is_what_generate_writes():
             ids, strategy="speculative", draft="ngram", verify="content", eos_token_id=[], **settings
         )
         assert torch.equal(output.sequences, wanted)
+
+
+def test_infill_shows_the_text_after_a_blank_in_front(tokenizer):
+    model, base = adapted("left_token", vocab_size=len(tokenizer))
+    settings = {"suffix_template": "Later:{suffix}\n", "verify": "content", "strategy": "speculative"}
+    text = "The dog <blank:5> and was happy."
+    filled = model.infill(tokenizer, text, draft="ngram", **settings)
+    assert filled == base.infill(tokenizer, text, suffix_template=settings["suffix_template"])
+    assert filled != model.infill(tokenizer, text, suffix_template=settings["suffix_template"])
+    for shown in ("", None):  # in place; `None`: the model has no template of its own
+        with pytest.raises(ValueError, match="no given text after a blank"):
+            model.infill(tokenizer, text, **{**settings, "suffix_template": shown})
 
 
 @pytest.mark.parametrize("draft", ["model", "ngram"])
