@@ -315,7 +315,7 @@ def test_what_a_packed_pass_leaves_can_be_changed_and_learnt_from(calls):
 
 def test_wide_passes_write_where_packed_ones_made_room(calls):
     model = tiny_model(attn_implementation="sdpa")
-    cache = preallocated_cache(model.config.num_hidden_layers, first_room=1)
+    cache = preallocated_cache(model.config.num_hidden_layers, first_room=200)
     model.pack_weights()
     with torch.no_grad(), model.generation_context():
         for width in (2, 9, 2, MOST_ROWS + 1, 3):
