@@ -1,6 +1,7 @@
 """Base of the lm-eval models: encodes requests, cuts long ones, batches, caches and times them."""
 
 import abc
+import atexit
 import inspect
 import json
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -89,6 +91,9 @@ class BatchedLM(HFLM):
         accelerator = vars(self).get("accelerator")
         if accelerator is not None:  # HFLM shares the work among GPUs only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if self._world_size > 1:
+            # Otherwise one of the group's threads may abort the process as it ends.
+            atexit.register(PartialState().destroy_process_group)
         if self.prefix_token_id is None:
             raise ValueError("tokenizer has neither BOS nor EOS. Set prefix_token_id, the token that begins a text")
         given = {"pretrained": pretrained, **kwargs}
