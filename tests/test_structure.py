@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "models.a3_llama": "",
     "models.decoupled_rope_llama": "models.a3_llama",
     "models.masked_diffusion_llama": "models.a3_llama",
+    "models.a3_draft_head": "models.a3_llama",
     "models": "",
     "settings": "",
     "devices": "",

@@ -177,6 +177,28 @@ def all_visible_mask(implementation: str, num_rows: int, key_mask: torch.Tensor 
     return (AttentionMask(present[:, None, None, :]),)
 
 
+def tree_attention_mask(
+    implementation: str, ancestry: torch.Tensor, num_rows: int, num_keys: int, key_mask: torch.Tensor | None
+) -> AttentionMasks:
+    """Returns masks of a pass of content rows in text order, whose last ones are a tree: each row sees the keys before it and
+    its own, but of the tree only what `ancestry` (B, N, N) says. `key_mask` (B, keys) is False at padding; None: no padding.
+    """
+    _check_can_mask(implementation)
+    batch_size, num_nodes = ancestry.shape[:2]
+    visible = ancestry.new_ones(num_rows, num_keys).tril(num_keys - num_rows).repeat(batch_size, 1, 1)
+    visible[:, num_rows - num_nodes :, num_keys - num_nodes :] = ancestry
+    if key_mask is not None:
+        visible &= key_mask[:, None].bool()
+    if implementation == "flex_attention":
+
+        def mask_mod(batch, head, row, key):
+            return visible[batch, row, key]
+
+        mask = block_mask(mask_mod, batch_size, None, num_rows, num_keys, device=visible.device)
+        return (AttentionMask(mask),)
+    return (AttentionMask(visible[:, None]),)
+
+
 def next_token_mask(
     implementation: str, content_mask, rows: torch.Tensor, content_length: int, num_keys: int
 ) -> AttentionMasks:

@@ -16,7 +16,9 @@ from .generation_decoder import Decoder, NonFiniteLogitsError, SlotNoise
 from .generation_observers import Observers
 from .generation_processors import SlotProcessors
 from .generation_runner import ForwardRunner
+from .generation_sampling import HEAD_DRAFTS
 from .generation_strategies import fill_dynamic, fill_groupwise, fill_refine, fill_speculative, group_columns
+from .generation_trees import fill_checked
 from .modeling_outputs import BriefOutput
 from .orders import PADDING_GROUP, GroupOrder
 
@@ -61,6 +63,7 @@ class A3GenerationMixin:
     """Mixin with `generate_any_order`, for a model whose forward takes content tokens, slots and prepared masks."""
 
     encoder_class = ForwardRunner  # runs the forward passes
+    drafter = None  # set by `attach_draft_head`
 
     def check_generation(self, config: A3GenerationConfig) -> None:
         """Raises a ValueError for settings that this model does not support; A3 supports all."""
@@ -127,6 +130,7 @@ class A3GenerationMixin:
         cache = one_cache(past_key_values, cache, overrides)
         check_callables(logits_processor, logits_hook, commit_hook)
         config = resolve_config(generation_config, max_new_tokens, overrides, self.generation_config)
+        drafter = self._drafter_for(config)
         self.check_generation(config)
         deadline = config.deadline()
         if cache is not None and (not config.use_cache or config.cache_implementation == "static"):
@@ -171,7 +175,9 @@ class A3GenerationMixin:
             elif config.strategy == "dynamic":
                 fill_dynamic(decoder)
             elif config.strategy == "speculative":
-                fill_speculative(decoder, steps[:, :, 0])
+                is_checked = config.verify == "content" and config.draft not in (None, "model")
+                path = steps[:, :, 0]
+                fill_checked(decoder, path, drafter) if is_checked else fill_speculative(decoder, path)
             else:
                 extra_passes = fill_refine(decoder, make_again, self.log_likelihood)
 
@@ -189,6 +195,22 @@ class A3GenerationMixin:
             late.start()
             late.finish()
         return result
+
+    def _drafter_for(self, config: A3GenerationConfig):
+        """Returns what makes drafts with a head, if `config` asks for one. Sets the default of a model that has a head."""
+        if config.strategy != "speculative":
+            return None
+        if self.drafter is not None and config.draft is None and config.verify is None:
+            config.draft, config.verify = "ngram+head", "content"
+        if config.draft_width is not None and config.draft not in HEAD_DRAFTS:
+            raise ValueError(
+                f"draft_width={config.draft_width} has no effect with draft={config.draft!r}: expected a head's"
+            )
+        if config.draft not in HEAD_DRAFTS:
+            return None
+        if self.drafter is None:
+            raise ValueError(f"draft={config.draft!r}: the model has no draft head; attach_draft_head attaches one")
+        return self.drafter.ready()
 
 
 def check_callables(logits_processor, logits_hook, commit_hook) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from .generation_sampling import CRITERIA, DRAFTS, VERIFIERS
+from .generation_sampling import CRITERIA, DRAFTS, HEAD_DRAFTS, VERIFIERS
 from .input_validation import check_integers
 from .orders import ORDERS
 
@@ -17,7 +17,7 @@ DYNAMIC_OPTIONS = ("criterion", "criterion_temperature", "tokens_per_step", "thr
 OPTIONS_OF = {
     "groupwise": ("order", "group_size", "span_length"),
     "dynamic": DYNAMIC_OPTIONS,
-    "speculative": ("order", "span_length", "draft", "draft_tokens", "verify"),
+    "speculative": ("order", "span_length", "draft", "draft_tokens", "draft_width", "verify"),
     "refine": (*DYNAMIC_OPTIONS, "refine_rounds", "refine_fraction"),
 }
 STRATEGIES = tuple(OPTIONS_OF)
@@ -87,13 +87,17 @@ class A3GenerationConfig(GenerationConfig):
         entropy_budget: instead of `tokens_per_step`. Commit blanks, best first, while the sum of their entropies (nats)
             stays within it, and always the best one.
         window: dynamic, refine. Only the next `window` open blanks, in text order, are predicted.
-        draft: speculative. `"model"` (default: from slots of the same pass) or `"ngram"` (the continuation of the same two or
-            more tokens elsewhere in the text, and no draft where there is none).
-        draft_tokens: speculative. Drafts checked per pass at most; 4 by default, 7 with `"ngram"`.
+        draft: speculative. `"model"` (default: from slots of the same pass), `"ngram"` (the continuation of the same two or
+            more tokens elsewhere in the text, and no draft where there is none), `"head"` (the model's draft head; with
+            `verify="content"`) or `"ngram+head"` (the head's where the text gives none; default if the model has a head).
+        draft_tokens: speculative. Drafts checked per pass at most; 4 by default, from the text 7, from a head 8.
+        draft_width: speculative, with a head. Drafts after the same token at most, 4 by default; 1 makes chains. Processors
+            that read the text (`repetition_penalty`, bad words of several tokens, your own) always make it 1.
         verify: speculative. What checks drafts, and so decides the text. `"slots"` (default: the text is that of `groupwise`)
-            or `"content"`: the content stream, so that the text is that of a plain LLaMA, with `rows: slots` the untouched
-            base's, and `log_probs` are its. It needs left to right, no given text after a blank, and a new last token where a
-            cache is passed; fewer rows are encoded.
+            or `"content"` (default if the model has a draft head): the content stream, so that the text is that of a plain
+            LLaMA, with `rows: slots` the untouched base's, and `log_probs` are its. It needs left to right, no given text
+            after a blank, and a new last token where a cache is passed; fewer rows are encoded. Sampled texts are those of
+            one token at a time with the same seed, except with `draft="model"`, where they have the same distribution.
         refine_rounds: refine. Number of rounds, 4 by default.
         refine_fraction: refine. Fraction of the written tokens that a round reopens, 0.25 by default; in (0, 1].
         use_cache: True (default): committed groups stay in the key/value cache, exactly. False encodes the whole text at
@@ -167,6 +171,7 @@ class A3GenerationConfig(GenerationConfig):
             "tokens_per_step",
             "window",
             "draft_tokens",
+            "draft_width",
             "refine_rounds",
         ):
             _check_count(option, getattr(self, option))
@@ -177,6 +182,15 @@ class A3GenerationConfig(GenerationConfig):
             _check_choice("draft", self.draft, DRAFTS)
         if self.verify is not None:
             _check_choice("verify", self.verify, VERIFIERS)
+        if self.draft in HEAD_DRAFTS and (self.verify != "content" or not self.use_cache):
+            raise ValueError(
+                f"draft={self.draft!r} with verify={self.verify!r} and use_cache={self.use_cache}: expected verify='content' "
+                "and use_cache=True, as a draft head starts from the content stream and its cache"
+            )
+        if self.draft_width is not None and self.draft in ("model", "ngram"):
+            raise ValueError(
+                f"draft_width={self.draft_width} has no effect with draft={self.draft!r}: expected a draft head"
+            )
         _check_fraction("refine_fraction", self.refine_fraction)
         if self.forced_eos_token_id is not None and self.max_new_tokens is None:
             raise ValueError("forced_eos_token_id needs max_new_tokens")

@@ -47,8 +47,8 @@ class SlotNoise:
         )  # the number of a blank in its row, from 1; 0 for the padding column
         self.place = torch.nn.functional.pad(place, (0, 1))
 
-    def uniform(self, columns: torch.Tensor, step: int, purpose: int) -> torch.Tensor:
-        """Returns (B, n) numbers in [0, 1) for the canvas `columns` (B, n)."""
+    def uniform(self, columns: torch.Tensor, step: int | torch.Tensor, purpose: int) -> torch.Tensor:
+        """Returns (B, n) numbers in [0, 1) for the canvas `columns` (B, n) at a step, or at steps (B, n)."""
         return uniform_noise(self.seeds, self.place.gather(1, columns), step, purpose)
 
     def afresh(self) -> "SlotNoise":

@@ -48,6 +48,11 @@ class SlotProcessors:
             if config.do_sample and value is not None and value != off:
                 self.warpers.append(warper(value))
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether a slot's scores depend on the text around it."""
+        return bool(len(self.contextual) or self.bad_words)
+
     def process(self, logits: torch.Tensor, slots: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         """Applies all processors except the sampling ones to logits (B, Q, V) of the columns `slots` (B, Q).
 

@@ -7,7 +7,13 @@ from torch.nn.functional import pad
 from transformers import StaticCache
 from transformers.cache_utils import Cache
 
-from .attention_masks import all_visible_mask, group_attention_mask, groups_of, prompt_attention_mask
+from .attention_masks import (
+    all_visible_mask,
+    group_attention_mask,
+    groups_of,
+    prompt_attention_mask,
+    tree_attention_mask,
+)
 from .compiling import raise_recompile_limit
 from .generation_cache import first_tokens, preallocated_cache
 from .generation_canvas import Canvas, columns_of
@@ -48,6 +54,9 @@ class ForwardRunner:
         self.encoded = torch.empty(canvas.sequences.shape[0], 0, dtype=torch.long, device=device)
         self.groups = torch.empty(0, dtype=torch.long, device=device)
         self.next_group = 0
+        self.kept_layer: int | None = None  # of whose input passes keep the content rows, as `kept_states` (B, C, D)
+        self.kept_states: torch.Tensor | None = None
+        self.last_content = 0  # columns of the last pass
         self.lead = int(canvas.blank_mask.any(dim=0).long().argmax())  # the columns before the first blank of any row
         if not use_cache:
             self.cache = None
@@ -80,6 +89,7 @@ class ForwardRunner:
         singletons: bool = False,
         slot_groups: torch.Tensor | None = None,
         logits_at: torch.Tensor | None = None,
+        tree: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Encodes the new columns `content` (B, C) and returns logits (B, Q, V) of the columns `slots` (B, Q), given all
         content so far.
@@ -88,9 +98,12 @@ class ForwardRunner:
             singletons: each new column is a group, in the order given; otherwise all are one group.
             slot_groups: (Q,) with `singletons`: slot q sees the first `slot_groups[q]` columns of `content`. None: all.
             logits_at: (B, n) places in `content`, whose next-token logits come before those of the slots, (B, n + Q, V).
+            tree: with `singletons` and no slots: (B, N) the tokens of the last N columns of `content`, and (B, N, N) which of
+                these columns each of them sees.
         """
         num_new, num_slots, device = content.shape[1], slots.shape[1], content.device
         num_cached = self.encoded.shape[1]
+        self.last_content = num_new
         left = {}
         if self.model.config.slot_start == "left_token":
             left["target_input_ids"] = self._left_tokens(content, slots, slot_groups)
@@ -99,7 +112,7 @@ class ForwardRunner:
         first_group = self.next_group
         self.next_group += num_new if singletons else 1
         self.encoded = torch.cat([self.encoded, content], dim=1)
-        key_mask = self.encoded != self.canvas.pad_column if self.ragged else None
+        key_mask = self.key_mask()
         if slot_groups is None:
             slot_groups = torch.full((num_slots,), num_new if singletons else 1, device=device)
         rows = content.shape[0] if self.ragged else 1
@@ -109,6 +122,12 @@ class ForwardRunner:
             at["content_logits_at"] = (torch.arange(len(content), device=device)[:, None].expand_as(in_pass), in_pass)
         if self.cache is None:
             content, num_cached = self.encoded, 0
+        has_tree = tree is not None and tree[0].shape[1] > 0
+        input_ids = self.canvas.sequences.gather(1, content)
+        if has_tree:
+            input_ids[:, -tree[0].shape[1] :] = tree[0]
+            masks = tree_attention_mask(self.implementation, tree[1], content.shape[1], self.encoded.shape[1], key_mask)
+        elif self.cache is None:
             if self.one_group:
                 masks = all_visible_mask(self.implementation, content.shape[1] + num_slots, key_mask)
             else:
@@ -137,8 +156,10 @@ class ForwardRunner:
             masks = all_visible_mask(self.implementation, num_new + num_slots, key_mask)
         call = self.call if self.compiled_call is None or self.passes == 0 else self.compiled_call
         self.passes += 1
+        if self.kept_layer is not None:
+            at["kept_layer"] = self.kept_layer
         output = call(
-            input_ids=self.canvas.sequences.gather(1, content),
+            input_ids=input_ids,
             position_ids=self.canvas.position_ids.gather(1, content),
             target_position_ids=self.canvas.position_ids.gather(1, slots),
             attention_mask=masks,
@@ -147,6 +168,8 @@ class ForwardRunner:
             **left,
             **at,
         )
+        if self.kept_layer is not None:
+            self.kept_states = output.kept_hidden_state
         return output.logits if logits_at is None else torch.cat([output.content_logits, output.logits], dim=1)
 
     def _left_tokens(
@@ -173,6 +196,29 @@ class ForwardRunner:
             self.encoded, self.groups = self.encoded[:, :-surplus], self.groups[:-surplus]
             if self.cache is not None:
                 self.cache.crop(-surplus)
+
+    def keep(self, places: torch.Tensor) -> None:
+        """Of the last pass's content, keeps the columns at `places` (B, n), in this order; −1: padding."""
+        num_new, num_kept = self.last_content, int((places >= 0).any(dim=0).sum())
+        places = places[:, :num_kept]
+        start = self.encoded.shape[1] - num_new
+        new = self.encoded[:, start:].gather(1, places.clamp_min(0)).masked_fill(places < 0, self.canvas.pad_column)
+        self.encoded = torch.cat([self.encoded[:, :start], new], dim=1)
+        self.groups = self.groups[: start + num_kept]
+        if self.cache is None:
+            return
+        if not (places == torch.arange(num_kept, device=places.device)).all():
+            index = places.clamp_min(0)[:, None, :, None]
+            for layer in self.cache.layers:
+                for states in (layer.keys, layer.values):
+                    moved = states[:, :, start:].take_along_dim(index, dim=2)
+                    states[:, :, start : start + num_kept] = moved
+        if num_kept < num_new:
+            self.cache.crop(num_kept - num_new)
+
+    def key_mask(self) -> torch.Tensor | None:
+        """Returns (B, cached), False where no row sees a cached key; None: all are seen."""
+        return self.encoded != self.canvas.pad_column if self.ragged else None
 
     def compact(self) -> None:
         """Removes evicted keys and values from the cache, so that they don't accumulate in a batch."""

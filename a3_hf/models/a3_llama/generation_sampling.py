@@ -3,7 +3,8 @@
 import torch
 
 CRITERIA = ("confidence", "entropy", "margin", "random")
-DRAFTS = ("model", "ngram")
+HEAD_DRAFTS = ("head", "ngram+head")
+DRAFTS = ("model", "ngram", *HEAD_DRAFTS)
 VERIFIERS = ("slots", "content")
 NGRAM_LENGTH = 3  # maximum number of left neighbours that an n-gram draft matches
 NGRAM_LEAST = 2  # and the minimum: after one alone, too few drafts stand
@@ -14,21 +15,22 @@ def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def uniform_noise(seeds: torch.Tensor, places: torch.Tensor, step: int, purpose: int) -> torch.Tensor:
+def uniform_noise(seeds: torch.Tensor, places: torch.Tensor, step: int | torch.Tensor, purpose: int) -> torch.Tensor:
     """Returns uniform numbers in [0, 1), each a hash (splitmix64-style) of its own arguments only, so a draw depends neither
     on batch, padding nor device.
 
     Args:
         seeds: (B,) int64, one per row.
         places: (B, n) int64, e.g. the blank's number in its row.
-        step: the decoding step.
+        step: the decoding step; or (B, n).
         purpose: distinguishes the draws of one step.
 
     Returns:
         (B, n) float64.
     """
     mixed = _mix(seeds[:, None] + _mix(places + 1))
-    mixed = _mix(mixed + _mix(torch.full_like(places[:1, :1], step * 64 + purpose + 1) * -7046029254386353131))
+    steps = step if isinstance(step, torch.Tensor) else torch.full_like(places[:1, :1], step)
+    mixed = _mix(mixed + _mix((steps * 64 + purpose + 1) * -7046029254386353131))
     return ((mixed >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 

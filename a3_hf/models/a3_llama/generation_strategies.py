@@ -7,12 +7,12 @@ import torch
 from .generation_canvas import Canvas, columns_of, pack
 from .generation_config import A3GenerationConfig
 from .generation_decoder import ACCEPT, RESIDUAL, SAMPLE, Decoder, SlotNoise
-from .generation_sampling import NGRAM_LEAST, accept_drafts, choose_tokens, ngram_draft
+from .generation_sampling import accept_drafts, choose_tokens
+from .generation_trees import COMPACT_EVERY, NGRAM_TOKENS, ngram_drafts
 from .orders import GroupOrder
 
-DRAFT_TOKENS, NGRAM_TOKENS = 4, 7
+DRAFT_TOKENS = 4
 REFINE_ROUNDS, REFINE_FRACTION = 4, 0.25
-COMPACT_EVERY = 16  # passes of a speculative batch between compactions of the cache
 
 
 def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
@@ -157,7 +157,7 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
             if batch_size > 1 and decoder.runner.passes % COMPACT_EVERY == 0:
                 decoder.runner.compact()
         if by_ngram:
-            drafts, next_count = _ngram_drafts(canvas, rest, next_count, next_width)
+            drafts, next_count = ngram_drafts(canvas, rest, next_count, next_width)
         else:
             source = stands[:, None] + 1 + torch.arange(next_width, device=device)
             source = torch.where(source < count[:, None], source, source - count[:, None] + width)
@@ -185,32 +185,6 @@ def _ahead(rest: torch.Tensor, skip: torch.Tensor, width: int, pad_column: int) 
     place = skip[:, None] + torch.arange(width, device=rest.device)
     padded = torch.nn.functional.pad(rest, (0, 1), value=pad_column)
     return padded.gather(1, place.clamp_max(rest.shape[1]))
-
-
-def _ngram_drafts(
-    canvas: Canvas, rest: torch.Tensor, most: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (B, n) drafts for the next columns, each based on the earlier ones, and (B,) their number: at most `most` (B,),
-    and up to the first one for which too few neighbours match, or which is an EOS.
-    """
-    pad = torch.nn.functional.pad
-    by_position = pad(canvas.by_position, (0, 1), value=canvas.pad_column)
-    tokens = canvas.sequences.gather(1, by_position)
-    known = pad(canvas.known(), (0, 1)).gather(1, by_position)
-    drafts, count, goes_on = [], torch.zeros_like(most), torch.ones_like(most, dtype=torch.bool)
-    for number, column in enumerate(rest[:, :width].unbind(dim=1)):
-        place = canvas.position_ids.gather(1, column[:, None]).masked_fill(
-            column[:, None] == canvas.pad_column, canvas.pad_column
-        )
-        draft, matched = ngram_draft(tokens[:, :-1], known[:, :-1], place[:, 0])
-        goes_on = goes_on & (number < most) & (matched >= NGRAM_LEAST) & ~torch.isin(draft, canvas.eos_token_ids)
-        if not goes_on.any():
-            break
-        drafts.append(draft)
-        count = count + goes_on
-        tokens.scatter_(1, place, draft[:, None])
-        known.scatter_(1, place, True)
-    return torch.stack(drafts, dim=1) if drafts else rest[:, :0], count
 
 
 def _without_eos(scores: torch.Tensor, eos_token_ids: torch.Tensor) -> torch.Tensor:

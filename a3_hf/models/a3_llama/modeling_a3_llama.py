@@ -85,6 +85,7 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         target_document_ids: torch.LongTensor | None = None,
         target_input_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
+        kept_layer: int | None = None,
         **kwargs,
     ) -> A3ModelOutput:
         """Runs one pass over content tokens and query slots (paper §1, both streams with one set of weights).
@@ -107,14 +108,19 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
             target_input_ids: (B, Q) with `slot_start="left_token"`: the token to the left of each slot's position if the
                 slot sees it, else −1 (`orders.left_tokens`). None: looked up in the content of this pass; required with a
                 cache or prepared `AttentionMasks`.
+            kept_layer: also return the content's hidden states before this layer (after the last one, with the number of
+                layers), which draft heads start from.
 
         Raises:
             ValueError: shapes that don't match, ids that are not integers, documents that can't be masked, an attention
-                implementation that can't express the groups, or a cache under both keywords or an unknown one.
+                implementation that can't express the groups, a layer that isn't there, or a cache under both keywords or an
+                unknown one.
             RuntimeError: the layers did not fill the cache.
         """
         cache = one_cache(past_key_values, cache, kwargs)
         check_keywords(kwargs, type(self).forward)
+        if kept_layer is not None and not 0 <= kept_layer <= len(self.layers):
+            raise ValueError(f"kept_layer={kept_layer}: expected 0 to {len(self.layers)}")
         num_cached = cache.get_seq_length() if cache is not None else 0
         input_ids = check_content(
             input_ids, inputs_embeds, self.embed_tokens.num_embeddings, may_be_empty=cache is not None
@@ -155,15 +161,19 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
         shows_layers = any(
             kwargs.get(name, getattr(self.config, name)) for name in ("output_attentions", "output_hidden_states")
         )
-        if no_gradient_in_content and slots.position_ids.shape[1] and not shows_layers:
+        kept = None
+        if no_gradient_in_content and slots.position_ids.shape[1] and not shows_layers and kept_layer is None:
             content_rows, hidden_states = run_on_frozen_content(
                 self, hidden_states, masks, position_embeddings, content_length, **kwargs
             )
             return A3ModelOutput(self.norm(hidden_states), content_hidden_state=self.norm(content_rows).detach())
         if self.packed_layers is not None and not shows_layers and self.packed_layers.can_run(hidden_states, masks):
-            hidden_states = self.packed_layers(hidden_states, masks, position_embeddings, content_length, cache)
+            hidden_states, kept = self.packed_layers(
+                hidden_states, masks, position_embeddings, content_length, cache, kept_layer
+            )
         else:
-            for decoder_layer in self.layers:
+            for index, decoder_layer in enumerate(self.layers):
+                kept = hidden_states if index == kept_layer else kept
                 hidden_states = decoder_layer(
                     hidden_states,
                     attention_mask=masks,
@@ -174,12 +184,14 @@ class A3LlamaModel(A3LlamaPreTrainedModel, LlamaModel):
                     **{CACHE: cache},
                     **kwargs,
                 )
+            kept = hidden_states if kept_layer == len(self.layers) else kept
         if cache is not None:
             check_filled(cache, filled, last_layer=last_layer)
         hidden_states = self.norm(hidden_states)
         return A3ModelOutput(
             last_hidden_state=hidden_states[:, content_length:],
             content_hidden_state=hidden_states[:, :content_length],
+            kept_hidden_state=None if kept is None else kept[:, :content_length],
             **{CACHE: cache},
         )
 
@@ -283,6 +295,7 @@ class A3LlamaForCausalLM(
         content_logits_at: tuple[torch.LongTensor, torch.LongTensor] | None = None,
         chunked_loss: bool = False,
         cache: Cache | None = None,
+        kept_layer: int | None = None,
         **kwargs,
     ) -> A3CausalLMOutput:
         """Returns logits and loss, in one of three forms:
@@ -332,6 +345,7 @@ class A3LlamaForCausalLM(
             document_ids=document_ids,
             target_document_ids=target_document_ids,
             target_input_ids=target_input_ids,
+            kept_layer=kept_layer,
             **kwargs,
         )
         packed = self.model.packed_layers
@@ -350,6 +364,7 @@ class A3LlamaForCausalLM(
             **head._asdict(),
             content_hidden_state=outputs.content_hidden_state if content_hidden_state else None,
             content_logits=content_logits,
+            kept_hidden_state=outputs.kept_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},

@@ -19,9 +19,11 @@ class A3ModelOutput(BothWordsMixin, BaseModelOutputWithPast):
         content_hidden_state: (B, C, D) of content tokens; None if not computed.
         hidden_states, attentions: if requested: C + Q rows, content first (the last of `hidden_states`: slots only).
         cache, past_key_values: content keys and values only.
+        kept_hidden_state: (B, C, D) of content tokens before layer `kept_layer`, if requested.
     """
 
     content_hidden_state: torch.FloatTensor | None = None
+    kept_hidden_state: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -31,10 +33,12 @@ class A3CausalLMOutput(BothWordsMixin, CausalLMOutputWithPast):
     Attributes:
         token_losses: (B, Q) loss of each slot in nats, without gradient, 0 where not scored; with `chunked_loss` only.
         content_hidden_state, content_logits: (B, C, D) and (N, V), if requested.
+        kept_hidden_state: as in `A3ModelOutput`.
     """
 
     token_losses: torch.FloatTensor | None = None
     content_hidden_state: torch.FloatTensor | None = None
+    kept_hidden_state: torch.FloatTensor | None = None
     content_logits: torch.FloatTensor | None = None
 
 

@@ -149,17 +149,27 @@ class PackedLayers:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         content_length: int,
         cache: Cache | None,
-    ) -> torch.Tensor:
-        """Returns the hidden states (B, C + Q, D) after the last layer. Arguments as the layers take them."""
+        kept_layer: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the hidden states (B, C + Q, D) after the last layer, and those before layer `kept_layer` if one is given.
+        Other arguments as the layers take them.
+        """
         batch_size, num_rows, width = hidden_states.shape
         rows = hidden_states.transpose(0, 1).reshape(-1, width)  # one place of all texts after another: slots come last
         mask = masks[0].mask
         if mask is not None and mask.shape[2] > 1:
             mask = mask.repeat(1, 1, self.layers[0].heads_per_key, 1)
+        kept = None
         with torch.inference_mode():  # some 4% of a pass; its tensors do not leave, as they can't be changed in place
-            for layer in self.layers:
+            for index, layer in enumerate(self.layers):
+                kept = rows if index == kept_layer else kept
                 rows = layer(rows, batch_size, mask, position_embeddings, content_length, cache)
-        return rows.clone().view(num_rows, batch_size, width).transpose(0, 1)
+        kept = rows if kept_layer == len(self.layers) else kept
+
+        def by_text(states: torch.Tensor) -> torch.Tensor:
+            return states.clone().view(num_rows, batch_size, width).transpose(0, 1)
+
+        return by_text(rows), None if kept is None else by_text(kept)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns logits (…, V) of hidden states (…, D)."""

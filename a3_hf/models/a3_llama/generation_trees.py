@@ -1,0 +1,229 @@
+"""Lossless drafts: trees of guesses, which a LLaMA's content stream checks in one pass. Not in the paper.
+
+A tree's nodes are content rows that see the text and their ancestors. The row of a node is where a LLaMA predicts the token
+after it, so the walk from the root takes at each row the token that decoding one by one would take there, and goes on while
+that token is a node. The text is the LLaMA's own, token by token: if greedy, and under sampling for the same seed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from .generation_canvas import Canvas, pack
+from .generation_decoder import SAMPLE, Decoder
+from .generation_sampling import NGRAM_LEAST, choose_tokens, ngram_draft
+
+NGRAM_TOKENS, TREE_NODES, TREE_WIDTH = 7, 8, 4
+COMPACT_EVERY = 16  # passes of a batch between compactions of the cache
+
+
+@dataclass
+class DraftTree:
+    """Guesses for each text of a batch, parents before their children.
+
+    Attributes:
+        tokens: (B, N).
+        parents: (B, N) the number of the node before; −1: the last certain token.
+        is_node: (B, N), False at padding.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    is_node: torch.Tensor
+
+    @classmethod
+    def empty(cls, batch_size: int, device: torch.device) -> "DraftTree":
+        none = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+        return cls(none, none, none.bool())
+
+    @classmethod
+    def chain(cls, tokens: torch.Tensor, count: torch.Tensor) -> "DraftTree":
+        """The tree of one path: the first `count` (B,) of `tokens` (B, N)."""
+        number = torch.arange(tokens.shape[1], device=tokens.device)
+        return cls(tokens, (number - 1).expand_as(tokens), number < count[:, None])
+
+    def with_nodes(self, tokens: torch.Tensor, parents: torch.Tensor, is_node: torch.Tensor) -> "DraftTree":
+        pairs = ((self.tokens, tokens), (self.parents, parents), (self.is_node, is_node))
+        return DraftTree(*(torch.cat(pair, dim=1) for pair in pairs))
+
+    def likeliest(self, probabilities: torch.Tensor, most: int) -> "DraftTree":
+        """The `most` nodes of the highest `probabilities` (B, N), which are no higher than their parents'."""
+        if self.tokens.shape[1] <= most:
+            return self
+        best = probabilities.argsort(dim=1, descending=True, stable=True)[:, :most].sort(dim=1).values
+        new = torch.full_like(self.tokens, -1).scatter_(1, best, torch.arange(most, device=best.device).expand_as(best))
+        parents = self.parents.gather(1, best)
+        moved = new.gather(1, parents.clamp_min(0)).masked_fill(parents < 0, -1)
+        return DraftTree(self.tokens.gather(1, best), moved, self.is_node.gather(1, best))
+
+    def merged(self, other: "DraftTree") -> "DraftTree":
+        """This tree in rows where it has nodes, else the other one."""
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+        mine, its = (
+            [pad(part, (0, width - part.shape[1])) for part in (one.tokens, one.parents, one.is_node)]
+            for one in (self, other)
+        )
+        first = self.is_node.any(dim=1, keepdim=True)
+        return DraftTree(*(torch.where(first, a, b) for a, b in zip(mine, its, strict=True)))
+
+    def ancestry(self) -> torch.Tensor:
+        """(B, N, N), True where a node (row) is another (column) or comes after it."""
+        number = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        same = (number[:, None] == number).expand(len(self.tokens), -1, -1).clone()
+        for node in range(1, len(number)):
+            parent = self.parents[:, node]
+            above = same[torch.arange(len(same)), parent.clamp_min(0)] & (parent >= 0)[:, None]
+            same[:, node] |= above
+        return same
+
+    def walk(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Follows the tree while its nodes are what is chosen.
+
+        Args:
+            chosen: (B, 1 + N) the token chosen after the last certain token, and after each node.
+
+        Returns:
+            (B, M) the rows (0: of the certain token, 1 + n: of node n) whose tokens are written, (B, M) these tokens, and
+            (B, M), False after a text's last.
+        """
+        row, goes_on = torch.zeros_like(chosen[:, 0]), torch.ones_like(chosen[:, 0], dtype=torch.bool)
+        rows, tokens, written = [], [], []
+        while True:
+            token = chosen.gather(1, row[:, None])
+            rows.append(row)
+            tokens.append(token[:, 0])
+            written.append(goes_on)
+            follows = self.is_node & (self.parents + 1 == row[:, None]) & (self.tokens == token)
+            goes_on = goes_on & follows.any(dim=1)
+            if not goes_on.any():
+                return tuple(torch.stack(each, dim=1) for each in (rows, tokens, written))
+            row = torch.where(goes_on, follows.long().argmax(dim=1) + 1, row)
+
+
+def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
+    """Fills blanks left to right by `verify="content"`, with drafts from the text so far, from a draft head, or both: the
+    head's where the text gives none.
+
+    Args:
+        path: (B, N) each row's blanks in generation order, then the padding column.
+        drafter: a `Drafter`; None: drafts come from the text alone.
+    """
+    canvas, config, runner = decoder.canvas, decoder.config, decoder.runner
+    by_ngram = drafter is None or config.draft != "head"
+    # Processors that read the text so far know one text, not a tree.
+    reads_text = decoder.processors.reads_text
+    width = 1 if reads_text else config.draft_width or TREE_WIDTH
+    most_nodes = config.draft_tokens or TREE_NODES
+    rest, pending = path, runner.given_columns()
+    if (pending == canvas.pad_column).all(dim=1).any():
+        raise ValueError(
+            "past_key_values holds a row's whole prompt: verify='content' expects a cache without its last token"
+        )
+    runner.kept_layer = None if drafter is None else drafter.kept_layer
+    tree = DraftTree.empty(len(path), path.device)
+    rank = torch.zeros_like(canvas.sequences)  # of each blank in its row
+    rank.scatter_(1, path, torch.arange(path.shape[1], device=path.device).expand_as(path))
+    while rest.shape[1]:
+        if decoder.out_of_time():
+            return decoder.fill_remaining(pending)
+        # 1. One pass over the certain tokens that are not encoded yet, and the tree.
+        ancestry = tree.ancestry()
+        depth = pad(ancestry.sum(dim=2), (1, 0))  # of each row: 0 for the certain token
+        slots = rest.gather(1, depth.clamp_max(rest.shape[1] - 1))  # the column after each row
+        slots = slots.masked_fill(~pad(tree.is_node, (1, 0), value=True), canvas.pad_column)
+        nodes = rest.gather(1, (depth[:, 1:] - 1)).masked_fill(~tree.is_node, canvas.pad_column)
+        node_places = pending.shape[1] + torch.arange(nodes.shape[1], device=nodes.device).expand_as(nodes)
+        row_places = torch.cat([_last_real(pending, canvas.pad_column), node_places], dim=1)
+        logits = decoder.logits_of(
+            torch.cat([pending, nodes], dim=1),
+            pending[:, :0],
+            singletons=True,
+            logits_at=row_places,
+            tree=(tree.tokens, ancestry),
+        )
+        # 2. The token after each row.
+        known = None
+        if reads_text:
+            canvas.sequences.scatter_(1, nodes, tree.tokens)
+            order = torch.full_like(canvas.sequences, len(tree.tokens[0])).scatter_(1, nodes, depth[:, 1:] - 1)
+            known = canvas.known()[:, None] | (order[:, None, :-1] < depth[..., None])
+        scores = decoder.warped(decoder.processed(logits, slots, known))
+        noise = decoder.chance.uniform(slots, rank.gather(1, slots), SAMPLE) if config.do_sample else None
+        rows, tokens, written = tree.walk(choose_tokens(scores, noise))
+        # 3. Commit them.
+        columns = slots.gather(1, rows).masked_fill(~written, canvas.pad_column)
+        of_rows = rows[..., None].expand(-1, -1, logits.shape[-1])
+        decoder.commit(columns, tokens, logits.gather(1, of_rows), scores.gather(1, of_rows))
+        # 4. What stays in the cache: the certain tokens, and the nodes that were right.
+        num_written = written.sum(dim=1)
+        is_right = written[:, 1:] & (rows[:, 1:] > 0)
+        right = (pending.shape[1] - 1 + rows[:, 1:]).masked_fill(~is_right, -1)
+        before = torch.arange(pending.shape[1], device=rows.device).expand(len(rows), -1)
+        final_row = rows.gather(1, num_written[:, None] - 1)
+        state_place = row_places.gather(1, final_row)
+        states = None if drafter is None else runner.kept_states[torch.arange(len(rows)), state_place[:, 0]]
+        runner.keep(torch.cat([before, right], dim=1))
+        if len(path) > 1 and runner.passes % COMPACT_EVERY == 0:
+            runner.compact()
+        # 5. The next blanks, and drafts for those after the token that the next pass encodes.
+        pending = columns.gather(1, num_written[:, None] - 1)
+        rest = pad(rest, (0, rows.shape[1]), value=canvas.pad_column)
+        ahead = num_written[:, None] + torch.arange(rest.shape[1] - rows.shape[1], device=rest.device)
+        rest = rest.gather(1, ahead)
+        if decoder.has_ended:
+            rest = decoder.mask_finished(rest)
+            rest = pack(rest, rest != canvas.pad_column, canvas.pad_column)
+        left = (rest != canvas.pad_column).sum(dim=1)
+        rest = rest[:, : int(left.max())]
+        deepest = (left - 1).clamp_min(0)  # the last blank's token is what a check chooses
+        tree = DraftTree.empty(len(path), path.device)
+        if by_ngram and rest.shape[1] > 1:
+            most = deepest.clamp_max(NGRAM_TOKENS if config.draft_tokens is None else config.draft_tokens)
+            tree = DraftTree.chain(*ngram_drafts(canvas, rest, most, int(most.max())))
+        lacks = (deepest > 0) & ~tree.is_node.any(dim=1)
+        if drafter is not None and lacks.any():
+            proposed = drafter.propose(
+                states,
+                canvas.sequences.gather(1, pending)[:, 0],
+                canvas.position_ids.gather(1, pending)[:, 0],
+                runner.cache,
+                runner.key_mask(),
+                most_nodes=most_nodes,
+                width=width,
+                deepest=deepest * lacks,
+                never=canvas.eos_token_ids,
+            )
+            tree = tree.merged(proposed)
+
+
+def _last_real(columns: torch.Tensor, pad_column: int) -> torch.Tensor:
+    """Returns (B, 1) the place of each row's last column (B, C) that is not padding; 0 if there is none."""
+    place = torch.arange(columns.shape[1], device=columns.device)
+    return torch.where(columns != pad_column, place, 0).amax(dim=1, keepdim=True)
+
+
+def ngram_drafts(
+    canvas: Canvas, rest: torch.Tensor, most: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (B, n) drafts for the next columns, each based on the earlier ones, and (B,) their number: at most `most` (B,),
+    and up to the first one for which too few neighbours match, or which is an EOS.
+    """
+    pad = torch.nn.functional.pad
+    by_position = pad(canvas.by_position, (0, 1), value=canvas.pad_column)
+    tokens = canvas.sequences.gather(1, by_position)
+    known = pad(canvas.known(), (0, 1)).gather(1, by_position)
+    drafts, count, goes_on = [], torch.zeros_like(most), torch.ones_like(most, dtype=torch.bool)
+    for number, column in enumerate(rest[:, :width].unbind(dim=1)):
+        place = canvas.position_ids.gather(1, column[:, None]).masked_fill(
+            column[:, None] == canvas.pad_column, canvas.pad_column
+        )
+        draft, matched = ngram_draft(tokens[:, :-1], known[:, :-1], place[:, 0])
+        goes_on = goes_on & (number < most) & (matched >= NGRAM_LEAST) & ~torch.isin(draft, canvas.eos_token_ids)
+        if not goes_on.any():
+            break
+        drafts.append(draft)
+        count = count + goes_on
+        tokens.scatter_(1, place, draft[:, None])
+        known.scatter_(1, place, True)
+    return torch.stack(drafts, dim=1) if drafts else rest[:, :0], count
