@@ -1,6 +1,6 @@
 """Trains a draft head for a LLaMA on what the LLaMA itself writes.
 
-    python scripts/write_text.py models/smollm2-135m greedy.jsonl --tokens 200000 --temperature 0 --opening-tokens 20 \\
+    python scripts/write_text.py models/smollm2-135m greedy.jsonl --tokens 300000 --temperature 0 --opening-tokens 20 \\
         --chat 0.5 --length 80 --batch-size 96
     python scripts/train_draft_head.py models/smollm2-135m greedy.jsonl runs/drafts --epochs 1
 

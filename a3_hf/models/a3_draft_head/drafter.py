@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from a3_hf.models.a3_llama.generation_sampling import at_least_float32
 from a3_hf.models.a3_llama.generation_trees import DraftTree
 
 from .modeling_a3_draft_head import DraftHead
@@ -79,7 +80,7 @@ class Drafter:
         for distance in range(states.shape[1]):
             slots = states[:, distance, None].expand(-1, last.shape[1] if distance else 1, -1)
             logits = head.told(slots, last, distance) @ self.weights.T
-            likely, choice = logits.softmax(dim=-1).topk(min(width, logits.shape[-1]), dim=-1)
+            likely, choice = at_least_float32(logits).softmax(dim=-1).topk(min(width, logits.shape[-1]), dim=-1)
             likely = likely * is_allowed[choice] * path[..., None] * (deepest > distance)[:, None, None]
             likely, place = likely.flatten(1).topk(min(most_nodes, likely[0].numel()), dim=1)
             likely = likely.where(likely > LEAST_PROBABILITY, 0)

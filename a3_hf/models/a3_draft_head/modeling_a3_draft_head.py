@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from a3_hf.models.a3_llama.generation_sampling import at_least_float32
 from a3_hf.models.a3_llama.packed_layers import attend
 from a3_hf.models.a3_llama.rope import apply_rotary
 
@@ -260,14 +261,14 @@ class DraftHead(PreTrainedModel):
             number = numbers[tokens.gather(1, goal)]
             scored = is_place & (to_guess.gather(1, goal) != -100) & (number >= 0)
             told = self.told(states[:, :, distance], tokens.gather(1, goal - 1), distance)
-            logits = F.linear(told[scored], weights).float()
+            logits = at_least_float32(F.linear(told[scored], weights))
             sums.append(F.cross_entropy(logits, number[scored], reduction="sum"))
             right.append((logits.argmax(dim=-1) == number[scored]).sum())
             counts.append(scored.sum())
         counts = torch.stack(counts)
         by_distance = torch.stack(sums)
         divisor = counts[0].clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        weight = WEIGHT_OF_FURTHER ** torch.arange(num_drafts, device=counts.device)
+        weight = WEIGHT_OF_FURTHER ** torch.arange(num_drafts, device=counts.device, dtype=by_distance.dtype)
         return DraftHeadOutput(
             loss=(by_distance * weight).sum() / divisor,
             losses=by_distance.detach() / counts.clamp_min(1),

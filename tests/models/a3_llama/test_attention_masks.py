@@ -8,7 +8,13 @@ from torch.nn.functional import cross_entropy
 
 from a3_hf import GroupOrder
 from a3_hf.models.a3_llama import attention_masks as masks
-from a3_hf.models.a3_llama.attention_masks import MaskCache, group_attention_mask, groups_of, sees_something
+from a3_hf.models.a3_llama.attention_masks import (
+    MaskCache,
+    group_attention_mask,
+    groups_of,
+    sees_something,
+    tree_attention_mask,
+)
 from a3_hf.models.a3_llama.orders import ContentTokens
 from a3_hf.training.model_inputs import model_inputs
 from tests.conftest import tiny_model
@@ -223,3 +229,19 @@ def test_rows_that_differ_share_no_mask():
     padded = real & (torch.arange(3) < 2)
     assert kept.masks("sdpa", ContentTokens(None, alike, alike), padded) is None
     assert kept.masks("sdpa", ContentTokens(None, alike, alike), real)[0].mask.shape == (1, 1, 6, 3)
+
+
+def test_a_trees_mask_is_the_same_for_every_implementation():
+    ancestry = torch.tensor([[[1, 0, 0], [1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 0], [0, 1, 1]]]).bool()
+    key_mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]])
+    dense = tree_attention_mask("sdpa", ancestry, 5, 7, key_mask)[0].mask
+    for text in range(2):
+        for row in range(5):
+            for key in range(7):
+                seen = ancestry[text, row - 2, key - 4] if row >= 2 and key >= 4 else key <= row + 2
+                assert dense[text, 0, row, key] == bool(seen and key_mask[text, key])
+    flex = tree_attention_mask("flex_attention", ancestry, 5, 7, key_mask)[0].mask
+    places = torch.arange(2)[:, None, None], 0, torch.arange(5)[None, :, None], torch.arange(7)[None, None]
+    assert torch.equal(flex.mask_mod(*places), dense[:, 0])
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        tree_attention_mask("flash_attention_2", ancestry, 5, 7, None)
