@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import LlamaConfig
 from transformers.utils import find_adapter_config_file
 
+from a3_hf.models.a3_draft_head.configuration_a3_draft_head import DraftHeadConfig
 from a3_hf.models.auto import ARCHITECTURES
 
 from .layers import SLOT_ADAPTER_TYPE, A3LoraConfig, SlotLoraConfig
@@ -30,13 +31,15 @@ class CheckpointInfo:
 
     Attributes:
         path: a folder or a hub id.
-        base: folder or hub id of the full model: the adapter's base, or `path` itself for a full model.
-        adapter_config: the adapter's settings; None for a full model.
+        base: folder or hub id of the full model: the base of an adapter or a draft head, or `path` itself for a full model.
+        adapter_config: the adapter's settings; None for a full model and for a draft head.
+        is_draft_head: `path` holds a draft head.
     """
 
     path: str
     base: str
     adapter_config: A3LoraConfig | None = None
+    is_draft_head: bool = False
 
     @classmethod
     def read(cls, path: str | PathLike, *, base: str | None = None) -> "CheckpointInfo":
@@ -52,6 +55,11 @@ class CheckpointInfo:
         """
         path = str(path)
         config = read_adapter_config(path)
+        head = None if config is not None else read_draft_head_config(path)
+        if head is not None:
+            if base is not None:
+                check_is_there(base)
+            return cls(path, base or _find_base(path, head.base_model_name_or_path), is_draft_head=True)
         if config is None:
             if base is not None:
                 raise ValueError(f"base={base!r}: expected None, as {path} is a full model. Leave it out.")
@@ -142,6 +150,26 @@ def read_adapter_config(path: str | PathLike) -> A3LoraConfig | None:
         raise ValueError(f"{file} has settings unknown to peft {peft.__version__}: {', '.join(unknown)}. Update peft.")
     config_class = SlotLoraConfig if kind == SLOT_ADAPTER_TYPE else A3LoraConfig
     return config_class(**{**settings, "peft_type": "LORA"})
+
+
+def read_draft_head_config(path: str) -> DraftHeadConfig | None:
+    """Reads the configuration of the draft head at `path`, a folder or a hub id; None if there is no draft head.
+
+    Raises:
+        ValueError: a draft head that does not name its base.
+    """
+    try:
+        settings = DraftHeadConfig.get_config_dict(path)[0]
+    except OSError:
+        return None
+    if settings.get("model_type") != DraftHeadConfig.model_type:
+        return None
+    config = DraftHeadConfig.from_dict(settings)
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"{path} holds a draft head whose config.json lacks base_model_name_or_path: expected its LLaMA"
+        )
+    return config
 
 
 def check_is_there(path: str, *, name: str | None = None) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
+from a3_hf.models.a3_draft_head.drafter import attach_draft_head
 from a3_hf.models.a3_llama.configuration_a3_llama import A3LlamaConfig
 from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM
 from a3_hf.models.auto import ARCHITECTURES
@@ -34,8 +35,8 @@ def load_model(
     architecture: str | None = None,
     **settings: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Loads a full model of `a3_hf.models.auto.ARCHITECTURES`, or an A3 adapter attached to its base. An adapted model has
-    all methods of `A3LlamaForCausalLM`.
+    """Loads a full model of `a3_hf.models.auto.ARCHITECTURES`, or an A3 adapter or a draft head attached to its base. An
+    adapted model has all methods of `A3LlamaForCausalLM`.
 
     Args:
         checkpoint: a folder, a hub id, or the result of `CheckpointInfo.read`.
@@ -49,6 +50,12 @@ def load_model(
         ValueError: no checkpoint (see `CheckpointInfo.read`), weights that don't fit the base, or another architecture.
     """
     info = _read(checkpoint, base)
+    if info.is_draft_head:
+        if architecture not in (None, "a3"):
+            raise ValueError(f"architecture={architecture!r}: expected 'a3', as {info.path} holds a draft head")
+        model = A3LlamaForCausalLM.from_pretrained(info.base, **settings)
+        attach_draft_head(model, info.path)
+        return model
     if info.adapter_config is None:
         architecture = architecture or info.architecture
         info.model_config(architecture)  # raises if the architecture does not match
@@ -108,7 +115,9 @@ def load_tokenizer(checkpoint: str | CheckpointInfo, *, base: str | None = None)
         ValueError: no checkpoint, no tokenizer, or a base given for a full model.
     """
     info = _read(checkpoint, base)
-    has_own = info.adapter_config is None or Path(info.path, "tokenizer_config.json").is_file()
+    has_own = (info.adapter_config is None and not info.is_draft_head) or Path(
+        info.path, "tokenizer_config.json"
+    ).is_file()
     place = info.path if has_own else info.base
     try:
         return AutoTokenizer.from_pretrained(place)
@@ -174,6 +183,10 @@ def check_start(info: CheckpointInfo, lora: LoraArguments | None, config: LlamaC
             be merged; adapters on an architecture other than A3.
     """
     stored = info.adapter_config
+    if info.is_draft_head:
+        raise ValueError(
+            f"model_name_or_path={info.path!r} holds a draft head: expected a model or an adapter to train"
+        )
     if config.model_type != A3LlamaConfig.model_type:
         if lora is not None or stored is not None:
             raise ValueError(

@@ -83,9 +83,10 @@ def _option(kind: type, help: str, default: str | bool = False, *names: str):
 
 
 ModelPath = Annotated[
-    str, typer.Argument(help="An adapted model or an adapter: a folder or a hub id.", show_default=False)
+    str,
+    typer.Argument(help="An adapted model, an adapter or a draft head: a folder or a hub id.", show_default=False),
 ]
-Base = _option(str, "Path of the adapter's base model, if it has moved.")
+Base = _option(str, "Path of the base model of an adapter or a draft head, if it has moved.")
 SlotStart = _option(str, "Start of the slots of a plain LLaMA: left_token or query_embed.")
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 SpanLength = _option(int, "Tokens per span, with the order spans.")
@@ -101,9 +102,12 @@ DECODING_OPTIONS = {
     "threshold": _option(float, "Dynamic: commit every token above this probability."),
     "entropy_budget": _option(float, "Dynamic: entropy to commit per pass, in nats."),
     "window": _option(int, "Dynamic: number of next blanks that compete.", "all"),
-    "draft": _option(str, "Speculative: model or ngram.", "model"),
-    "draft_tokens": _option(int, "Speculative: most drafts per pass.", "4, ngram 7"),
-    "verify": _option(str, "Speculative: slots, or content, for the text of the plain LLaMA.", "slots"),
+    "draft": _option(str, "Speculative: model, ngram, head or ngram+head.", "model; with a draft head, ngram+head"),
+    "draft_tokens": _option(int, "Speculative: most drafts per pass.", "4, ngram 7, head 8"),
+    "draft_width": _option(int, "Speculative, with a draft head: most drafts after one token; 1: chains.", "4"),
+    "verify": _option(
+        str, "Speculative: slots, or content, for the text of the plain LLaMA.", "slots; with a draft head, content"
+    ),
 }
 GENERATION_OPTIONS = {
     **DECODING_OPTIONS,

@@ -85,7 +85,10 @@ def generate(
     *,
     settings: dict,
 ) -> None:
-    """Continue a prompt, several tokens per pass, and print both. The text ends at the first end-of-text token."""
+    """Continue a prompt, several tokens per pass, and print both. The text ends at the first end-of-text token.
+
+    With a draft head, the text is that of its base, in fewer passes.
+    """
     import torch
 
     from a3_hf.models.a3_llama.infilling_templates import decode_after, encode_prompt
@@ -93,6 +96,8 @@ def generate(
     _check_settings(settings, max_new_tokens=max_new_tokens)
     check_page(html)
     a3, tokenizer = load(model, base=base, slot_start=slot_start)
+    if getattr(a3, "drafter", None) is not None:
+        settings.setdefault("strategy", "speculative")
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=a3.device)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     output = a3.generate_any_order(ids, max_new_tokens=max_new_tokens, **ends, **settings)

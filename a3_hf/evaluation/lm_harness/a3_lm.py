@@ -71,6 +71,11 @@ class A3LM(BatchedLM):
         **kwargs: Any,
     ):
         checkpoint = CheckpointInfo.read(pretrained, base=base) if isinstance(pretrained, str) else None
+        if checkpoint is not None and checkpoint.is_draft_head:
+            raise ValueError(
+                f"pretrained={pretrained!r} holds a draft head, which changes no likelihood and no text: expected a model or "
+                "an adapter"
+            )
         architecture = _architecture(pretrained) if checkpoint is None else checkpoint.architecture
         is_diffusion = architecture == "masked_diffusion"
         if decoding is None:
