@@ -5,8 +5,12 @@ adapters with peft. Imports the package's public names, which `a3_hf` re-exports
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from a3_hf import adapters  # noqa: F401  (it registers them)
+from a3_hf.models.a3_draft_head.configuration_a3_draft_head import DraftHeadConfig
+from a3_hf.models.a3_draft_head.drafter import attach_draft_head
+from a3_hf.models.a3_draft_head.modeling_a3_draft_head import DraftHead
 from a3_hf.models.a3_llama.configuration_a3_llama import A3LlamaConfig
 from a3_hf.models.a3_llama.generation_config import A3GenerationConfig
+from a3_hf.models.a3_llama.generation_lossless import lossless
 from a3_hf.models.a3_llama.infilling_pipeline import A3InfillingPipeline
 from a3_hf.models.a3_llama.modeling_a3_llama import A3LlamaForCausalLM, A3LlamaModel
 from a3_hf.models.a3_llama.orders import GroupOrder
@@ -36,9 +40,13 @@ __all__ = [
     "DecoupledRopeLlamaConfig",
     "DecoupledRopeLlamaForCausalLM",
     "DecoupledRopeLlamaModel",
+    "DraftHead",
+    "DraftHeadConfig",
     "GroupOrder",
     "MaskedDiffusionLlamaConfig",
     "MaskedDiffusionLlamaForCausalLM",
+    "attach_draft_head",
+    "lossless",
 ]
 
 warn_if_newer()

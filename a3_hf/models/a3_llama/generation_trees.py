@@ -5,6 +5,8 @@ after it, so the walk from the root takes at each row the token that decoding on
 that token is a node. The text is the LLaMA's own, token by token: if greedy, and under sampling for the same seed.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from .generation_sampling import NGRAM_LEAST, choose_tokens, ngram_draft
 
 NGRAM_TOKENS, TREE_NODES, TREE_WIDTH = 7, 8, 4
 COMPACT_EVERY = 16  # passes of a batch between compactions of the cache
+PROBED_PASSES, KEPT_PASSES = 4, 48  # with and without drafts in turns; and then with what was faster
 
 
 @dataclass
@@ -101,6 +104,34 @@ class DraftTree:
             row = torch.where(goes_on, follows.long().argmax(dim=1) + 1, row)
 
 
+class Pace:
+    """Whether a batch is written faster with drafts or without, by the clock: in a batch the rows of drafts may cost more than
+    they bring. Both are tried in turns, the faster one is kept, and after a while the other is tried again.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.clock, self.drafts = clock, True
+        self._rates: dict[bool, float] = {}  # tokens a second
+        self._tokens, self._passes, self._left, self._start = 0, 0, PROBED_PASSES, clock()
+
+    def after_pass(self, num_tokens: int) -> None:
+        """Counts a pass and what it wrote."""
+        self._tokens += num_tokens
+        self._left -= 1
+        if self._left:
+            return
+        now = self.clock()
+        self._rates[self.drafts] = self._tokens / max(now - self._start, 1e-9)
+        other = not self.drafts
+        is_new = other not in self._rates
+        best = max(self._rates, key=self._rates.get)
+        if self._passes == KEPT_PASSES or is_new:  # try the other one
+            self.drafts, self._left, self._passes = other, PROBED_PASSES, PROBED_PASSES
+        else:
+            self.drafts, self._left, self._passes = best, KEPT_PASSES, KEPT_PASSES
+        self._tokens, self._start = 0, now
+
+
 def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
     """Fills blanks left to right by `verify="content"`, with drafts from the text so far, from a draft head, or both: the
     head's where the text gives none.
@@ -122,6 +153,7 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
         )
     runner.kept_layer = None if drafter is None else drafter.kept_layer
     tree = DraftTree.empty(len(path), path.device)
+    pace = Pace() if len(path) > 1 else None
     rank = torch.zeros_like(canvas.sequences)  # of each blank in its row
     rank.scatter_(1, path, torch.arange(path.shape[1], device=path.device).expand_as(path))
     while rest.shape[1]:
@@ -178,6 +210,13 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
         rest = rest[:, : int(left.max())]
         deepest = (left - 1).clamp_min(0)  # the last blank's token is what a check chooses
         tree = DraftTree.empty(len(path), path.device)
+        if pace is not None:
+            if runner.passes == 1:
+                pace = Pace()  # the prompt's pass does not count
+            else:
+                pace.after_pass(int((columns != canvas.pad_column).sum()))
+            if not pace.drafts:
+                continue
         if by_ngram and rest.shape[1] > 1:
             most = deepest.clamp_max(NGRAM_TOKENS if config.draft_tokens is None else config.draft_tokens)
             tree = DraftTree.chain(*ngram_drafts(canvas, rest, most, int(most.max())))

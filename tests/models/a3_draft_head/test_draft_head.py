@@ -14,7 +14,7 @@ from a3_hf.models.a3_draft_head import drafter as drafter_module
 from a3_hf.models.a3_draft_head.configuration_a3_draft_head import DraftHeadConfig
 from a3_hf.models.a3_draft_head.drafter import Drafter, attach_draft_head
 from a3_hf.models.a3_draft_head.modeling_a3_draft_head import ADAPTER_SCALE, WEIGHT_OF_FURTHER, DraftHead
-from a3_hf.models.a3_llama.generation_trees import DraftTree
+from a3_hf.models.a3_llama.generation_trees import DraftTree, Pace
 from tests.conftest import tiny_model
 
 SHAPE = {
@@ -175,6 +175,25 @@ def random_tree(num_nodes: int, seed: int) -> DraftTree:
     tokens = torch.arange(num_nodes).expand(2, -1)  # no two children of a node share a token
     is_node = torch.tensor([[True] * num_nodes, [True] * (num_nodes - 2) + [False] * 2])
     return DraftTree(tokens, parents, is_node)
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [((1.0, 0.6), True), ((1.0, 0.3), False)])
+def test_a_batch_keeps_to_what_is_faster(seconds, faster):
+    """Two tokens a pass with drafts and one without, at these costs of a pass; then the costs change places."""
+    now = 0.0
+    pace = Pace(lambda: now)
+    taken = []
+    for number in range(400):
+        with_drafts = pace.drafts
+        cost = seconds[0] if with_drafts else seconds[1]
+        if number >= 200:
+            cost = 1.0 if with_drafts is faster else 0.1  # the other one is faster from here
+        taken.append(with_drafts)
+        now += cost
+        pace.after_pass(2 if with_drafts else 1)
+    assert taken[:4] == [True] * 4 and taken[4:8] == [False] * 4
+    assert taken[8:200].count(faster) > 170
+    assert taken[300:].count(not faster) > 85
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -18,6 +18,7 @@ from a3_hf.models.a3_draft_head import drafter
 from a3_hf.models.a3_draft_head.configuration_a3_draft_head import DraftHeadConfig
 from a3_hf.models.a3_draft_head.drafter import attach_draft_head
 from a3_hf.models.a3_draft_head.modeling_a3_draft_head import DraftHead
+from a3_hf.models.a3_llama import generation_trees
 from tests.conftest import tiny_model
 
 SHAPE = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "initializer_range": 0.8}
@@ -40,7 +41,9 @@ def adapted(slot_start: str, **settings) -> tuple[PeftModel, A3LlamaForCausalLM]
 
 @pytest.fixture(autouse=True)
 def bushy_trees(monkeypatch):
+    """And no pass without one, whatever the clock says."""
     monkeypatch.setattr(drafter, "LEAST_PROBABILITY", 0.0)
+    monkeypatch.setattr(generation_trees, "PROBED_PASSES", 1000)
 
 
 def prompts(side: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,6 +165,14 @@ def test_samples_follow_the_bases_joint(draft):
         counts += torch.bincount((output.sequences[:, 3:] * place).sum(1), minlength=3**new)
     expected = (2 * joint * (1 - joint) / torch.pi / counts.sum()).sqrt().sum() / 2
     assert (counts / counts.sum() - joint).abs().sum() / 2 < 1.25 * expected
+
+
+def test_a_batch_may_leave_drafts_and_come_back(monkeypatch):
+    """Which the clock decides, pass by pass; the text is the same."""
+    for number in (1, 2):
+        monkeypatch.setattr(generation_trees, "PROBED_PASSES", number)
+        monkeypatch.setattr(generation_trees, "KEPT_PASSES", number)
+        test_the_text_is_the_bases("left_token", "ngram+head", "left")
 
 
 def test_a_cache_may_hold_all_but_the_last_token():
