@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("base", help="a LLaMA")
     parser.add_argument("text", type=Path, help="documents of write_text.py, .jsonl")
     parser.add_argument("output", type=Path, help="folder")
+    parser.add_argument("--start", help="a draft head to go on from; sizes and candidates are its")
+    parser.add_argument("--skip", type=int, default=0, help="first documents, which that head has learnt")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -84,6 +86,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()
     documents = read_documents(arguments.text)
+    if not 0 <= arguments.skip < len(documents):
+        parser.error(f"skip={arguments.skip}: expected 0 to {len(documents) - 1}")
+    documents = documents[arguments.skip :]
     if not 1 <= arguments.held_out < len(documents):
         parser.error(f"held_out={arguments.held_out}: expected 1 to {len(documents) - 1}")
     learnt, held_out = documents[: -arguments.held_out], documents[-arguments.held_out :]
@@ -98,8 +103,11 @@ def main() -> None:
     if arguments.first_layer is not None:
         sizes["first_layer"] = arguments.first_layer
     set_seed(arguments.seed)
-    head = DraftHead(DraftHeadConfig.for_base(base.config, base_model_name_or_path=arguments.base, **sizes))
-    head.candidates.copy_(likely_tokens(learnt, sizes["num_candidates"]))
+    if arguments.start:
+        head = DraftHead.from_pretrained(arguments.start, dtype=torch.float32)
+    else:
+        head = DraftHead(DraftHeadConfig.for_base(base.config, base_model_name_or_path=arguments.base, **sizes))
+        head.candidates.copy_(likely_tokens(learnt, sizes["num_candidates"]))
     head.attach_to(base)
     trainer = Trainer(
         model=head,
