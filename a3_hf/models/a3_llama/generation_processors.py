@@ -69,7 +69,8 @@ class SlotProcessors:
             logits = self._without(words, logits, slots, known)
         if self.eos.numel():
             inside = (slots < self._last_known(known))[..., None]
-            logits = torch.where(inside, logits.index_fill(-1, self.eos, -torch.inf), logits)
+            if logits.device.type != "cpu" or inside.any():  # on a GPU, to ask takes longer than the copy
+                logits = torch.where(inside, logits.index_fill(-1, self.eos, -torch.inf), logits)
         if self.forced_eos is not None:
             last = (slots == self.canvas.pad_column - 1)[..., None]
             other = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)

@@ -170,7 +170,9 @@ class ForwardRunner:
         )
         if self.kept_layer is not None:
             self.kept_states = output.kept_hidden_state
-        return output.logits if logits_at is None else torch.cat([output.content_logits, output.logits], dim=1)
+        if logits_at is None:
+            return output.logits
+        return torch.cat([output.content_logits, output.logits], dim=1) if num_slots else output.content_logits
 
     def _left_tokens(
         self, content: torch.Tensor, slots: torch.Tensor, slot_groups: torch.Tensor | None

@@ -185,8 +185,9 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
         rows, tokens, written = tree.walk(choose_tokens(scores, noise))
         # 3. Commit them.
         columns = slots.gather(1, rows).masked_fill(~written, canvas.pad_column)
-        of_rows = rows[..., None].expand(-1, -1, logits.shape[-1])
-        decoder.commit(columns, tokens, logits.gather(1, of_rows), scores.gather(1, of_rows))
+        text = torch.arange(len(rows), device=rows.device)[:, None]
+        of_rows = logits[text, rows]
+        decoder.commit(columns, tokens, of_rows, of_rows if scores is logits else scores[text, rows])
         # 4. What stays in the cache: the certain tokens, and the nodes that were right.
         num_written = written.sum(dim=1)
         is_right = written[:, 1:] & (rows[:, 1:] > 0)
@@ -194,7 +195,7 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
         before = torch.arange(pending.shape[1], device=rows.device).expand(len(rows), -1)
         final_row = rows.gather(1, num_written[:, None] - 1)
         state_place = row_places.gather(1, final_row)
-        states = None if drafter is None else runner.kept_states[torch.arange(len(rows)), state_place[:, 0]]
+        states = None if drafter is None else runner.kept_states[text[:, 0], state_place[:, 0]]
         runner.keep(torch.cat([before, right], dim=1))
         if len(path) > 1 and runner.passes % COMPACT_EVERY == 0:
             runner.compact()
