@@ -1,4 +1,5 @@
-"""A3 on a pretrained LLaMA in a few minutes on a CPU, offline: blanks, an adapter, groups, and an adaptation of your own.
+"""A3 on a pretrained LLaMA in a few minutes on a CPU, offline: blanks, an adapter, groups, the LLaMA's own text in fewer
+passes, and an adaptation of your own.
 
     make demo                                   # brings the model, then calls this
     python examples/demo.py --text notes.txt    # adapts to a text of yours
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from story_language import sample_stories
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
+from a3_hf import attach_draft_head
 from a3_hf.adapters.checkpoints import load_model, load_tokenizer
 from a3_hf.evaluation.measures.sentence_nats import IN_PLACE, arrange, blank_nats, mean_nats, split_story
 from a3_hf.models.a3_llama.infilling_templates import Template, encode_prompt
@@ -46,7 +49,7 @@ BLANKS = (
     "We waited at the <blank:2> for an hour, but the train never came.",
     "Dear Anna, thank you for the <blank:2> you gave me. It keeps my head warm all winter.",
 )
-# After step 4, and at any time.
+# After step 5, and at any time.
 MADE_BLANK = (
     "someone hid a <blank:2> in the attic . mia asked tom for help . later mia found the red key in the attic ."
 )
@@ -80,6 +83,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--adapter", type=Path, default=Path("adapters/smollm2-135m"), help="a trained adapter's folder"
     )
+    parser.add_argument(
+        "--drafts", type=Path, default=Path("adapters/smollm2-135m-drafts"), help="a trained draft head's folder"
+    )
     parser.add_argument("--text", type=Path, help="UTF-8 text to adapt to (default: stories of a made-up language)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo-smollm2"), help="where the demo writes")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
@@ -106,14 +112,17 @@ def check(arguments: argparse.Namespace, size: Size) -> str:
     """Returns the text to adapt to.
 
     Raises:
-        ValueError: no model, an adapter's folder without an adapter or that step 4 writes to, or a text that can't be used.
+        ValueError: no model, a folder for an adapter or a draft head that holds none, an adapter's folder that step 5 writes
+            to, or a text that can't be used.
     """
     if not (arguments.model / "config.json").is_file():
         raise ValueError(f"--model {arguments.model}: holds no model; `make smollm2` brings one to models/smollm2-135m")
     if arguments.adapter.exists() and not (arguments.adapter / "adapter_config.json").is_file():
         raise ValueError(f"--adapter {arguments.adapter}: holds no adapter (no adapter_config.json)")
     if arguments.adapter.resolve() == (arguments.output_dir / "adapter").resolve():
-        raise ValueError(f"--adapter {arguments.adapter}: step 4 writes there; give another --output-dir")
+        raise ValueError(f"--adapter {arguments.adapter}: step 5 writes there; give another --output-dir")
+    if arguments.drafts.exists() and not (arguments.drafts / "config.json").is_file():
+        raise ValueError(f"--drafts {arguments.drafts}: holds no draft head (no config.json)")
     if arguments.text is None:
         return "\n\n".join(story.text for story in sample_stories(size.made_stories, seed=0))
     return read_text(arguments.text)
@@ -160,13 +169,18 @@ def demonstrate(arguments: argparse.Namespace, size: Size, text: str) -> int:
     console.rule(f"3. Groups of {GROUP_SIZE} tokens against one at a time")
     show_speed(base, base if adapted is None else adapted, tokenizer, stories[0], size)
 
-    console.rule("4. A minute of adaptation to a text")
+    console.rule("4. The LLaMA's own text in fewer passes")
+    if arguments.drafts.exists():
+        attach_draft_head(base, arguments.drafts)
+    show_lossless(base, tokenizer, stories[0], size)
+
+    console.rule("5. A minute of adaptation to a text")
     del base, adapted
     code = adapt(arguments, size, text)
     if code:
         return code
 
-    console.rule("5. Next")
+    console.rule("6. Next")
     console.print(f"The demo took {time.perf_counter() - start:.0f} s. With the environment activated:")
     show_next(arguments)
     return 0
@@ -179,7 +193,7 @@ def show_next(arguments: argparse.Namespace) -> None:
     longer = recipe_words(arguments, max_steps=300, output_dir=arguments.output_dir / "longer")
     for about, words in (
         ("a text of yours, with a blank of any length", ["a3", "infill", best, OWN_BLANK]),
-        ("what the adapter of step 4 has learnt", ["a3", "infill", own, text]),
+        ("what the adapter of step 5 has learnt", ["a3", "infill", own, text]),
         ("a longer adaptation to the same text", ["a3", "adapt", os.path.relpath(RECIPE), *longer]),
     ):
         console.print(f"  {about}:\n    {command_line(words)}", soft_wrap=True, markup=False, highlight=False)
@@ -310,6 +324,56 @@ def show_speed(
         "Groups bring speed. What they cost depends on the training: the tokens of a group don't see each other while they "
         "are chosen, and a LLaMA that has not been trained for groups writes poorly in them.\n"
     )
+
+
+def show_lossless(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, story: tuple[str, str, str], size: Size
+) -> None:
+    """Times the LLaMA's own text with drafts that it checks itself, and prints how many were right in each pass."""
+    prompt = torch.tensor([encode_prompt(tokenizer, story[0])])
+    mask = torch.ones_like(prompt)
+    drafts = "ngram" if base.drafter is None else "ngram+head"
+    outputs = []
+
+    def one_by_one(count: int) -> torch.Tensor:
+        lengths = {"max_new_tokens": count, "min_new_tokens": count}
+        return base.generate(prompt, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
+
+    def drafted(count: int) -> torch.Tensor:
+        settings = {"strategy": "speculative", "draft": drafts, "verify": "content", "suppress_tokens": ends}
+        outputs.append(base.generate_any_order(prompt, max_new_tokens=count, eos_token_id=[], **settings))
+        return outputs[-1].sequences
+
+    end = base.generation_config.eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    seconds = {one_by_one: [], drafted: []}
+    texts = {write: write(2) for write in seconds}  # warms up
+    for _ in track(range(size.speed_repeats), "in turns"):
+        for write in seconds:
+            elapsed, texts[write] = timed(write, size.speed_tokens)
+            seconds[write].append(elapsed)
+    medians = {write: statistics.median(times) for write, times in seconds.items()}
+    table = Table()
+    for name in ("", "passes", "tokens a pass", "tokens/s", "against generate"):
+        table.add_column(name, justify="right" if name else "left")
+    source = "the text so far" if drafts == "ngram" else "the text so far and a draft head"
+    for name, write, passes in (
+        ("LLaMA, generate", one_by_one, size.speed_tokens),
+        ("A3, the same text", drafted, outputs[-1].num_forward_passes),
+    ):
+        cells = (f"{size.speed_tokens / passes:.2f}", f"{size.speed_tokens / medians[write]:.1f}")
+        table.add_row(name, str(passes), *cells, f"{medians[one_by_one] / medians[write]:.2f} ×")
+    console.print(f"Drafts from {source}, checked by the LLaMA itself; {size.speed_tokens} tokens, one row.")
+    console.print(table)
+    same = torch.equal(texts[one_by_one], texts[drafted])
+    console.print(f"The texts are {'the same, token by token' if same else 'NOT the same'}.")
+    steps = outputs[-1].commit_step[0, prompt.shape[1] :]
+    right = Counter((steps.bincount() - 1).tolist())
+    console.print("Passes by the number of drafts that were right in them:")
+    for number in range(max(right) + 1):
+        console.print(f"  {number}  {'█' * right[number]} {right[number]}", highlight=False)
+    text = tokenizer.decode(texts[drafted][0, prompt.shape[1] :], skip_special_tokens=True)
+    console.print(f"[dim]Both:[/] … {shown(text)}\n", soft_wrap=True, highlight=False)
 
 
 def timed(write: Callable[[int], torch.Tensor], count: int) -> tuple[float, torch.Tensor]:

@@ -12,8 +12,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from a3_hf.models.a3_draft_head.configuration_a3_draft_head import DraftHeadConfig
+from a3_hf.models.a3_draft_head.modeling_a3_draft_head import DraftHead
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +162,8 @@ def test_the_demo_runs_without_an_adapter_and_then_with_the_one_it_made(clone):
         "stories better than prompted",
         "tokens/s",
         "groups of 4",
+        "Drafts from the text so far, checked",
+        "The texts are the same, token by token.",
         "loss per order",
         "Held-out",
     ):
@@ -170,8 +174,14 @@ def test_the_demo_runs_without_an_adapter_and_then_with_the_one_it_made(clone):
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     shutil.copytree(adapter, adapter.with_name("made"))  # a second demo writes to the folder of the first
 
-    both = run_demo(clone, "--adapter", "runs/demo-smollm2/made")
+    config = DraftHeadConfig.for_base(
+        AutoConfig.from_pretrained(clone / "models" / "smollm2-135m"), sampler_size=4, rank=2
+    )
+    DraftHead(config).save_pretrained(clone / "head")
+    both = run_demo(clone, "--adapter", "runs/demo-smollm2/made", "--drafts", "head")
     assert both.returncode == 0, both.stderr
+    assert "Drafts from the text so far and a draft head," in both.stdout
+    assert "The texts are the same, token by token." in both.stdout
     assert "There is no adapter" not in both.stdout
     assert len(re.findall(r"^ adapter ", both.stdout, re.MULTILINE)) == 2, "a text of the adapter for each story"
     assert (adapter / "adapter_model.safetensors").read_bytes() == weights, "the same start and data"
@@ -238,7 +248,7 @@ def test_the_demo_does_not_write_over_the_adapter_that_it_shows(demo, clone, mon
     monkeypatch.chdir(clone)
     with pytest.raises(SystemExit):
         demo.main(["--adapter", "runs/mine/adapter", "--output-dir", "./runs/mine"])
-    assert "step 4 writes there" in capsys.readouterr().err
+    assert "step 5 writes there" in capsys.readouterr().err
 
 
 def test_a_stopped_demo_says_so(demo, clone, monkeypatch, capsys):
