@@ -133,31 +133,34 @@ class DraftHead(PreTrainedModel):
         self.base = [base]
         return self
 
-    def late_layers(self, *, merged: bool = False) -> list[LateLayer]:
-        """The layers that slots pass; `merged`: with the head's weights added to copies of the base's."""
+    def late_layers(self) -> list[LateLayer]:
+        """The layers that slots pass, to learn."""
 
-        def product(weights: Sequence[torch.Tensor], adapter: LowRank | None) -> Product:
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            if merged or adapter is None:
-                if adapter is not None:
-                    weight = weight + adapter.matrix().to(weight)
-                return lambda rows: F.linear(rows, weight)
-            return lambda rows: F.linear(rows, weight) + adapter(rows)
+        def product(weight: torch.Tensor, adapter: LowRank | None) -> Product:
+            return lambda rows: F.linear(rows, weight) + (0 if adapter is None else adapter(rows))
 
+        return self._layers(product)
+
+    def merged_layers(self, product: Callable[[torch.Tensor], Product]) -> list[LateLayer]:
+        """The layers that slots pass, with the head's weights added to copies of the base's; `product` makes a function of a
+        weight.
+        """
+
+        def merged(weight: torch.Tensor, adapter: LowRank | None) -> Product:
+            return product(weight if adapter is None else weight + adapter.matrix().to(weight))
+
+        return self._layers(merged)
+
+    def _layers(self, product: Callable[[torch.Tensor, LowRank | None], Product]) -> list[LateLayer]:
         layers = []
         for index in range(self.config.first_layer, self.config.num_hidden_layers):
             layer = self.base[0].model.layers[index]
             attention, mlp = layer.self_attn, layer.mlp
             adapters = self.adapters[str(index)] if self.config.rank else dict.fromkeys(ADAPTED)
-            weights = {
-                "q": [attention.q_proj],
-                "o": [attention.o_proj],
-                "gate_up": [mlp.gate_proj, mlp.up_proj],
-                "down": [mlp.down_proj],
-            }
+            gate_up = torch.cat([mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()])
+            weights = (attention.q_proj.weight, attention.o_proj.weight, gate_up, mlp.down_proj.weight)
             products = {
-                name: product([linear.weight.detach() for linear in linears], adapters[name])
-                for name, linears in weights.items()
+                name: product(weight.detach(), adapters[name]) for name, weight in zip(ADAPTED, weights, strict=True)
             }
             norms = (layer.input_layernorm, layer.post_attention_layernorm)
             layers.append(LateLayer(index, norms, mlp.act_fn, attention.scaling, **products))
@@ -179,7 +182,7 @@ class DraftHead(PreTrainedModel):
         """Returns the slots' normed states (B, A, K, D), K slots behind each of A content tokens.
 
         Args:
-            layers: from `late_layers`.
+            layers: from `late_layers` or `merged_layers`.
             content_states: (B, A, D) before layer `first_layer`.
             next_token_ids: (B, A) the tokens after the content tokens.
             next_positions: (B, A) their positions.
