@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens")
     parser.add_argument("--samples", type=int, default=1, help="with --temperature: texts of each prompt")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants beside generate and one token at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the table as JSON too")
     arguments = parser.parse_args()
@@ -142,6 +143,12 @@ def main() -> None:
         attach_draft_head(model, arguments.drafts)
         contestants["draft head, packed"] = fills(model, draft="head", **head, **checked)
         contestants["lookup and draft head, packed"] = fills(model, draft="ngram+head", **head, **checked)
+    if arguments.only is not None:
+        unknown = set(arguments.only) - set(contestants)
+        if unknown:
+            parser.error(f"only={', '.join(sorted(unknown))}: expected some of {', '.join(contestants)}")
+        wanted = {"generate", ONE_BY_ONE, *arguments.only}
+        contestants = {name: run for name, run in contestants.items() if name in wanted}
     reference = ONE_BY_ONE if arguments.temperature else "generate"
     totals: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     likelihoods: dict[tuple[str, str], list[float]] = defaultdict(list)

@@ -1,8 +1,8 @@
 """The commands and Python of README.md and docs/, block after block as they stand, offline, with no other files.
 
 What stands in for what a test can't have: `make` is not called (`make demo-synthetic` is its script at a few steps); in place
-of SmolLM2, and of the models and texts of recipes that come from the hub, there are a tiny LLaMA and a few lines; the tasks'
-items are made up; a training takes three steps; of a launcher's command the part behind `-m a3_hf` runs.
+of SmolLM2, its draft head, and the models and texts of recipes that come from the hub, there are a tiny LLaMA and a few lines;
+the tasks' items are made up; a training takes three steps; of a launcher's command the part behind `-m a3_hf` runs.
 """
 
 import json
@@ -22,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from a3_hf.cli import app
+from a3_hf.models.a3_draft_head.configuration_a3_draft_head import DraftHeadConfig
+from a3_hf.models.a3_draft_head.modeling_a3_draft_head import DraftHead
 from tests.conftest import tiny_config
 from tests.evaluation.test_task_sources import write_all
 
@@ -55,6 +57,9 @@ def clone(tmp_path_factory, tokenizer):
     del config["model_type"], config["slot_start"]
     LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder / "models" / "smollm2-135m")
     tokenizer.save_pretrained(folder / "models" / "smollm2-135m")
+    sizes = {"rank": 2, "sampler_size": 4, "base_model_name_or_path": "models/smollm2-135m"}
+    head = DraftHead(DraftHeadConfig.for_base(LlamaConfig(**config), **sizes))
+    head.save_pretrained(folder / "adapters" / "smollm2-135m-drafts")
     write_all(folder / "items")
     lines = [json.dumps({"text": f"The dog ran home, and {number} cats sat on a mat."}) for number in range(200)]
     (folder / "texts.jsonl").write_text("\n".join(lines))

@@ -35,8 +35,8 @@ def in_eight_bits(weight: torch.Tensor) -> Product:
 
 
 class Drafter:
-    """Proposes trees with a draft head, whose weights are added once to copies of its base's last layers. Beside packed weights
-    (`pack_weights`), these are in 8 bits.
+    """Proposes trees with a draft head, whose weights are added once to copies of its base's last layers. Beside packed
+    weights (`pack_weights`), these are in 8 bits.
 
     After a change of the base's weights or of the head's, make a new one; the text would be right all the same, as the base
     checks every guess.
