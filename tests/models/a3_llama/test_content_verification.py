@@ -133,6 +133,7 @@ def test_infill_shows_the_text_after_a_blank_in_front(tokenizer):
     settings = {"suffix_template": "Later:{suffix}\n", "verify": "content", "strategy": "speculative"}
     text = "The dog <blank:5> and was happy."
     filled = model.infill(tokenizer, text, draft="ngram", **settings)
+    assert filled == model.infill(tokenizer, text, draft="ngram+head", **settings)
     assert filled == base.infill(tokenizer, text, suffix_template=settings["suffix_template"])
     assert filled != model.infill(tokenizer, text, suffix_template=settings["suffix_template"])
     for shown in ("", None):  # in place; `None`: the model has no template of its own
@@ -168,8 +169,9 @@ def test_samples_follow_the_bases_joint(draft):
 
 
 def test_a_batch_may_leave_drafts_and_come_back(monkeypatch):
-    """Which the clock decides, pass by pass; the text is the same."""
-    for number in (1, 2):
+    """Which the clock decides, pass by pass; the text is the same, also where the cache is compacted between."""
+    monkeypatch.setattr(generation_trees, "COMPACT_EVERY", 2)
+    for number in (1, 2, 1000):
         monkeypatch.setattr(generation_trees, "PROBED_PASSES", number)
         monkeypatch.setattr(generation_trees, "KEPT_PASSES", number)
         test_the_text_is_the_bases("left_token", "ngram+head", "left")
