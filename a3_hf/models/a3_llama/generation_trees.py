@@ -141,11 +141,9 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
         drafter: a `Drafter`; None: drafts come from the text alone.
     """
     canvas, config, runner = decoder.canvas, decoder.config, decoder.runner
-    by_ngram = drafter is None or config.draft != "head"
     # Processors that read the text so far know one text, not a tree.
     reads_text = decoder.processors.reads_text
     width = 1 if reads_text else config.draft_width or TREE_WIDTH
-    most_nodes = config.draft_tokens or TREE_NODES
     rest, pending = path, runner.given_columns()
     if (pending == canvas.pad_column).all(dim=1).any():
         raise ValueError(
@@ -216,25 +214,46 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
                 pace = Pace()  # the prompt's pass does not count
             else:
                 pace.after_pass(int((columns != canvas.pad_column).sum()))
-            if not pace.drafts:
-                continue
-        if by_ngram and rest.shape[1] > 1:
-            most = deepest.clamp_max(NGRAM_TOKENS if config.draft_tokens is None else config.draft_tokens)
-            tree = DraftTree.chain(*ngram_drafts(canvas, rest, most, int(most.max())))
-        lacks = (deepest > 0) & ~tree.is_node.any(dim=1)
-        if drafter is not None and lacks.any():
-            proposed = drafter.propose(
-                states,
-                canvas.sequences.gather(1, pending)[:, 0],
-                canvas.position_ids.gather(1, pending)[:, 0],
-                runner.cache,
-                runner.key_mask(),
-                most_nodes=most_nodes,
-                width=width,
-                deepest=deepest * lacks,
-                never=canvas.eos_token_ids,
-            )
-            tree = tree.merged(proposed)
+        if pace is None or pace.drafts:
+            tree = _next_tree(decoder, rest, deepest, pending[:, 0], states, drafter, width)
+
+
+def _next_tree(
+    decoder: Decoder,
+    rest: torch.Tensor,
+    deepest: torch.Tensor,
+    pending: torch.Tensor,
+    states: torch.Tensor | None,
+    drafter,
+    width: int,
+) -> DraftTree:
+    """Returns drafts for the columns `rest` (B, N), at most `deepest` (B,) of them in a row.
+
+    Args:
+        pending: (B,) the column before, whose token is certain and not encoded yet.
+        states: (B, D) of the token before that, where a draft head starts.
+        width: most drafts of a head after the same token.
+    """
+    canvas, config = decoder.canvas, decoder.config
+    tree = DraftTree.empty(len(rest), rest.device)
+    if config.draft != "head" and rest.shape[1] > 1:
+        most = deepest.clamp_max(config.draft_tokens or NGRAM_TOKENS)
+        tree = DraftTree.chain(*ngram_drafts(canvas, rest, most, int(most.max())))
+    lacks = (deepest > 0) & ~tree.is_node.any(dim=1)
+    if drafter is None or not lacks.any():
+        return tree
+    proposed = drafter.propose(
+        states,
+        canvas.sequences.gather(1, pending[:, None])[:, 0],
+        canvas.position_ids.gather(1, pending[:, None])[:, 0],
+        decoder.runner.cache,
+        decoder.runner.key_mask(),
+        most_nodes=config.draft_tokens or TREE_NODES,
+        width=width,
+        deepest=deepest * lacks,
+        never=canvas.eos_token_ids,
+    )
+    return tree.merged(proposed)
 
 
 def _last_real(columns: torch.Tensor, pad_column: int) -> torch.Tensor:
