@@ -14,7 +14,7 @@ from a3_hf.models.a3_llama.generation_trees import DraftTree
 
 from .modeling_a3_draft_head import DraftHead, Product
 
-LEAST_PROBABILITY = 0.07  # of the path to a node, by the head: below it, a node costs a pass more than it brings
+LEAST_PROBABILITY = 0.05  # of the path to a node, by the head: below it, a node costs a pass about what it brings
 
 
 def in_eight_bits(weight: torch.Tensor) -> Product:
