@@ -22,16 +22,20 @@ def in_eight_bits(weight: torch.Tensor) -> Product:
     each output: a quarter of the memory to read, with an error of some 2%, which guesses bear. Without torch's private
     operators for it, the plain product.
     """
-    names = ("linear_prepack", "linear_dynamic")
-    if not all(hasattr(torch.ops.quantized, name) for name in names):
-        return partial(F.linear, weight=weight)
+    plain = partial(F.linear, weight=weight)
+    operators = torch.ops.quantized
+    if not hasattr(torch, "quantize_per_channel") or not hasattr(operators, "linear_dynamic"):
+        return plain
     scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(weight.dtype).tiny).double() / 127
     zeros = torch.zeros(len(weight), dtype=torch.long)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's quantised tensors are deprecated
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(rounded, None)
-    return lambda rows: torch.ops.quantized.linear_dynamic(rows, packed, True)
+        try:
+            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            packed = operators.linear_prepack(rounded, None)
+        except RuntimeError:  # built without kernels for this processor
+            return plain
+    return lambda rows: operators.linear_dynamic(rows, packed, True)
 
 
 class Drafter:
