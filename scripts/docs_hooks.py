@@ -28,5 +28,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links out of docs/ (`../LOG.md`) into links from the root of the site (`LOG.md`)."""
-    return markdown.replace("](../", "](") if page.file.src_dir == config.docs_dir else markdown
+    """Turns links out of docs/ (`../LOG.md`) and into it (`../../docs/decoding.md`) into links within the site, where docs/ is
+    the root.
+    """
+    if page.file.src_dir == config.docs_dir:
+        return markdown.replace("](../", "](")
+    return markdown.replace("../docs/", "../")
