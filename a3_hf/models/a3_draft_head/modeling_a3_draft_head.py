@@ -121,8 +121,10 @@ class DraftHead(PreTrainedModel):
         """Sets the base, an `A3LlamaForCausalLM`.
 
         Raises:
-            ValueError: sizes that differ, or layers with quantised weights or biases.
+            ValueError: another model, sizes that differ, or layers with quantised weights or biases.
         """
+        if base.config.model_type != "a3_llama":
+            raise ValueError(f"draft head: its base is of type {base.config.model_type!r}: expected 'a3_llama'")
         for name in OF_THE_BASE:
             mine, its = getattr(self.config, name), getattr(base.config, name)
             if mine != its:

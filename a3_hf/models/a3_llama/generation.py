@@ -130,12 +130,12 @@ class A3GenerationMixin:
         cache = one_cache(past_key_values, cache, overrides)
         check_callables(logits_processor, logits_hook, commit_hook)
         config = resolve_config(generation_config, max_new_tokens, overrides, self.generation_config)
-        drafter = self._drafter_for(config)
         self.check_generation(config)
         deadline = config.deadline()
         if cache is not None and (not config.use_cache or config.cache_implementation == "static"):
             raise ValueError("past_key_values: expected use_cache=True and no static cache")
         canvas = Canvas.prepare(self, input_ids, blank_mask, attention_mask, config)
+        drafter = self._drafter_for(config, canvas, cache)
         config.check_vocabulary(self.config.vocab_size, has_blanks=canvas.has_blanks_inside())
         if config.verify == "content" and canvas.has_text_after_blanks():
             raise ValueError(
@@ -196,11 +196,16 @@ class A3GenerationMixin:
             late.finish()
         return result
 
-    def _drafter_for(self, config: A3GenerationConfig):
-        """Returns what makes drafts with a head, if `config` asks for one. Sets the default of a model that has a head."""
+    def _drafter_for(self, config: A3GenerationConfig, canvas: Canvas, cache: Cache | None):
+        """Returns what makes drafts with a head, if `config` asks for one. Where a model has a head and nothing says what
+        drafts and what checks, it is the head and the content stream, if these can serve the call.
+        """
         if config.strategy != "speculative":
             return None
-        if self.drafter is not None and config.draft is None and config.verify is None:
+        is_asked = config.draft is not None or config.verify is not None
+        left_to_right = config.order is None or (isinstance(config.order, str) and config.order == "left_to_right")
+        can_serve = left_to_right and config.use_cache and cache is None and not canvas.has_text_after_blanks()
+        if self.drafter is not None and can_serve and not is_asked:
             config.draft, config.verify = "ngram+head", "content"
         if config.draft_width is not None and config.draft not in HEAD_DRAFTS:
             raise ValueError(

