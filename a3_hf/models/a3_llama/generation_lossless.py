@@ -68,13 +68,13 @@ def lossless(
         name, value = next(iter(unknown.items()))
         raise ValueError(f"{name}={value!r} is not supported by custom_generate=lossless: use generate without it")
     settings = {name: getattr(generation_config, name) for name in TAKEN}
-    drafted = {} if model.drafter is not None else {"draft": "ngram", "verify": "content"}
     output = model.generate_any_order(
         input_ids,
         attention_mask=attention_mask,
         max_new_tokens=generation_config.max_length - input_ids.shape[1],
         strategy="speculative",
-        **drafted,
+        draft="ngram" if model.drafter is None else "ngram+head",
+        verify="content",
         **{name: value for name, value in settings.items() if value is not None or name == "eos_token_id"},
     )
     written = (output.group_ids[:, input_ids.shape[1] :] >= 0).sum(dim=1)
