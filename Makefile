@@ -31,14 +31,14 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt scripts/install_torch.sh
 	$(call CREATE,$(VENV))
 	sh scripts/install_torch.sh $(call INSTALL,$(VENV))
-	$(call INSTALL,$(VENV)) -c constraints.txt -e '.[dev,eval]'
+	$(call INSTALL,$(VENV)) -c constraints.txt -e '.[dev,eval,serve]'
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml scripts/install_torch.sh scripts/lower_bounds.py
 	$(call CREATE,.venv-oldest)
 	sh scripts/install_torch.sh $(call INSTALL,.venv-oldest)
 	$(PYTHON) scripts/lower_bounds.py > .venv-oldest/constraints.txt
-	$(call INSTALL,.venv-oldest) -c .venv-oldest/constraints.txt -e '.[dev,eval]'
+	$(call INSTALL,.venv-oldest) -c .venv-oldest/constraints.txt -e '.[dev,eval,serve]'
 	touch $@
 
 # The newest of everything but torch, without constraints and beyond the upper ends of pyproject.toml.
@@ -46,7 +46,7 @@ newest:
 	rm -rf .venv-newest
 	$(call CREATE,.venv-newest)
 	sh scripts/install_torch.sh $(call INSTALL,.venv-newest)
-	$(call INSTALL,.venv-newest) -e '.[dev,docs,eval]'
+	$(call INSTALL,.venv-newest) -e '.[dev,docs,eval,serve]'
 	$(call INSTALL,.venv-newest) --upgrade accelerate datasets 'lm_eval[hf]' peft transformers
 
 # On a pretrained LLaMA, where one can be had. TEXT=notes.txt adapts it to a text of yours.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-for requirement in [*project["dependencies"], *extras["eval"], *extras["dev"]]:
+for requirement in [*project["dependencies"], *extras["eval"], *extras["serve"], *extras["dev"]]:
     name, lowest = re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement).groups()
     if name != "torch":
         print(f"{name}=={lowest}")

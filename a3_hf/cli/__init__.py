@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import evaluation, experiments, generation, training
+from . import evaluation, experiments, generation, serving, training
 from .common import APP_SETTINGS, PASS_ON, Command
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command(cls=Command)(generation.infill)
 app.command(cls=Command)(generation.generate)
 app.command(cls=Command)(generation.score)
 app.command(cls=Command)(training.merge)
+app.command(cls=Command)(serving.serve)
 app.command("eval", cls=Command, context_settings={**PASS_ON, "help_option_names": []})(evaluation.evaluate)
 app.command(cls=Command)(evaluation.report)
 app.command(cls=Command)(experiments.experiment)

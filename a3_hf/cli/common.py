@@ -150,15 +150,23 @@ PACKED_PARAMETERS = 10**9  # of a model that is packed, at most
 
 
 def load(
-    path: str, *, base: str | None = None, slot_start: str | None = None, rope_scaling: dict[str, Any] | None = None
+    path: str,
+    *,
+    base: str | None = None,
+    slot_start: str | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ):
-    """The model at `path` (on the GPU if there is one, in evaluation mode) and its tokenizer. On a CPU it is in the
-    dtype that this CPU computes fastest in, and a line on stderr says which.
+    """The model at `path`, in evaluation mode, and its tokenizer. Without a `dtype`, on a CPU, it is in the one that this CPU
+    computes fastest in, and a line on stderr says which.
 
     Args:
         base: the base of an adapter, if it has moved.
         slot_start: the start of the slots, if the checkpoint does not name one.
         rope_scaling: stretches the context; see `scale_rope`.
+        dtype: "auto" (the checkpoint's own), "float32", …
+        device: of torch; None: the GPU if there is one.
 
     Raises:
         ValueError: no model that can be loaded, or settings that it does not support.
@@ -180,9 +188,14 @@ def load(
 
         settings["config"] = stretched_config(checkpoint, rope_scaling)
     tokenizer = load_tokenizer(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = default_dtype(device)
-    if device.type == "cpu":
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    chosen = dtype
+    dtype = default_dtype(device) if dtype is None else dtype
+    if device.type == "cpu" and chosen is None:
         has = "has" if dtype == torch.bfloat16 else "has no"
         print(f"Computing in {str(dtype).removeprefix('torch.')}: this CPU {has} bfloat16 products.", file=sys.stderr)
     model = load_model(checkpoint, dtype=dtype, **settings).to(device).eval()

@@ -9,16 +9,23 @@ import torch
 from transformers import CompileConfig, LogitsProcessorList
 from transformers.cache_utils import Cache
 
-from .caching import one_cache
+from .caching import one_cache, refuse_other_words
 from .generation_canvas import Canvas
 from .generation_config import A3GenerationConfig, resolve_config
-from .generation_decoder import Decoder, NonFiniteLogitsError, SlotNoise
+from .generation_decoder import Decoder, NonFiniteLogitsError, RowsHook, SlotNoise
+from .generation_filling import Filling
 from .generation_observers import Observers
 from .generation_processors import SlotProcessors
 from .generation_runner import ForwardRunner
 from .generation_sampling import HEAD_DRAFTS
-from .generation_strategies import fill_dynamic, fill_groupwise, fill_refine, fill_speculative, group_columns
-from .generation_trees import fill_checked
+from .generation_strategies import (
+    DynamicFilling,
+    GroupwiseFilling,
+    RefineFilling,
+    SpeculativeFilling,
+    group_columns,
+)
+from .generation_trees import CheckedFilling
 from .modeling_outputs import BriefOutput
 from .orders import PADDING_GROUP, GroupOrder
 
@@ -41,6 +48,8 @@ class A3GenerateOutput(BriefOutput):
         cache, past_key_values: two names for the cache of the columns before the first blank, reusable with the same
             prompt; None without a cache or with a static one.
         logits: (B, S, V) the model's logits when each token was written, 0 elsewhere; with `output_logits`.
+        top_log_probs, top_token_ids: (B, S, n) the n highest log-probabilities when each token was written, and whose they
+            are; 0 elsewhere; with `num_top_log_probs`.
         history: one (B, S) per step: the text after it, −1 at open blanks; with `output_history`.
     """
 
@@ -52,6 +61,8 @@ class A3GenerateOutput(BriefOutput):
     tokens_per_forward: float | None = None
     cache: Cache | None = None
     logits: torch.FloatTensor | None = None
+    top_log_probs: torch.FloatTensor | None = None
+    top_token_ids: torch.LongTensor | None = None
     history: tuple[torch.LongTensor, ...] | None = None
 
     @property
@@ -130,6 +141,77 @@ class A3GenerationMixin:
         cache = one_cache(past_key_values, cache, overrides)
         check_callables(logits_processor, logits_hook, commit_hook)
         config = resolve_config(generation_config, max_new_tokens, overrides, self.generation_config)
+        filling, steps = self._begin(
+            config,
+            input_ids,
+            blank_mask,
+            attention_mask,
+            cache=cache,
+            logits_processor=logits_processor,
+            logits_hook=logits_hook,
+            commit_hook=commit_hook,
+            streamer=streamer,
+        )
+        decoder = filling.decoder
+
+        def output() -> A3GenerateOutput:
+            return make_output(
+                decoder,
+                group_ids=_group_ids(decoder.canvas, config, steps, decoder.last_step),
+                cache=decoder.runner.prompt_cache(),
+            )
+
+        # `refine` rewrites tokens, so its streamer gets the final text only.
+        late = Observers(decoder.canvas, streamer=streamer if config.strategy == "refine" else None)
+        with self.generation_context():
+            result = complete(self, decoder, filling.run, output)
+        late.start()
+        late.finish()
+        return result
+
+    @torch.no_grad()
+    def begin_filling(
+        self,
+        input_ids: torch.LongTensor,
+        blank_mask: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
+        generation_config: A3GenerationConfig | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        logits_hook: RowsHook | None = None,
+        **overrides: Any,
+    ) -> Filling:
+        """Begins what `generate_any_order` runs, with the same results, to be run pass by pass.
+
+        Call `step` until it returns False, without gradients and in `generation_context()`. Between two passes rows may leave
+        (`Filling.keep_rows`), and, unless the strategy is `speculative` with drafts from slots or `refine`, fillings of the
+        same settings may be joined (`Filling.joined`). Tokens are in `filling.decoder.canvas`.
+
+        Args:
+            logits_hook: as in `generate_any_order`, of an object that follows the rows.
+            overrides: others as in `generate_any_order`.
+
+        Raises:
+            ValueError: as `generate_any_order`.
+        """
+        refuse_other_words(overrides)
+        config = resolve_config(generation_config, max_new_tokens, overrides, self.generation_config)
+        return self._begin(config, input_ids, blank_mask, attention_mask, logits_hook=logits_hook)[0]
+
+    def _begin(
+        self,
+        config: A3GenerationConfig,
+        input_ids: torch.Tensor,
+        blank_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        *,
+        cache: Cache | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        logits_hook: Callable | None = None,
+        commit_hook: Callable | None = None,
+        streamer=None,
+    ) -> tuple[Filling, torch.Tensor | None]:
+        """Returns a filling, and (B, K, g) the columns of its groups, where these are fixed beforehand."""
         self.check_generation(config)
         deadline = config.deadline()
         if cache is not None and (not config.use_cache or config.cache_implementation == "static"):
@@ -143,58 +225,34 @@ class A3GenerationMixin:
                 "front (infill's suffix_template, with blanks of a given length), or use verify='slots'"
             )
         chance = SlotNoise(config, canvas)
-        # `refine` rewrites tokens, so its streamer gets the final text only.
-        shows_drafts = config.strategy != "refine"
         observers = Observers(
             canvas,
-            streamer=streamer if shows_drafts else None,
+            streamer=None if config.strategy == "refine" else streamer,
             commit_hook=commit_hook,
             output_history=bool(config.output_history),
         )
-        late = Observers(canvas, streamer=None if shows_drafts else streamer)
         steps = None if config.strategy in ("dynamic", "refine") else group_columns(canvas, config, chance)
 
-        def make_decoder(canvas, chance: SlotNoise, step: int, observers: Observers, prompt_cache=None) -> Decoder:
-            runner = _make_runner(self, canvas, config, steps, prompt_cache)
-            processors = SlotProcessors(config, canvas, logits_processor)
-            settings = {"logits_hook": logits_hook, "deadline": deadline, "step": step}
-            return Decoder(canvas, runner, config, processors, chance, observers, **settings)
-
-        def make_again(candidate: Canvas, chance: SlotNoise, step: int) -> Decoder:
-            again = Observers(candidate, commit_hook=commit_hook)
-            again.history = observers.history
-            return make_decoder(candidate, chance, step, again)
-
-        decoder = make_decoder(canvas, chance, 0, observers, cache)
-        extra_passes = 0
-
-        def fill() -> None:
-            nonlocal extra_passes
-            if config.strategy == "groupwise":
-                fill_groupwise(decoder, steps)
-            elif config.strategy == "dynamic":
-                fill_dynamic(decoder)
-            elif config.strategy == "speculative":
-                is_checked = config.verify == "content" and config.draft not in (None, "model")
-                path = steps[:, :, 0]
-                fill_checked(decoder, path, drafter) if is_checked else fill_speculative(decoder, path)
-            else:
-                extra_passes = fill_refine(decoder, make_again, self.log_likelihood)
-
-        def output() -> A3GenerateOutput:
-            return make_output(
-                decoder,
-                group_ids=_group_ids(canvas, config, steps, decoder.last_step),
-                extra_passes=extra_passes,
-                cache=decoder.runner.prompt_cache(),
-            )
-
-        with self.generation_context():
-            result = complete(self, decoder, fill, output)
-        if not shows_drafts:
-            late.start()
-            late.finish()
-        return result
+        decoder = Decoder(
+            canvas,
+            _make_runner(self, canvas, config, steps, cache),
+            config,
+            SlotProcessors(config, canvas, logits_processor),
+            chance,
+            observers,
+            logits_hook=logits_hook,
+            deadline=deadline,
+        )
+        if config.strategy == "groupwise":
+            return GroupwiseFilling(decoder, steps), steps
+        if config.strategy == "dynamic":
+            return DynamicFilling(decoder), steps
+        if config.strategy == "refine":
+            return RefineFilling(decoder, self.log_likelihood), steps
+        path = steps[:, :, 0]
+        if config.verify == "content" and config.draft not in (None, "model"):
+            return CheckedFilling(decoder, path, drafter), steps
+        return SpeculativeFilling(decoder, path), steps
 
     def _drafter_for(self, config: A3GenerationConfig, canvas: Canvas, cache: Cache | None):
         """Returns what makes drafts with a head, if `config` asks for one. Where a model has a head and nothing says what
@@ -254,12 +312,10 @@ def complete(
     return result
 
 
-def make_output(
-    decoder: Decoder, *, group_ids: torch.Tensor, extra_passes: int = 0, cache: Cache | None = None
-) -> A3GenerateOutput:
+def make_output(decoder: Decoder, *, group_ids: torch.Tensor, cache: Cache | None = None) -> A3GenerateOutput:
     """Returns the output for the decoder's canvas; `group_ids` (B, S) is the order of its log-probabilities."""
     canvas, history = decoder.canvas, decoder.observers.history
-    passes = decoder.runner.passes + extra_passes
+    passes = decoder.runner.passes + decoder.extra_passes
     written = canvas.commit_step[:, :-1] >= 0
     return A3GenerateOutput(
         sequences=canvas.sequences[:, :-1],
@@ -270,6 +326,8 @@ def make_output(
         tokens_per_forward=int(written.sum()) / written.shape[0] / max(passes, 1),
         cache=cache,
         logits=None if canvas.logits is None else canvas.logits[:, :-1],
+        top_log_probs=None if canvas.top_log_probs is None else canvas.top_log_probs[:, :-1],
+        top_token_ids=None if canvas.top_token_ids is None else canvas.top_token_ids[:, :-1],
         history=None if history is None else tuple(text.clone() for text in history),
     )
 

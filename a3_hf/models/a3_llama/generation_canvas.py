@@ -1,13 +1,16 @@
 """The canvas: token, position and bookkeeping tensors of the text being filled."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch.nn.functional import pad
 
 from .generation_config import A3GenerationConfig
 from .input_validation import checked_rows
-from .likelihood import token_log_probs
+from .likelihood import likeliest_tokens, token_log_probs
+
+SHARED = ("eos_token_ids", "failed_step", "excluded_step")  # fields that all rows have in common
 
 
 @dataclass
@@ -23,10 +26,12 @@ class Canvas:
     by_position: torch.Tensor  # (B, S) the column of each position; the padding column after the row's last position
     given_mask: torch.Tensor  # (B, S)
     blank_mask: torch.Tensor  # (B, S)
-    new_from: int  # the first column of the continuation; S without a continuation
+    new_from: torch.Tensor  # (B, 1) the first column of each row's continuation; S without a continuation
     eos_token_ids: torch.Tensor  # (n,) tokens that end the continuation; empty without a continuation
     end: torch.Tensor  # (B,) the last column of each row's continuation; S − 1 until an EOS is written
     logits: torch.Tensor | None = None  # (B, S + 1, V), with `output_logits`
+    top_log_probs: torch.Tensor | None = None  # (B, S + 1, n), with `num_top_log_probs`
+    top_token_ids: torch.Tensor | None = None  # (B, S + 1, n), with `num_top_log_probs`
     failed_step: torch.Tensor | None = None  # () the first step with NaN logits; −1: none
     excluded_step: torch.Tensor | None = None  # () the first step that wrote a token of probability 0; −1: none
 
@@ -34,7 +39,7 @@ class Canvas:
     def prepare(cls, model, input_ids, blank_mask, attention_mask, config: A3GenerationConfig) -> "Canvas":
         """Creates a canvas from rows (B, S): each repeated `num_return_sequences` times, with its continuation appended."""
         input_ids, real, blank = checked_rows(model.config, input_ids, blank_mask, attention_mask, config)
-        new_from = input_ids.shape[1]
+        given_columns = input_ids.shape[1]
         if config.max_new_tokens is not None:
             new = (0, config.max_new_tokens)
             input_ids = pad(input_ids, new)
@@ -46,6 +51,7 @@ class Canvas:
         device, width = sequences.device, sequences.shape[1]
         dtype = torch.promote_types(model.dtype, torch.float32)
         ends = config.eos_token_ids() if config.max_new_tokens is not None else ()
+        num_top = config.num_top_log_probs or 0
         return cls(
             sequences=sequences,
             position_ids=pad((real.long().cumsum(dim=1) - 1).clamp_min(0), (0, 1)),
@@ -54,12 +60,14 @@ class Canvas:
             by_position=pack(torch.arange(width - 1, device=device).expand_as(real), real, width - 1),
             given_mask=real & ~blank,
             blank_mask=blank,
-            new_from=new_from,
+            new_from=torch.full_like(sequences[:, :1], given_columns),
             eos_token_ids=torch.tensor(ends, dtype=torch.long, device=device),
             end=torch.full_like(sequences[:, 0], width - 2),
             logits=torch.zeros(*sequences.shape, model.config.vocab_size, dtype=dtype, device=device)
             if config.output_logits
             else None,
+            top_log_probs=torch.zeros(*sequences.shape, num_top, dtype=dtype, device=device) if num_top else None,
+            top_token_ids=torch.zeros(*sequences.shape, num_top, dtype=torch.long, device=device) if num_top else None,
             failed_step=torch.tensor(-1, device=device),
             excluded_step=torch.tensor(-1, device=device),
         )
@@ -70,7 +78,8 @@ class Canvas:
 
     def has_blanks_inside(self) -> bool:
         """True if there are blanks before the continuation."""
-        return bool(self.blank_mask[:, : self.new_from].any())
+        columns = torch.arange(self.pad_column, device=self.blank_mask.device)
+        return bool((self.blank_mask & (columns < self.new_from)).any())
 
     def has_text_after_blanks(self) -> bool:
         """True if a row has a given token after a blank."""
@@ -98,7 +107,12 @@ class Canvas:
         return columns > self.end[:, None]
 
     def commit(
-        self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor, step: int
+        self,
+        index: torch.Tensor,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+        step: int | torch.Tensor,
     ) -> None:
         """Writes `tokens` (B, n) at columns `index` (B, n). Tokens after an EOS among them are dropped: no token has seen
         them yet.
@@ -106,23 +120,76 @@ class Canvas:
         Args:
             logits: (B, n, V) the model's logits.
             scores: (B, n, V) processed logits, from which the tokens were chosen.
+            step: the number of the step; or (B, 1), of each row.
         """
         if self.eos_token_ids.numel():
             is_end = torch.isin(tokens, self.eos_token_ids) & (index >= self.new_from) & (index != self.pad_column)
             self.end = torch.minimum(self.end, index.masked_fill(~is_end, self.pad_column).amin(dim=1))
             index = index.masked_fill(self.is_over(index), self.pad_column)
         log_probs = token_log_probs(logits, tokens)
+        if self.top_log_probs is not None:
+            number = self.top_log_probs.shape[2]
+            where = index[..., None].expand(-1, -1, number)
+            for kept, values in zip(
+                (self.top_log_probs, self.top_token_ids), likeliest_tokens(logits, number), strict=True
+            ):
+                kept.scatter_(1, where, values)
         self.sequences.scatter_(1, index, tokens)
         self.log_probs.scatter_(1, index, log_probs)
-        self.commit_step.scatter_(1, index, torch.full_like(index, step))
+        steps = step.expand_as(index) if isinstance(step, torch.Tensor) else torch.full_like(index, step)
+        self.commit_step.scatter_(1, index, steps)
         if self.logits is not None:
             where = index[..., None].expand(-1, -1, logits.shape[-1])
             self.logits.scatter_(1, where, logits.to(self.logits.dtype))
         has_chance = scores.gather(-1, tokens[..., None]).squeeze(-1) > -torch.inf
         for name, wrong in (("failed_step", log_probs.isnan()), ("excluded_step", ~has_chance)):
             first = getattr(self, name)
-            is_new = (wrong & (index != self.pad_column)).any() & (first < 0)
-            setattr(self, name, torch.where(is_new, step, first))
+            here = wrong & (index != self.pad_column)
+            setattr(self, name, torch.where(here.any() & (first < 0), steps.masked_fill(~here, 0).amax(), first))
+
+    def rows(self, index: torch.Tensor) -> "Canvas":
+        """Returns the canvas of the rows `index` (n,)."""
+        names = [field.name for field in fields(self) if field.name not in SHARED]
+        found = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if value is None else value[index] for name, value in found.items()})
+
+    @classmethod
+    def joined(cls, canvases: Sequence["Canvas"]) -> "Canvas":
+        """Returns one canvas with the rows of several, which have the same ends; shorter ones are padded on the right."""
+        width = max(canvas.pad_column for canvas in canvases)
+        wide = [canvas._widened(width) for canvas in canvases]
+        names = [field.name for field in fields(cls) if field.name not in SHARED]
+        parts = {name: [getattr(canvas, name) for canvas in wide] for name in names}
+        firsts = ("failed_step", "excluded_step")
+        return replace(
+            wide[0],
+            **{name: None if each[0] is None else torch.cat(each) for name, each in parts.items()},
+            **{name: torch.stack([getattr(canvas, name) for canvas in wide]).amax() for name in firsts},
+        )
+
+    def _widened(self, width: int) -> "Canvas":
+        old = self.pad_column
+        if width == old:
+            return self
+
+        def longer(tensor: torch.Tensor | None, columns: int, value: float = 0) -> torch.Tensor | None:
+            if tensor is None:
+                return None
+            more = (0, columns - old)
+            return pad(tensor[:, :old], more if tensor.dim() == 2 else (0, 0, *more), value=value)
+
+        with_padding = {"sequences": 0, "position_ids": 0, "commit_step": -1, "log_probs": 0}
+        with_padding |= {"logits": 0, "top_log_probs": 0, "top_token_ids": 0}
+        by_position = self.by_position.masked_fill(self.by_position == old, width)
+        return replace(
+            self,
+            **{name: longer(getattr(self, name), width + 1, value) for name, value in with_padding.items()},
+            given_mask=longer(self.given_mask, width),
+            blank_mask=longer(self.blank_mask, width),
+            by_position=longer(by_position, width, width),
+            new_from=self.new_from.masked_fill(self.new_from == old, width),
+            end=self.end.masked_fill(self.end == old - 1, width - 1),
+        )
 
     def close(self, pad_token_id: int) -> None:
         """Writes `pad_token_id` into blanks that were not filled."""

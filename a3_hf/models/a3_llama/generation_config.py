@@ -37,6 +37,7 @@ SHARED_OPTIONS = (
     "pad_token_id",
     "output_logits",
     "output_history",
+    "num_top_log_probs",
     "cache_implementation",
     "compile_config",
     "disable_compile",
@@ -113,6 +114,7 @@ class A3GenerationConfig(GenerationConfig):
         bad_words_ids: as in `generate`, matched against the text on both sides. Sequences of several ids need a strategy
             that writes one token at a time.
         output_history: also return the text after each step.
+        num_top_log_probs: also return this many highest log-probabilities at each written token.
         seed: seed of sampling and random orders: an integer (a row's draws depend on it, the row's text and the number of
             equal rows before it, not on other rows or padding) or a list with one per row. None: drawn from torch's
             global generator.
@@ -131,7 +133,7 @@ class A3GenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs):
         self.strategy = kwargs.pop("strategy", "groupwise")
-        for option in (*OWN_OPTIONS, "seed", "output_history"):
+        for option in (*OWN_OPTIONS, "seed", "output_history", "num_top_log_probs"):
             setattr(self, option, kwargs.pop(option, None))
         kwargs.setdefault("use_cache", True)
         unknown = sorted(set(kwargs) - set(GenerationConfig().__dict__))
@@ -174,6 +176,7 @@ class A3GenerationConfig(GenerationConfig):
             "draft_tokens",
             "draft_width",
             "refine_rounds",
+            "num_top_log_probs",
         ):
             _check_count(option, getattr(self, option))
         self._check_values()

@@ -3,7 +3,9 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from copy import copy
+from typing import Protocol
 
 import torch
 
@@ -57,6 +59,23 @@ class SlotNoise:
         again.seeds = self.seeds + 1
         return again
 
+    def rows(self, index: torch.Tensor) -> "SlotNoise":
+        """Returns the noise of the rows `index` (n,)."""
+        part = copy(self)
+        part.row_seeds = [self.row_seeds[row] for row in index.tolist()]
+        part.seeds, part.place = self.seeds[index], self.place[index]
+        return part
+
+    @classmethod
+    def joined(cls, noises: "Sequence[SlotNoise]", width: int) -> "SlotNoise":
+        """Returns the noise of several canvases' rows in one of `width` columns."""
+        whole = copy(noises[0])
+        whole.row_seeds = [seed for noise in noises for seed in noise.row_seeds]
+        whole.seeds = torch.cat([noise.seeds for noise in noises])
+        places = (noise.place[:, :-1] for noise in noises)
+        whole.place = torch.cat([torch.nn.functional.pad(place, (0, width + 1 - place.shape[1])) for place in places])
+        return whole
+
     def order_generators(self) -> list[torch.Generator]:
         """Returns one generator per row, for random orders."""
         return [torch.Generator().manual_seed(seed) for seed in self.row_seeds]
@@ -79,6 +98,19 @@ def _row_seeds(seed, canvas: Canvas) -> list[int]:
         seeds.append(seed_of(seed, content, seen[content]))
         seen[content] += 1
     return seeds
+
+
+class RowsHook(Protocol):
+    """A logits hook that follows the rows of a filling as they leave and join."""
+
+    def __call__(self, step: int, columns: torch.Tensor, logits: torch.Tensor) -> torch.Tensor: ...
+
+    def rows(self, index: torch.Tensor) -> "RowsHook":
+        """The hook of the rows `index` (n,)."""
+
+    @classmethod
+    def joined(cls, hooks: "Sequence[RowsHook]", canvas: Canvas) -> "RowsHook":
+        """One hook for the rows of several, in one canvas."""
 
 
 class Decoder:
@@ -106,12 +138,64 @@ class Decoder:
         self.processors, self.chance, self.observers = processors, chance, observers
         self.logits_hook, self.deadline, self.step = logits_hook, deadline, step
         self.first_step = step
+        # (B, 1) how many steps ran before each row joined; None: all rows began together
+        self.steps_before: torch.Tensor | None = None
         self.has_ended = False  # an EOS ended the continuation of some row
+        self.extra_passes = 0  # of the model, beside the runner's
         self.last_step: int | None = None  # the step that wrote all remaining blanks after the deadline
 
     def uniform(self, columns: torch.Tensor, purpose: int) -> torch.Tensor:
         """Returns (B, n) this step's random numbers for `columns` (B, n)."""
-        return self.chance.uniform(columns, self.step - self.first_step, purpose)
+        return self.chance.uniform(columns, self.row_step() - self.first_step, purpose)
+
+    def row_step(self) -> int | torch.Tensor:
+        """The number of the step; (B, 1) where rows have joined at different times."""
+        return self.step if self.steps_before is None else self.step - self.steps_before
+
+    def again(self, canvas: Canvas, chance: SlotNoise, step: int) -> "Decoder":
+        """Returns a decoder of the same settings for another canvas of these rows, from its first pass on.
+
+        Args:
+            step: the number of its first step.
+        """
+        other = copy(self)
+        other._follow(canvas, self.runner.again(canvas))
+        other.observers.streamer = None
+        other.chance, other.step, other.first_step, other.has_ended = chance, step, step, False
+        return other
+
+    def keep_rows(self, index: torch.Tensor) -> None:
+        """Lets all rows but `index` (n,) go."""
+        canvas = self.canvas.rows(index)
+        self._follow(canvas, self.runner.rows(index, canvas))
+        if self.logits_hook is not None:
+            self.logits_hook = self.logits_hook.rows(index)
+        self.chance = self.chance.rows(index)
+        self.steps_before = None if self.steps_before is None else self.steps_before[index]
+
+    @classmethod
+    def joined(cls, decoders: "Sequence[Decoder]") -> "Decoder":
+        """Returns a decoder of the rows of several, whose settings are the same. They are used up."""
+        canvas = Canvas.joined([decoder.canvas for decoder in decoders])
+        runner = ForwardRunner.joined([decoder.runner for decoder in decoders], canvas)
+        whole = copy(decoders[0])
+        whole.chance = SlotNoise.joined([decoder.chance for decoder in decoders], canvas.pad_column)
+        if whole.logits_hook is not None:
+            whole.logits_hook = type(whole.logits_hook).joined([decoder.logits_hook for decoder in decoders], canvas)
+        whole.has_ended = any(decoder.has_ended for decoder in decoders)
+        whole.step = max(decoder.step for decoder in decoders)
+        late = [whole.step - decoder.row_step() for decoder in decoders]
+        late = [
+            torch.zeros_like(decoder.canvas.end[:, None]) + each for decoder, each in zip(decoders, late, strict=True)
+        ]
+        whole.steps_before = torch.cat(late)
+        whole._follow(canvas, runner)
+        return whole
+
+    def _follow(self, canvas: Canvas, runner: ForwardRunner) -> None:
+        self.canvas, self.runner = canvas, runner
+        self.processors, self.observers = copy(self.processors), copy(self.observers)
+        self.processors.canvas = self.observers.canvas = canvas
 
     def out_of_time(self) -> bool:
         return time.perf_counter() > self.deadline
@@ -167,7 +251,7 @@ class Decoder:
     def commit(self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> None:
         """Writes tokens to the canvas and reports the step. Arguments as in `Canvas.commit`."""
         canvas = self.canvas
-        canvas.commit(index, tokens, logits, scores, self.step)
+        canvas.commit(index, tokens, logits, scores, self.row_step())
         if logits.device.type == "cpu" or (self.step + 1) % FINITE_CHECK_EVERY == 0:
             self.check_finite()
         if canvas.eos_token_ids.numel() and not self.has_ended:
@@ -205,7 +289,8 @@ class Decoder:
         """
         canvas = self.canvas
         columns = torch.arange(canvas.pad_column, device=canvas.end.device)
-        last = torch.where(canvas.known(), columns, -1).amax(dim=1).clamp_min(canvas.new_from - 1)
+        last = torch.where(canvas.known(), columns, -1).amax(dim=1)
+        last = torch.maximum(last, canvas.new_from[:, 0] - 1)
         canvas.end = torch.minimum(canvas.end, last)
         slots = columns_of(canvas.blank_mask & ~canvas.known() & ~canvas.is_over(columns), canvas.pad_column)
         if slots.shape[1]:

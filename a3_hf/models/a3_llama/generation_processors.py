@@ -89,7 +89,7 @@ class SlotProcessors:
     def _last_known(self, known: torch.Tensor) -> torch.Tensor:
         """Returns (B, 1) or (B, Q) the last column that holds a token, but at least the continuation's first."""
         columns = torch.arange(self.canvas.pad_column, device=known.device)
-        return torch.where(known, columns, -1).amax(dim=-1).clamp_min(self.canvas.new_from)
+        return torch.maximum(torch.where(known, columns, -1).amax(dim=-1), self.canvas.new_from)
 
     def _contexts(self, slots: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         canvas = self.canvas

@@ -1,6 +1,8 @@
 """Forward passes over the text being filled, with their key/value cache."""
 
 import math
+from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch.nn.functional import pad
@@ -15,7 +17,7 @@ from .attention_masks import (
     tree_attention_mask,
 )
 from .compiling import raise_recompile_limit
-from .generation_cache import first_tokens, preallocated_cache
+from .generation_cache import first_tokens, joined_cache, preallocated_cache
 from .generation_canvas import Canvas, columns_of
 from .rope import apply_rotary
 
@@ -217,6 +219,43 @@ class ForwardRunner:
                     states[:, :, start : start + num_kept] = moved
         if num_kept < num_new:
             self.cache.crop(num_kept - num_new)
+
+    def again(self, canvas: Canvas) -> "ForwardRunner":
+        """Returns a runner of the same settings for another canvas, from its first pass on; with a cache that grows."""
+        return type(self)(
+            self.model,
+            canvas,
+            use_cache=self.cache is not None,
+            one_group=self.one_group,
+            ragged=self.ragged or canvas.is_ragged(),
+        )
+
+    def rows(self, index: torch.Tensor, canvas: Canvas) -> "ForwardRunner":
+        """Returns a runner of the rows `index` (n,), whose `canvas` is given, with what they need of the cache."""
+        part = copy(self)
+        part.canvas, part.lead, part.kept_states = canvas, 0, None
+        part.encoded = self.encoded[index]
+        if self.cache is not None:
+            part.cache = joined_cache([self.cache], index)
+        part.compact()
+        return part
+
+    @classmethod
+    def joined(cls, runners: "Sequence[ForwardRunner]", canvas: Canvas) -> "ForwardRunner":
+        """Returns a runner of the rows of several, whose `canvas` is given; they have caches that grow."""
+        whole = copy(runners[0])
+        whole.canvas, whole.ragged, whole.lead, whole.kept_states = canvas, True, 0, None
+        width, most = canvas.pad_column, max(runner.encoded.shape[1] for runner in runners)
+        parts = [runner.encoded.masked_fill(runner.encoded == runner.canvas.pad_column, width) for runner in runners]
+        whole.encoded = torch.cat([pad(part, (0, most - part.shape[1]), value=width) for part in parts])
+        whole.groups = torch.arange(most, device=whole.encoded.device)
+        whole.next_group, whole.passes = most, max(runner.passes for runner in runners)
+        if whole.passes:
+            whole.cache = joined_cache([runner.cache for runner in runners])
+        else:
+            whole.lead = int(canvas.blank_mask.any(dim=0).long().argmax())
+            whole.cache = preallocated_cache(len(runners[0].cache.layers), first_room=width + 1)
+        return whole
 
     def key_mask(self) -> torch.Tensor | None:
         """Returns (B, cached), False where no row sees a cached key; None: all are seen."""

@@ -1,5 +1,6 @@
 """The four decoding strategies: which columns a pass predicts, and which it commits."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from .generation_canvas import Canvas, columns_of, pack
 from .generation_config import A3GenerationConfig
 from .generation_decoder import ACCEPT, RESIDUAL, SAMPLE, Decoder, SlotNoise
+from .generation_filling import Filling, SteadyFilling
 from .generation_sampling import accept_drafts, choose_tokens
 from .generation_trees import COMPACT_EVERY, NGRAM_TOKENS, ngram_drafts
 from .orders import GroupOrder
@@ -15,36 +17,62 @@ DRAFT_TOKENS = 4
 REFINE_ROUNDS, REFINE_FRACTION = 4, 0.25
 
 
-def fill_groupwise(decoder: Decoder, steps: torch.Tensor) -> None:
+class GroupwiseFilling(Filling):
     """Fills groups fixed beforehand, each given the earlier ones (Algorithm 1).
 
     Args:
         steps: (B, K, g) the columns of each group, from `group_columns`.
     """
-    content = decoder.runner.given_columns()
-    for slots in steps.unbind(dim=1):
-        slots = decoder.mask_finished(slots)
+
+    columns = ("steps", "content")
+
+    def __init__(self, decoder: Decoder, steps: torch.Tensor):
+        super().__init__(decoder)
+        self.steps, self.content = steps, decoder.runner.given_columns()
+
+    def is_open(self) -> torch.Tensor:
+        left = self.decoder.mask_finished(self.steps.flatten(1))
+        return (left != self.decoder.canvas.pad_column).any(dim=1)
+
+    def step(self) -> bool:
+        decoder = self.decoder
+        slots, self.steps = decoder.mask_finished(self.steps[:, 0]), self.steps[:, 1:]
         if decoder.has_ended and bool((slots == decoder.canvas.pad_column).all()):
             decoder.step += 1  # a step is a group, as in batches whose other rows continue
-            continue
+            return self.steps.shape[1] > 0
         if decoder.out_of_time():
-            return decoder.fill_remaining(content)
-        logits = decoder.logits_of(content, slots)
+            decoder.fill_remaining(self.content)
+            return False
+        logits = decoder.logits_of(self.content, slots)
         scores = decoder.warped(decoder.processed(logits, slots))
         decoder.commit(slots, decoder.choose(scores, slots), logits, scores)
-        content = decoder.mask_finished(slots)
+        self.content = decoder.mask_finished(slots)
+        return self.steps.shape[1] > 0
 
 
-def fill_dynamic(decoder: Decoder) -> None:
+class DynamicFilling(Filling):
     """Predicts the open blanks (in the window), commits the best, and repeats (Algorithm 2)."""
-    canvas, config = decoder.canvas, decoder.config
-    tokens_per_step = config.tokens_per_step or 1
-    content, waiting = decoder.runner.given_columns(), columns_of(canvas.blank_mask, canvas.pad_column)
-    while waiting.shape[1]:
+
+    columns = ("waiting", "content")
+
+    def __init__(self, decoder: Decoder):
+        super().__init__(decoder)
+        canvas = decoder.canvas
+        self.content, self.waiting = decoder.runner.given_columns(), columns_of(canvas.blank_mask, canvas.pad_column)
+
+    def is_open(self) -> torch.Tensor:
+        return (self.decoder.mask_finished(self.waiting) != self.decoder.canvas.pad_column).any(dim=1)
+
+    def step(self) -> bool:
+        decoder, canvas, config = self.decoder, self.decoder.canvas, self.decoder.config
+        tokens_per_step, waiting = config.tokens_per_step or 1, self.waiting
+        if not waiting.shape[1]:
+            return False
         if decoder.out_of_time():
-            return decoder.fill_remaining(content)
+            decoder.fill_remaining(self.content)
+            return False
         slots = waiting[:, : config.window]
-        logits = decoder.logits_of(content, slots)
+        logits = decoder.logits_of(self.content, slots)
         scores = decoder.processed(logits, slots)
         chosen = decoder.select(scores, slots, tokens_per_step)
         scores = decoder.warped(scores)
@@ -59,13 +87,49 @@ def fill_dynamic(decoder: Decoder) -> None:
         else:
             counts = torch.stack([(columns != canvas.pad_column).sum(dim=1).amax() for columns in (written, waiting)])
             num_written, num_waiting = counts.tolist()
-        content = pack(written, written != canvas.pad_column, canvas.pad_column)[:, :num_written]
-        waiting = pack(waiting, waiting != canvas.pad_column, canvas.pad_column)[:, :num_waiting]
+        self.content = pack(written, written != canvas.pad_column, canvas.pad_column)[:, :num_written]
+        self.waiting = pack(waiting, waiting != canvas.pad_column, canvas.pad_column)[:, :num_waiting]
+        return num_waiting > 0
 
 
-def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
-    """Fills blanks by ASSD (paper §3), with both of its passes fused: a pass encodes the last certain token and up to k
-    drafts, verifies each draft from a slot that sees the tokens before it, and drafts the next k from slots that see all.
+class SpeculativeFilling(SteadyFilling):
+    """`fill_speculative`.
+
+    Args:
+        path: (B, N) each row's blanks in generation order, then the padding column.
+    """
+
+    columns = ("path",)
+
+    def __init__(self, decoder: Decoder, path: torch.Tensor):
+        super().__init__(decoder)
+        self.path = path
+
+    def passes(self) -> Iterator[None]:
+        return fill_speculative(self.decoder, self.path)
+
+
+class RefineFilling(SteadyFilling):
+    """`fill_refine`.
+
+    Args:
+        log_likelihood: the model's, of (sequences, group_ids, attention_mask).
+    """
+
+    rewrites = True
+
+    def __init__(self, decoder: Decoder, log_likelihood: Callable[..., torch.Tensor]):
+        super().__init__(decoder)
+        self.log_likelihood = log_likelihood
+
+    def passes(self) -> Iterator[None]:
+        return fill_refine(self.decoder, self.log_likelihood)
+
+
+def fill_speculative(decoder: Decoder, path: torch.Tensor) -> Iterator[None]:
+    """Fills blanks by ASSD (paper §3), a pass at a time, with both of its passes fused: a pass encodes the last certain token
+    and up to k drafts, verifies each draft from a slot that sees the tokens before it, and drafts the next k from slots that
+    see all.
 
     Accepted tokens follow the sequential model exactly: the drafts before the first rejected one, then its replacement or,
     if all are accepted, the first new draft, which saw everything before it. Drafts after a rejected one are kept as drafts:
@@ -95,7 +159,8 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
     draft_scores = None
     while rest.shape[1]:
         if decoder.out_of_time():
-            return decoder.fill_remaining(pending)
+            decoder.fill_remaining(pending)
+            return
         first_pass, width = decoder.runner.passes == 0, drafts.shape[1]
         # 1. One pass: [certain | drafts] as content, [checks | new drafts] as slots.
         place = torch.arange(width, device=device)
@@ -168,6 +233,8 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> None:
                 draft_scores = both.gather(1, source[..., None].expand(-1, -1, both.shape[-1]))
         count, pending = next_count, certain_column
         rest = rest[:, :max_left]
+        if max_left:
+            yield
 
 
 def _checks(pending: torch.Tensor, count: torch.Tensor, num_drafts: int, canvas: Canvas) -> torch.Tensor:
@@ -198,27 +265,24 @@ def _without_eos(scores: torch.Tensor, eos_token_ids: torch.Tensor) -> torch.Ten
     return torch.where(nothing, torch.zeros_like(scores).index_fill(-1, eos_token_ids, -torch.inf), scores)
 
 
-def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
-    """Runs `dynamic`, then rounds that reopen the least likely tokens and fill them given all others (not in the paper).
-    Rounds are compared by the exact log-likelihood of the written tokens, left to right, given all other text. Tokens
-    reopened in a discarded round are not reopened again until all others have been tried.
+def fill_refine(decoder: Decoder, log_likelihood: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Runs `dynamic`, a pass at a time, then rounds that reopen the least likely tokens and fill them given all others (not in
+    the paper). Rounds are compared by the exact log-likelihood of the written tokens, left to right, given all other text.
+    Tokens reopened in a discarded round are not reopened again until all others have been tried.
 
     Args:
-        make_decoder: makes a `Decoder` from a canvas, noise and a first step.
         log_likelihood: the model's, of (sequences, group_ids, attention_mask).
-
-    Returns:
-        The number of the model's passes in addition to those of `decoder`.
     """
     canvas, config = decoder.canvas, decoder.config
-    fill_dynamic(decoder)
+    yield from _passes(DynamicFilling(decoder))
     written = canvas.blank_mask & (canvas.commit_step[:, :-1] >= 0)
     real = canvas.given_mask | written
     groups = GroupOrder.infilling(written, attention_mask=real).group_ids
     is_eos = torch.isin(canvas.sequences[:, :-1], canvas.eos_token_ids)
     quota = (written.sum(dim=1) * (config.refine_fraction or REFINE_FRACTION)).ceil().long()
     tried = torch.zeros_like(written)
-    passes, step, chance = 1, decoder.step, decoder.chance
+    step, chance = decoder.step, decoder.chance
+    decoder.extra_passes += 1
     log_probs = log_likelihood(canvas.sequences[:, :-1], groups, real) * written
     for _ in range(config.refine_rounds or REFINE_ROUNDS):
         if decoder.out_of_time():
@@ -236,14 +300,15 @@ def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
             log_probs=canvas.log_probs.clone(),
             given_mask=real & ~reopened,
             blank_mask=reopened,
-            new_from=canvas.pad_column,  # EOS is not written into the middle
+            new_from=torch.full_like(canvas.new_from, canvas.pad_column),  # EOS is not written into the middle
             logits=None if canvas.logits is None else canvas.logits.clone(),
         )
         chance = chance.afresh()
-        again = make_decoder(candidate, chance, step)
-        fill_dynamic(again)
+        again = decoder.again(candidate, chance, step)
+        yield from _passes(DynamicFilling(again))
         again.check_finite()
-        passes, step = passes + again.runner.passes + 1, again.step
+        decoder.extra_passes += again.runner.passes + 1
+        step = again.step
         rewritten = log_likelihood(candidate.sequences[:, :-1], groups, real) * written
         kept = rewritten.sum(dim=1, keepdim=True) > log_probs.sum(dim=1, keepdim=True)
         log_probs = torch.where(kept, rewritten, log_probs)
@@ -254,7 +319,12 @@ def fill_refine(decoder: Decoder, make_decoder, log_likelihood) -> int:
         tried = (tried | reopened) & ~kept
     canvas.log_probs[:, :-1] = log_probs
     decoder.step = step
-    return passes
+
+
+def _passes(filling: Filling) -> Iterator[None]:
+    while filling.step():
+        yield
+    yield
 
 
 def group_columns(canvas: Canvas, config: A3GenerationConfig, chance: SlotNoise) -> torch.Tensor:

@@ -6,7 +6,7 @@ that token is a node. The text is the LLaMA's own, token by token: if greedy, an
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from .generation_canvas import Canvas, pack
 from .generation_decoder import SAMPLE, Decoder
+from .generation_filling import Filling, padded_alike
 from .generation_sampling import NGRAM_LEAST, choose_tokens, ngram_draft
 
 NGRAM_TOKENS, TREE_NODES, TREE_WIDTH = 7, 8, 4
@@ -45,6 +46,16 @@ class DraftTree:
         """The tree of one path: the first `count` (B,) of `tokens` (B, N)."""
         number = torch.arange(tokens.shape[1], device=tokens.device)
         return cls(tokens, (number - 1).expand_as(tokens), number < count[:, None])
+
+    @classmethod
+    def joined(cls, trees: "Sequence[DraftTree]") -> "DraftTree":
+        """The trees of several batches' texts."""
+        parts = zip(*((tree.tokens, tree.parents, tree.is_node) for tree in trees), strict=True)
+        return cls(*(torch.cat(padded_alike(part, 0)) for part in parts))
+
+    def rows(self, index: torch.Tensor) -> "DraftTree":
+        """The trees of the texts `index` (n,)."""
+        return DraftTree(self.tokens[index], self.parents[index], self.is_node[index])
 
     def with_nodes(self, tokens: torch.Tensor, parents: torch.Tensor, is_node: torch.Tensor) -> "DraftTree":
         pairs = ((self.tokens, tokens), (self.parents, parents), (self.is_node, is_node))
@@ -109,8 +120,8 @@ class Pace:
     they bring. Both are tried in turns, the faster one is kept, and after a while the other is tried again.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self.clock, self.drafts = clock, True
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, *, drafts: bool = True):
+        self.clock, self.drafts = clock, drafts
         self._rates: dict[bool, float] = {}  # tokens a second
         self._tokens, self._passes, self._left, self._start = 0, 0, PROBED_PASSES, clock()
 
@@ -132,7 +143,7 @@ class Pace:
         self._tokens, self._start = 0, now
 
 
-def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
+class CheckedFilling(Filling):
     """Fills blanks left to right by `verify="content"`, with drafts from the text so far, from a draft head, or both: the
     head's where the text gives none.
 
@@ -140,23 +151,49 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
         path: (B, N) each row's blanks in generation order, then the padding column.
         drafter: a `Drafter`; None: drafts come from the text alone.
     """
-    canvas, config, runner = decoder.canvas, decoder.config, decoder.runner
-    # Processors that read the text so far know one text, not a tree.
-    reads_text = decoder.processors.reads_text
-    width = 1 if reads_text else config.draft_width or TREE_WIDTH
-    rest, pending = path, runner.given_columns()
-    if (pending == canvas.pad_column).all(dim=1).any():
-        raise ValueError(
-            "past_key_values holds a row's whole prompt: verify='content' expects a cache without its last token"
-        )
-    runner.kept_layer = None if drafter is None else drafter.kept_layer
-    tree = DraftTree.empty(len(path), path.device)
-    pace = Pace() if len(path) > 1 else None
-    rank = torch.zeros_like(canvas.sequences)  # of each blank in its row
-    rank.scatter_(1, path, torch.arange(path.shape[1], device=path.device).expand_as(path))
-    while rest.shape[1]:
+
+    columns = ("rest", "pending")
+
+    def __init__(self, decoder: Decoder, path: torch.Tensor, drafter=None):
+        super().__init__(decoder)
+        canvas, config, runner = decoder.canvas, decoder.config, decoder.runner
+        # Processors that read the text so far know one text, not a tree.
+        self.reads_text = decoder.processors.reads_text
+        self.width = 1 if self.reads_text else config.draft_width or TREE_WIDTH
+        self.rest, self.pending, self.drafter = path, runner.given_columns(), drafter
+        if (self.pending == canvas.pad_column).all(dim=1).any():
+            raise ValueError(
+                "past_key_values holds a row's whole prompt: verify='content' expects a cache without its last token"
+            )
+        runner.kept_layer = None if drafter is None else drafter.kept_layer
+        self.tree = DraftTree.empty(len(path), path.device)
+        self.pace = Pace() if len(path) > 1 else None
+
+    def is_open(self) -> torch.Tensor:
+        return (self.rest != self.decoder.canvas.pad_column).any(dim=1)
+
+    def keep_rows(self, index: torch.Tensor) -> None:
+        super().keep_rows(index)
+        self.tree = self.tree.rows(index)
+        self._change_pace()
+
+    @classmethod
+    def joined(cls, fillings: "Sequence[CheckedFilling]") -> "CheckedFilling":
+        whole = super().joined(fillings)
+        whole.tree = DraftTree.joined([filling.tree for filling in fillings])
+        whole._change_pace()
+        return whole
+
+    def _change_pace(self) -> None:
+        # Batches whose rows come and go begin without drafts, which seldom pay there.
+        self.pace = Pace(drafts=False) if len(self.rest) > 1 else None
+
+    def step(self) -> bool:
+        decoder, canvas, config = self.decoder, self.decoder.canvas, self.decoder.config
+        runner, rest, pending, tree = decoder.runner, self.rest, self.pending, self.tree
         if decoder.out_of_time():
-            return decoder.fill_remaining(pending)
+            decoder.fill_remaining(pending)
+            return False
         # 1. One pass over the certain tokens that are not encoded yet, and the tree.
         ancestry = tree.ancestry()
         depth = pad(ancestry.sum(dim=2), (1, 0))  # of each row: 0 for the certain token
@@ -174,12 +211,14 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
         )
         # 2. The token after each row.
         known = None
-        if reads_text:
+        if self.reads_text:
             canvas.sequences.scatter_(1, nodes, tree.tokens)
             order = torch.full_like(canvas.sequences, len(tree.tokens[0])).scatter_(1, nodes, depth[:, 1:] - 1)
             known = canvas.known()[:, None] | (order[:, None, :-1] < depth[..., None])
         scores = decoder.warped(decoder.processed(logits, slots, known))
-        noise = decoder.chance.uniform(slots, rank.gather(1, slots), SAMPLE) if config.do_sample else None
+        noise = None
+        if config.do_sample:  # a token's number is that of the step that would write it one by one
+            noise = decoder.chance.uniform(slots, decoder.chance.place.gather(1, slots) - 1, SAMPLE)
         rows, tokens, written = tree.walk(choose_tokens(scores, noise))
         # 3. Commit them.
         columns = slots.gather(1, rows).masked_fill(~written, canvas.pad_column)
@@ -193,12 +232,12 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
         before = torch.arange(pending.shape[1], device=rows.device).expand(len(rows), -1)
         final_row = rows.gather(1, num_written[:, None] - 1)
         state_place = row_places.gather(1, final_row)
-        states = None if drafter is None else runner.kept_states[text[:, 0], state_place[:, 0]]
+        states = None if self.drafter is None else runner.kept_states[text[:, 0], state_place[:, 0]]
         runner.keep(torch.cat([before, right], dim=1))
-        if len(path) > 1 and runner.passes % COMPACT_EVERY == 0:
+        if len(rest) > 1 and runner.passes % COMPACT_EVERY == 0:
             runner.compact()
         # 5. The next blanks, and drafts for those after the token that the next pass encodes.
-        pending = columns.gather(1, num_written[:, None] - 1)
+        self.pending = pending = columns.gather(1, num_written[:, None] - 1)
         rest = pad(rest, (0, rows.shape[1]), value=canvas.pad_column)
         ahead = num_written[:, None] + torch.arange(rest.shape[1] - rows.shape[1], device=rest.device)
         rest = rest.gather(1, ahead)
@@ -206,16 +245,17 @@ def fill_checked(decoder: Decoder, path: torch.Tensor, drafter=None) -> None:
             rest = decoder.mask_finished(rest)
             rest = pack(rest, rest != canvas.pad_column, canvas.pad_column)
         left = (rest != canvas.pad_column).sum(dim=1)
-        rest = rest[:, : int(left.max())]
+        self.rest = rest = rest[:, : int(left.max())]
         deepest = (left - 1).clamp_min(0)  # the last blank's token is what a check chooses
-        tree = DraftTree.empty(len(path), path.device)
-        if pace is not None:
+        self.tree = DraftTree.empty(len(rest), rest.device)
+        if self.pace is not None:
             if runner.passes == 1:
-                pace = Pace()  # the prompt's pass does not count
+                self.pace = Pace()  # the prompt's pass does not count
             else:
-                pace.after_pass(int((columns != canvas.pad_column).sum()))
-        if pace is None or pace.drafts:
-            tree = _next_tree(decoder, rest, deepest, pending[:, 0], states, drafter, width)
+                self.pace.after_pass(int((columns != canvas.pad_column).sum()))
+        if self.pace is None or self.pace.drafts:
+            self.tree = _next_tree(decoder, rest, deepest, pending[:, 0], states, self.drafter, self.width)
+        return rest.shape[1] > 0
 
 
 def _next_tree(

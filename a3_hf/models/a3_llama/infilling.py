@@ -1,11 +1,12 @@
 """Infilling and rewriting of text: from templates with blanks to filled text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_a3_llama import check_suffix_template
@@ -17,7 +18,7 @@ from .infilling_templates import (
     Template,
     begins_with_space,
     check_length,
-    decode_template,
+    decode_filled,
     encode_piece,
     encode_template,
     lent_spaces,
@@ -170,9 +171,9 @@ class A3InfillingMixin:
         fields = {name: value for name, value in overrides.items() if name not in ARGUMENTS}
         config = resolve_config(generation_config, None, fields, None)
         copies = config.num_return_sequences or 1
-        suffix_template = self._suffix_template(suffix_template)
-        self._check_templates(tokenizer, templates, config)
-        self._check_templates(tokenizer, [one.with_suffix_first(suffix_template) for one in templates], config)
+        suffix_template = self.checked_suffix_template(suffix_template)
+        self.check_templates(tokenizer, templates, config)
+        self.check_templates(tokenizer, [one.with_suffix_first(suffix_template) for one in templates], config)
         special = special_token_ids(tokenizer, self.config.vocab_size)
         overrides["suppress_tokens"] = sorted({*(config.suppress_tokens or []), *special})
         if config.seed is None and any(not isinstance(one, int) for template in templates for one in template.lengths):
@@ -201,10 +202,7 @@ class A3InfillingMixin:
             numbers = blanks[row // copies]
             start = int((numbers < 0).sum())
             template, as_filled = templates[row // copies], arranged[row // copies]
-            filled, fresh = decode_template(tokenizer, as_filled, sequence[start:], numbers[start:].tolist())
-            if as_filled != template:
-                in_front = len(as_filled.pieces[0]) - len(template.pieces[0])
-                filled = filled[in_front:] + template.pieces[-1]
+            filled, fresh = decode_filled(tokenizer, template, as_filled, sequence[start:], numbers[start:].tolist())
             texts.append(filled)
             written.append(fresh)
         return A3InfillOutput(
@@ -215,7 +213,12 @@ class A3InfillingMixin:
             generation=output,
         )
 
-    def _suffix_template(self, wanted: str | None) -> str | None:
+    def checked_suffix_template(self, wanted: str | None) -> str | None:
+        """Returns the template that `infill(suffix_template=wanted)` uses, or None: the suffix stays in place.
+
+        Raises:
+            ValueError: words without one `{suffix}`.
+        """
         if wanted is None:
             return getattr(self.config, "suffix_template", None)  # the controls have none of their own
         if wanted == "":
@@ -223,9 +226,10 @@ class A3InfillingMixin:
         check_suffix_template(wanted)
         return wanted
 
-    def _check_templates(
+    def check_templates(
         self, tokenizer: PreTrainedTokenizerBase, templates: list[Template], config: A3GenerationConfig
     ) -> None:
+        """Raises a ValueError for templates that `fill_templates` does not take under `config`."""
         if config.max_new_tokens is not None:
             raise ValueError(
                 f"max_new_tokens={config.max_new_tokens}: expected None for a text with blanks. End it with <blank:N> or "
@@ -262,21 +266,11 @@ class A3InfillingMixin:
         """Fills templates whose lengths are numbers. Returns the output, left-padded, and the number of each token's blank
         (B, S), 0 at given tokens and −1 at padding.
         """
-        encoded = [encode_template(tokenizer, template) for template in templates]
-        width = max(len(ids) for ids, _ in encoded)
-        input_ids = torch.zeros(len(encoded), width, dtype=torch.long)
-        blanks = torch.full_like(input_ids, -1)
-        is_spaced = torch.zeros(len(encoded), width + 1, dtype=torch.bool)  # including the canvas's padding column
-        for row, (template, (ids, numbers)) in enumerate(zip(templates, encoded, strict=True)):
-            start = width - len(ids)
-            input_ids[row, start:], blanks[row, start:] = torch.tensor(ids), torch.tensor(numbers)
-            for number, is_lent in enumerate(lent_spaces(tokenizer, template), start=1):
-                is_spaced[row, start + numbers.index(number)] = is_lent
+        input_ids, blanks, is_spaced = encode_rows(tokenizer, templates)
         if is_spaced.any():
-            begins = torch.zeros(self.config.vocab_size, dtype=torch.bool)
-            begins[[token_id for token_id in begins_with_space(tokenizer) if token_id < len(begins)]] = True
-            hook = overrides.get("logits_hook")
-            overrides = {**overrides, "logits_hook": _spaced(hook, is_spaced.to(self.device), begins.to(self.device))}
+            begins = begins_with_space_mask(tokenizer, self.config.vocab_size)
+            hook = SpaceFirst(is_spaced.to(self.device), begins.to(self.device), overrides.get("logits_hook"))
+            overrides = {**overrides, "logits_hook": hook}
         output = self.generate_any_order(
             input_ids.to(self.device),
             (blanks > 0).to(self.device),
@@ -287,16 +281,65 @@ class A3InfillingMixin:
         return output, blanks
 
 
-def _spaced(hook: Callable | None, is_spaced: torch.Tensor, begins: torch.Tensor) -> Callable:
-    """Returns a logits hook: after `hook`, only tokens in `begins` (V,) are allowed at columns `is_spaced` (texts, S + 1)."""
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, templates: Sequence[Template]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Encodes templates whose lengths are numbers as left-padded rows.
 
-    def spaced(step: int, columns: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if hook is not None:
-            logits = hook(step, columns, logits)
-        here = is_spaced.repeat_interleave(len(columns) // len(is_spaced), dim=0).gather(1, columns)
-        return logits.masked_fill(here[..., None] & ~begins, -torch.inf)
+    Returns:
+        (B, S) token ids, 0 at blanks and padding; (B, S) the number of each token's blank, 0 at given tokens and −1 at
+        padding; (B, S + 1) True where a token must begin with a space.
+    """
+    encoded = [encode_template(tokenizer, template) for template in templates]
+    width = max(len(ids) for ids, _ in encoded)
+    input_ids = torch.zeros(len(encoded), width, dtype=torch.long)
+    blanks = torch.full_like(input_ids, -1)
+    is_spaced = torch.zeros(len(encoded), width + 1, dtype=torch.bool)  # including the canvas's padding column
+    for row, (template, (ids, numbers)) in enumerate(zip(templates, encoded, strict=True)):
+        start = width - len(ids)
+        input_ids[row, start:], blanks[row, start:] = torch.tensor(ids), torch.tensor(numbers)
+        for number, is_lent in enumerate(lent_spaces(tokenizer, template), start=1):
+            is_spaced[row, start + numbers.index(number)] = is_lent
+    return input_ids, blanks, is_spaced
 
-    return spaced
+
+def begins_with_space_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
+    """Returns (V,), True at tokens that begin with a space inside a text."""
+    begins = torch.zeros(vocab_size, dtype=torch.bool)
+    begins[[token_id for token_id in begins_with_space(tokenizer) if token_id < vocab_size]] = True
+    return begins
+
+
+class SpaceFirst:
+    """A logits hook: after `hook`, only tokens that begin with a space are allowed where a blank takes the space before it.
+
+    Args:
+        is_spaced: (texts, S + 1), True at columns where a space must come first.
+        begins: (V,), True at tokens that begin with a space.
+    """
+
+    def __init__(self, is_spaced: torch.Tensor, begins: torch.Tensor, hook: Callable | None = None):
+        self.is_spaced, self.begins, self.hook = is_spaced, begins, hook
+
+    def __call__(self, step: int, columns: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if self.hook is not None:
+            logits = self.hook(step, columns, logits)
+        copies = len(columns) // len(self.is_spaced)
+        here = self.is_spaced.repeat_interleave(copies, dim=0).gather(1, columns)
+        return logits.masked_fill(here[..., None] & ~self.begins, -torch.inf)
+
+    def rows(self, index: torch.Tensor) -> "SpaceFirst":
+        """The hook of the rows `index` (n,) of a filling, where each text has one row."""
+        return SpaceFirst(self.is_spaced[index], self.begins)
+
+    @classmethod
+    def joined(cls, hooks: "Sequence[SpaceFirst]", canvas) -> "SpaceFirst":
+        """One hook for the rows of several, in one canvas."""
+        width = canvas.pad_column + 1  # the last column holds False
+        return cls(
+            torch.cat([pad(hook.is_spaced[:, :-1], (0, width + 1 - hook.is_spaced.shape[1])) for hook in hooks]),
+            hooks[0].begins,
+        )
 
 
 def _tokens_of_spans(

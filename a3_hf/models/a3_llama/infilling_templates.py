@@ -208,7 +208,7 @@ def lent_spaces(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[
 
 def begins_with_space(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the ids of tokens that, inside a text, begin with a space."""
-    texts = _texts_inside(tokenizer, len(tokenizer))
+    texts = texts_inside(tokenizer, len(tokenizer))
     return [token_id for token_id, text in texts if text.startswith(" ")]
 
 
@@ -220,7 +220,8 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> li
 
 
 @lru_cache(maxsize=4)
-def _texts_inside(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[tuple[int, str], ...]:
+def texts_inside(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[tuple[int, str], ...]:
+    """Returns the ids of all `size` tokens, and the text of each inside a text; none, if no token is a word."""
     # `size` of the tokenizer is part of the cache key, so that tokens added later are included.
     vocabulary = sorted(tokenizer.get_vocab().values())
     alone = _decode_each(tokenizer, [[token_id] for token_id in vocabulary])
@@ -233,7 +234,7 @@ def _texts_inside(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[tuple[
 
 
 def _joins_spaces(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
-    return any(text.startswith(" ") and text.strip() for _, text in _texts_inside(tokenizer, size))
+    return any(text.startswith(" ") and text.strip() for _, text in texts_inside(tokenizer, size))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -278,6 +279,17 @@ def decode_template(
             fresh[0] = fresh[0].removeprefix(" ")
         written += fresh
         text += "".join(fresh) + template.pieces[last]
+    return text, written
+
+
+def decode_filled(
+    tokenizer: PreTrainedTokenizerBase, template: Template, arranged: Template, token_ids: list[int], blanks: list[int]
+) -> tuple[str, list[str]]:
+    """Returns `decode_template` of a row filled as `arranged` (see `with_suffix_first`), in the order of `template`."""
+    text, written = decode_template(tokenizer, arranged, token_ids, blanks)
+    if arranged != template:
+        in_front = len(arranged.pieces[0]) - len(template.pieces[0])
+        text = text[in_front:] + template.pieces[-1]
     return text, written
 
 

@@ -92,6 +92,12 @@ def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
     return logits.gather(-1, token_ids[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
+def likeliest_tokens(logits: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (…, `number`) the highest log-probabilities under `logits` (…, V), and their token ids."""
+    values, token_ids = at_least_float32(logits).topk(number, dim=-1)
+    return values - at_least_float32(logits).logsumexp(dim=-1, keepdim=True), token_ids
+
+
 def checked_text(
     input_ids: torch.Tensor,
     group_ids: torch.Tensor,
