@@ -30,8 +30,8 @@ def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
         path: the YAML file.
         overrides: settings of the command line, which take precedence: `["--learning_rate", "1e-3", "--max_steps=20"]`.
             `curriculum`, `lora`, `draft_head` and `sources` are YAML on one line: `["--lora", "{r: 8}"]`. A setting
-            inside lora, draft_head or a source: `["--lora.r", "8"]`, `["--sources.fineweb.path", "local.jsonl"]` (which removes the source's dataset). `null`
-            unsets a setting. Hyphens count as underscores.
+            inside lora, draft_head or a source: `["--lora.r", "8"]`, `["--sources.fineweb.path", "local.jsonl"]` (which
+            removes the source's dataset). `null` unsets a setting. Hyphens count as underscores.
 
     Raises:
         ValueError: no such file; not YAML; a duplicate or unknown key; a value of another type than the field's (`"3"` is not

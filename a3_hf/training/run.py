@@ -239,7 +239,8 @@ def _make_trainer(
     if recipe.model.architecture == "llama":
         return EvenRowsTrainer(model, training, **shared)
     if recipe.model.architecture == "draft_head":
-        return DraftHeadTrainer(model, training, **shared)
+        own = None if recipe.model.tokenizer_name_or_path is None else tokenizer  # by default its base's
+        return DraftHeadTrainer(model, training, **{**shared, "processing_class": own})
     if recipe.model.architecture == "masked_diffusion":
         model.set_mask_token(tokenizer)
         return DiffusionTrainer(
