@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from a3_hf.adapters.arguments import LoraArguments
 from a3_hf.adapters.checkpoint_info import CheckpointInfo
 from a3_hf.adapters.checkpoints import load_model
+from a3_hf.adapters.layers import attach
 from a3_hf.data.arguments import DataArguments
 from a3_hf.data.collator import RowCollator
 from a3_hf.data.written import load_written
@@ -111,6 +113,9 @@ def test_a_run_may_start_from_a_head(source, written, tmp_path):
     assert CheckpointInfo.read(tmp_path / "same").base == str(source)
     with pytest.raises(ValueError, match="draft_head.rank=3: expected 2, as in"):
         train_module.run(recipe(source, written, tmp_path / "other", **{**kept, "draft_head": {**SIZES, "rank": 3}}))
+    attach(A3LlamaForCausalLM.from_pretrained(source), LoraArguments(r=2)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds an adapter: expected a LLaMA or a draft head"):
+        train_module.run(recipe(source, written, tmp_path / "b", model_name_or_path=str(tmp_path / "adapter")))
     with pytest.raises(ValueError, match="holds a draft head: expected a model"):
         changes = {"architecture": "a3", "draft_head": None, "curriculum": {"stages": [{"name": "ar"}]}}
         train_module.run(recipe(source, written, tmp_path / "a3", **{**kept, **changes}))
