@@ -1,4 +1,4 @@
-"""Settings of a LoRA adapter in a recipe."""
+"""Settings of a LoRA adapter and of a draft head in a recipe."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -40,3 +40,23 @@ class LoraArguments:
             raise ValueError(f"lora.target={self.target!r}: expected a list of names, or 'all-linear'")
         if self.target != "all-linear" and len(set(self.target)) < len(self.target):
             raise ValueError(f"lora.target={self.target!r}: expected each name once")
+
+
+@dataclass(frozen=True)
+class DraftHeadArguments:
+    """Settings of `draft_head: {rank: 32, …}` in a recipe with architecture `draft_head`; see `DraftHeadConfig`, which checks
+    them.
+
+    Args:
+        num_drafts: distances that are guessed, from the token after the next one on.
+        first_layer: the first layer of the base that slots pass; None: that of the last fifth.
+        rank: rank of the adapters in those layers; 0: none.
+        sampler_size: width of the network that gives each draft the one before; 0: none.
+        num_candidates: tokens of the vocabulary that a draft may be, the most frequent ones of the text; at most all.
+    """
+
+    num_drafts: int = 3
+    first_layer: int | None = None
+    rank: int = 32
+    sampler_size: int = 768
+    num_candidates: int = 8192

@@ -87,7 +87,7 @@ class CheckpointInfo:
         for name, architecture in ARCHITECTURES.items():
             if architecture.config.model_type == model_type:
                 return name
-        known = ", ".join(architecture.config.model_type for architecture in ARCHITECTURES.values())
+        known = ", ".join(dict.fromkeys(architecture.config.model_type for architecture in ARCHITECTURES.values()))
         raise ValueError(f"{self.path} holds a checkpoint of model type {model_type!r}: expected one of {known}")
 
     def model_config(self, architecture: str | None = None) -> LlamaConfig:

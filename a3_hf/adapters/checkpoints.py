@@ -51,8 +51,10 @@ def load_model(
     """
     info = _read(checkpoint, base)
     if info.is_draft_head:
-        if architecture not in (None, "a3"):
-            raise ValueError(f"architecture={architecture!r}: expected 'a3', as {info.path} holds a draft head")
+        if architecture not in (None, "a3", "draft_head"):
+            raise ValueError(
+                f"architecture={architecture!r}: expected 'a3' or 'draft_head', as {info.path} holds a draft head"
+            )
         model = A3LlamaForCausalLM.from_pretrained(info.base, **settings)
         attach_draft_head(model, info.path)
         return model

@@ -22,6 +22,7 @@ from a3_hf.data.loading import load_documents
 from a3_hf.evaluation.measures.attention_distance import measure_attention
 from a3_hf.evaluation.measures.coherence_diversity import measure_samples
 from a3_hf.evaluation.measures.decoding_frontier import measure_decoding
+from a3_hf.evaluation.measures.draft_heads import measure_drafts
 from a3_hf.evaluation.measures.infilling_quality import measure_infilling
 from a3_hf.evaluation.measures.order_losses import measure_losses
 from a3_hf.evaluation.measures.trained_run import Trained
@@ -40,6 +41,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "samples": measure_samples,
     "attention": measure_attention,
     "decoding": measure_decoding,
+    "drafts": measure_drafts,
 }
 MEASURED_FILE = "measured.json"
 RESULT_FILE = "result.json"
@@ -168,7 +170,7 @@ def load_trained(cell: Cell) -> Trained:
     folder = cell.recipe.training.output_dir
     model = load_model(folder, architecture=cell.recipe.model.architecture)
     device = "cuda" if torch.cuda.is_available() and not cell.recipe.training.use_cpu else "cpu"
-    documents, held_out = load_documents(cell.recipe.data)
+    documents, held_out = (None, None) if cell.recipe.draft_head else load_documents(cell.recipe.data)
     return Trained(
         model=model.to(device).eval(),
         tokenizer=load_tokenizer(folder),

@@ -1,4 +1,4 @@
-"""Architectures that a LLaMA can be converted to: A3 and its controls (Decoupled RoPE, masked diffusion, plain LLaMA)."""
+"""Architectures that a recipe trains: A3, its controls (Decoupled RoPE, masked diffusion, plain LLaMA), a draft head on A3."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from a3_hf.models.masked_diffusion_llama.modeling_masked_diffusion_llama import 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Classes of a model, and whether a curriculum of orders trains it (otherwise, its own loss)."""
+    """Classes of a model (a draft head: of its base), and whether a curriculum of orders trains it."""
 
     config: type[LlamaConfig]
     model: type[PreTrainedModel]
@@ -26,4 +26,5 @@ ARCHITECTURES = {
     "decoupled_rope": Architecture(DecoupledRopeLlamaConfig, DecoupledRopeLlamaForCausalLM, has_curriculum=True),
     "masked_diffusion": Architecture(MaskedDiffusionLlamaConfig, MaskedDiffusionLlamaForCausalLM, has_curriculum=False),
     "llama": Architecture(LlamaConfig, LlamaForCausalLM, has_curriculum=False),
+    "draft_head": Architecture(A3LlamaConfig, A3LlamaForCausalLM, has_curriculum=False),
 }

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
-from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.arguments import DraftHeadArguments, LoraArguments
 from a3_hf.data.arguments import DataArguments
 from a3_hf.devices import has_bf16_products
 
@@ -21,11 +21,12 @@ class ModelArguments:
     """The model to start from and the architecture to train."""
 
     model_name_or_path: str = field(metadata={"help": "LLaMA or A3 checkpoint: a folder or a hub id."})
-    architecture: Literal["a3", "decoupled_rope", "masked_diffusion", "llama"] = field(
+    architecture: Literal["a3", "decoupled_rope", "masked_diffusion", "llama", "draft_head"] = field(
         default="a3",
         metadata={
             "help": "a3: two streams; decoupled_rope: one stream, single tokens; masked_diffusion: no order; llama: next "
-            "tokens, the control. lora is for a3 only; the last two have no curriculum."
+            "tokens, the control; draft_head: guesses of the tokens after the next one, on a frozen LLaMA. lora is for a3 "
+            "only; the last three have no curriculum."
         },
     )
     slot_start: Literal["query_embed", "left_token"] | None = field(
@@ -136,10 +137,16 @@ ARGUMENT_CLASSES = (ModelArguments, DataArguments, A3TrainingArguments)
 
 @dataclass(frozen=True)
 class Recipe:
-    """One complete run. The architectures `masked_diffusion` and `llama` have no curriculum."""
+    """One complete run. `curriculum` is None for architectures without one; `draft_head` is set for that architecture."""
 
     model: ModelArguments
     data: DataArguments
     training: A3TrainingArguments
     curriculum: Curriculum | None
     lora: LoraArguments | None = None
+    draft_head: DraftHeadArguments | None = None
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether its checkpoints hold a part beside the frozen model that it starts from."""
+        return self.lora is not None or self.draft_head is not None

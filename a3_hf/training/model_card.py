@@ -1,11 +1,13 @@
 """The model card of a finished run: its base, recipe, tokens and losses."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from rich.table import Table
 from transformers import TrainerState
 
+from a3_hf.models.a3_draft_head.configuration_a3_draft_head import DraftHeadConfig
 from a3_hf.models.a3_llama.model_card import CARD_FILE, USE, WITHOUT_PACKAGE, build_card, write_card
 from a3_hf.models.auto import ARCHITECTURES
 
@@ -18,6 +20,17 @@ from a3_hf.adapters.checkpoints import load_model, load_tokenizer
 model = load_model("{name}")
 tokenizer = load_tokenizer("{name}")
 print(model.infill(tokenizer, "The dog <blank:4> home.", strategy="dynamic"))
+```"""
+USE_OF_A_DRAFT_HEAD = """\
+A draft head: with it, its base writes its own text, token by token, in fewer passes.
+
+```python
+from a3_hf.adapters.checkpoints import load_model, load_tokenizer
+
+model, tokenizer = load_model("{name}"), load_tokenizer("{name}")
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+output = model.generate_any_order(ids, max_new_tokens=40, strategy="speculative")
+print(tokenizer.decode(output.sequences[0]), output.tokens_per_forward)
 ```"""
 USE_OF_A_LLAMA = """\
 ```python
@@ -48,9 +61,15 @@ def write_run_card(recipe: Recipe, state: TrainerState, losses: Table | None) ->
         base_model=base_model,
         license=None if base_card is None else base_card.data.license,
         datasets=_hub_datasets(recipe) or None,
-        tags=[ARCHITECTURES[recipe.model.architecture].config.model_type, "a3_hf"],
+        tags=_tags(recipe),
     )
     return write_card(card, output_dir, replace=True)
+
+
+def _tags(recipe: Recipe) -> list[str]:
+    if recipe.draft_head is not None:
+        return [DraftHeadConfig.model_type, "speculative-decoding", "a3_hf"]
+    return [ARCHITECTURES[recipe.model.architecture].config.model_type, "a3_hf"]
 
 
 def read_card(model: str) -> ModelCard | None:
@@ -64,6 +83,8 @@ def read_card(model: str) -> ModelCard | None:
 def _use(recipe: Recipe) -> str:
     if recipe.lora is not None:
         return USE_OF_AN_ADAPTER
+    if recipe.draft_head is not None:
+        return USE_OF_A_DRAFT_HEAD
     if recipe.model.architecture == "llama":
         return USE_OF_A_LLAMA
     return USE + (WITHOUT_PACKAGE if recipe.model.architecture == "a3" else "")
@@ -71,7 +92,7 @@ def _use(recipe: Recipe) -> str:
 
 def _report(recipe: Recipe, state: TrainerState, losses: Table | None) -> str:
     training, tokens_per_step = recipe.training, recipe.training.rows_per_step * recipe.data.block_size
-    at_most = "" if recipe.data.fim is None else "at most "  # rows of fim may be shorter
+    at_most = "at most " if recipe.data.fim is not None or recipe.draft_head is not None else ""  # shorter rows
     rows = {
         "base": _shown(recipe.model.model_name_or_path),
         "architecture": recipe.model.architecture,
@@ -87,14 +108,27 @@ def _report(recipe: Recipe, state: TrainerState, losses: Table | None) -> str:
             rows[name] = repr(getattr(recipe.model, name))
     if recipe.lora is not None:
         rows["lora"] = f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, rows: {recipe.lora.rows}"
+    if recipe.draft_head is not None:
+        rows |= {name: value for name, value in vars(recipe.draft_head).items() if value is not None}
     if recipe.curriculum is not None:
         rows["curriculum"] = " → ".join(stage.name for stage in recipe.curriculum.stages)
     parts = ["## Training", _markdown(["setting", "value"], [[name, str(value)] for name, value in rows.items()])]
+    measured = next((entry for entry in reversed(state.log_history) if "eval_right_distance_2" in entry), None)
+    if measured is not None:
+        return "\n\n".join([*parts, *_guesses(measured)])
     if losses is not None:
         cells = zip(*(column.cells for column in losses.columns), strict=True)
         parts += ["## Losses", "Nats per token on held-out rows, under each order:"]
         parts.append(_markdown([str(column.header) for column in losses.columns], [list(row) for row in cells]))
     return "\n\n".join(parts)
+
+
+def _guesses(measured: Mapping[str, float]) -> list[str]:
+    """The part on a draft head's guesses, from the entry of the last evaluation in the log."""
+    nats = {name.rpartition("_")[2]: value for name, value in measured.items() if "_loss_distance_" in name}
+    cells = [[far, f"{value:.3f}", f"{measured[f'eval_right_distance_{far}']:.3f}"] for far, value in nats.items()]
+    words = "On held-out documents, given the true tokens before; distance 1 is the base's own."
+    return ["## Guesses", words, _markdown(["distance", "nats", "right"], cells)]
 
 
 def _data(recipe: Recipe) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.arguments import DraftHeadArguments, LoraArguments
 from a3_hf.data.arguments import SourceArguments
 from a3_hf.models.auto import ARCHITECTURES
 from a3_hf.settings import check_keys, checked_value, nearest, shown_value, types_of
@@ -21,16 +21,17 @@ from .curriculum import Curriculum
 
 def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe: a flat YAML mapping of the fields of `ModelArguments`, `DataArguments` and `A3TrainingArguments`, plus
-    `curriculum: {unit: …, stages: […]}` (see `Curriculum.from_config`) and optionally `lora: {r: …}` (see `LoraArguments`).
+    `curriculum: {unit: …, stages: […]}` (see `Curriculum.from_config`) and optionally `lora: {r: …}` (see `LoraArguments`)
+    or `draft_head: {rank: …}` (see `DraftHeadArguments`).
 
     Relative paths in a recipe start at the current directory, not at the recipe's folder.
 
     Args:
         path: the YAML file.
         overrides: settings of the command line, which take precedence: `["--learning_rate", "1e-3", "--max_steps=20"]`.
-            `curriculum`, `lora` and `sources` are YAML on one line: `["--lora", "{r: 8}"]`. A setting inside lora or a source:
-            `["--lora.r", "8"]`, `["--sources.fineweb.path", "local.jsonl"]` (which removes the source's dataset). `null`
-            unsets a setting. Hyphens count as underscores.
+            `curriculum`, `lora`, `draft_head` and `sources` are YAML on one line: `["--lora", "{r: 8}"]`. A setting
+            inside lora, draft_head or a source: `["--lora.r", "8"]`, `["--sources.fineweb.path", "local.jsonl"]` (which
+            removes the source's dataset). `null` unsets a setting. Hyphens count as underscores.
 
     Raises:
         ValueError: no such file; not YAML; a duplicate or unknown key; a value of another type than the field's (`"3"` is not
@@ -39,12 +40,13 @@ def parse_recipe(path: str | PathLike, overrides: Sequence[str] = ()) -> Recipe:
     return build_recipe(read_settings(path), overrides, origin=path)
 
 
-ON_ONE_LINE = ("curriculum", "lora", "sources")  # YAML on the command line
+MAPPINGS = {"lora": LoraArguments, "draft_head": DraftHeadArguments}
+ON_ONE_LINE = ("curriculum", "sources", *MAPPINGS)  # YAML on the command line
 
 
 def known_settings() -> set[str]:
     """Returns all keys of a recipe."""
-    return {f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init} | {"curriculum", "lora"}
+    return {f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init} | {"curriculum", *MAPPINGS}
 
 
 def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str | PathLike) -> Recipe:
@@ -54,7 +56,8 @@ def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, 
     known = known_settings()
     check_keys(path, values, known)
     overrides = _override(values, overrides, known)
-    curriculum, lora = values.pop("curriculum", None), values.pop("lora", None)
+    curriculum = values.pop("curriculum", None)
+    lora, draft_head = (_mapping(name, values.pop(name, None)) for name in MAPPINGS)
     values = {key: checked_value(key, value, hints[key], path) for key, value in values.items()}
 
     parser = _RecipeParser(ARGUMENT_CLASSES, add_help=False, allow_abbrev=False)
@@ -73,12 +76,20 @@ def build_recipe(settings: Mapping[str, Any], overrides: Sequence[str] = (), *, 
             f"architecture={model.architecture!r} is trained without orders: curriculum has no effect. Leave it out (on the "
             "command line: --curriculum null)"
         )
+    if model.architecture == "draft_head":
+        draft_head = draft_head or DraftHeadArguments()
+    elif draft_head is not None:
+        raise ValueError(
+            f"draft_head has no effect with architecture {model.architecture!r}: expected architecture 'draft_head', or no "
+            "draft_head"
+        )
     return Recipe(
         model=model,
         data=data,
         training=training,
         curriculum=_curriculum(curriculum, path) if architecture.has_curriculum else None,
-        lora=_lora(lora),
+        lora=lora,
+        draft_head=draft_head,
     )
 
 
@@ -161,12 +172,12 @@ def _curriculum(config: Any, path: str | PathLike) -> Curriculum:
 
 def _override(values: dict[str, Any], overrides: Sequence[str], known: Collection[str]) -> list[str]:
     """Puts into `values` the overrides that the argument parser can't take: `--KEY null`, YAML on one line, `--lora.KEY VALUE`
-    and `--sources.NAME.KEY VALUE`. Returns the others, names with underscores.
+    (or draft_head's) and `--sources.NAME.KEY VALUE`. Returns the others, names with underscores.
     """
     rest = []
     for name, text, words in _pairs(overrides):
         key = name.removeprefix("--")
-        is_nested = key.startswith(("lora.", "sources."))
+        is_nested = key.startswith(tuple(f"{group}." for group in ("sources", *MAPPINGS)))
         if (is_nested or key in ON_ONE_LINE) and text is None:
             raise ValueError(f"{name}: expected one argument")
         if is_nested:
@@ -199,11 +210,13 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str | None, list[str
 
 
 def _override_nested(values: dict[str, Any], setting: str, text: str) -> None:
-    """Puts `--lora.KEY` or `--sources.NAME.KEY` into `values`. A source's path replaces its dataset, and vice versa."""
+    """Puts `--lora.KEY` (or draft_head's) or `--sources.NAME.KEY` into `values`. A source's path replaces its dataset, and
+    vice versa.
+    """
     group, *path, key = setting.removeprefix("--").split(".")
     inside = values.get(group) or {}
-    if group == "lora" and not path:
-        values[group] = _with(inside, setting, key, text, LoraArguments, "lora")
+    if group in MAPPINGS and not path:
+        values[group] = _with(inside, setting, key, text, MAPPINGS[group], group)
         return
     name = ".".join(path)
     if group != "sources" or name not in inside or not isinstance(inside[name], Mapping):
@@ -227,11 +240,12 @@ def _with(values: Any, setting: str, key: str, text: str, kind: type, where: str
     return {**values, key: value}
 
 
-def _lora(config: Any) -> LoraArguments | None:
+def _mapping(name: str, config: Any) -> Any:
+    """The settings of a mapping, in its class."""
     if config is None:
         return None
-    hints = get_type_hints(LoraArguments)
+    hints = get_type_hints(MAPPINGS[name])
     if not isinstance(config, Mapping):
-        raise ValueError(f"lora: expected a mapping of {', '.join(hints)}, got {shown_value(config)}")
-    check_keys("lora", config, hints)
-    return LoraArguments(**{key: checked_value(key, value, hints[key], "lora") for key, value in config.items()})
+        raise ValueError(f"{name}: expected a mapping of {', '.join(hints)}, got {shown_value(config)}")
+    check_keys(name, config, hints)
+    return MAPPINGS[name](**{key: checked_value(key, value, hints[key], name) for key, value in config.items()})

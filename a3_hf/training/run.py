@@ -23,6 +23,7 @@ from a3_hf.data.tokenization import pad_id
 from .arguments import A3TrainingArguments, ModelArguments, Recipe
 from .callbacks import InterruptCallback, MetricsFileCallback, WeightsCallback, check_weights
 from .checkpoints import is_disk_full, last_whole_checkpoint, set_aside
+from .draft_head_trainer import DraftHeadTrainer, load_head_to_train
 from .even_rows import EvenRowsTrainer
 from .loss_report import losses_table, plot_losses
 from .masked_diffusion_trainer import DiffusionTrainer
@@ -111,14 +112,12 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
 
     # 3. Load the weights and make the trainer. A run killed between its last step and the final save has nothing to train.
     is_trained = state is not None and _has_all_steps(training, state)
-    model = load_to_train(
-        inputs.start,
-        recipe.lora,
-        finished=checkpoint if is_trained else None,
-        seed=training.seed,
-        architecture=recipe.model.architecture,
-        **_pretrained_settings(recipe.model),
-    )
+    settings = {"finished": checkpoint if is_trained else None, "seed": training.seed}
+    settings |= _pretrained_settings(recipe.model)
+    if inputs.head_config is not None:
+        model = load_head_to_train(inputs.start, inputs.head_config, train_rows, **settings)
+    else:
+        model = load_to_train(inputs.start, recipe.lora, architecture=recipe.model.architecture, **settings)
     trainer = _make_trainer(recipe, model, inputs.tokenizer, train_rows, eval_rows, is_resumed=checkpoint is not None)
     schedule = None if recipe.curriculum is None else trainer.schedule
     interrupt = InterruptCallback()
@@ -145,6 +144,8 @@ def _run(recipe: Recipe, *, resume: bool) -> int:
     # 5. Save the model card, the model, then the state, which marks the run as finished.
     if training.process_index == 0:
         write_run_card(recipe, trainer.state, losses_table(trainer.state, schedule))
+    if inputs.head_config is not None:
+        trainer.model.to(torch.bfloat16)  # as it is used; checkpoints are in float32
     trainer.save_model(str(output_dir))
     trainer.save_state()
     if training.process_index == 0:
@@ -237,6 +238,9 @@ def _make_trainer(
     }
     if recipe.model.architecture == "llama":
         return EvenRowsTrainer(model, training, **shared)
+    if recipe.model.architecture == "draft_head":
+        own = None if recipe.model.tokenizer_name_or_path is None else tokenizer  # by default its base's
+        return DraftHeadTrainer(model, training, **{**shared, "processing_class": own})
     if recipe.model.architecture == "masked_diffusion":
         model.set_mask_token(tokenizer)
         return DiffusionTrainer(
@@ -294,4 +298,6 @@ def _report(recipe: Recipe, state: TrainerState, schedule: Schedule | AdaptiveSc
 def _next_command(output_dir: Path, architecture: str) -> str:
     if architecture == "llama":
         return "It is a LLaMA: use it with transformers' generate."
+    if architecture == "draft_head":
+        return f'  a3 generate {output_dir} "Once upon a time"'
     return f'  a3 infill {output_dir} "Once upon a time <blank:8> happy."'

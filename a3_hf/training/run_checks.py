@@ -8,6 +8,7 @@ from transformers import LlamaConfig, Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_bitsandbytes_available
 
+from a3_hf.data.arguments import DataArguments
 from a3_hf.data.mixture import check_readers
 from a3_hf.models.a3_llama.configuration_a3_llama import check_suffix_template
 from a3_hf.models.auto import ARCHITECTURES
@@ -27,6 +28,9 @@ LOSS_SETTINGS = {
     "low_discrepancy": ("masked_diffusion",),
     "anneal_steps": ("masked_diffusion",),
 }
+WITHOUT_EFFECT_ON_DRAFT_HEADS = (
+    "text_column", "document_separator", "document_boundary", "documents", "fim", "shuffle_documents",
+)  # fmt: skip
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -83,6 +87,8 @@ def _check_architecture(recipe: Recipe) -> None:
         value = getattr(recipe.model, name)
         if architecture != "a3" and value is not None:
             raise ValueError(f"{name}={value!r} has no effect with architecture {architecture!r}; leave it out")
+    if recipe.draft_head is not None:
+        _check_draft_head(recipe)
     check_suffix_template(recipe.model.suffix_template)
     if architecture in ("decoupled_rope", "llama") and recipe.data.documents == "isolated":
         raise ValueError(
@@ -93,6 +99,21 @@ def _check_architecture(recipe: Recipe) -> None:
             f"sources: expected train_file or dataset_name with architecture {architecture!r}; mixtures are for architectures "
             "with a curriculum"
         )
+
+
+def _check_draft_head(recipe: Recipe) -> None:
+    """Refuses settings without effect on a draft head, whose documents are read as they are."""
+    if recipe.lora is not None:
+        raise ValueError("lora has no effect with architecture 'draft_head', whose base stays as it is; leave it out")
+    data = recipe.data
+    if data.train_file is None:
+        raise ValueError(
+            f"train_file={data.train_file!r}: expected a .jsonl file of scripts/write_text.py with architecture 'draft_head'"
+        )
+    for name in WITHOUT_EFFECT_ON_DRAFT_HEADS:
+        value = getattr(data, name)
+        if value != DataArguments.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}={value!r} has no effect with architecture 'draft_head'; leave it out")
 
 
 def _check_sources(recipe: Recipe) -> None:

@@ -34,6 +34,7 @@ OLD_RUN_DEFAULTS = {
     "slot_start": None,
     "suffix_template": None,
     "fim": None,
+    "draft_head": None,
     "masking": "rate",
     "low_discrepancy": False,
     "anneal_steps": 0,
@@ -54,6 +55,7 @@ def describe(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
         "mixed_precision": training.mixed_precision,
         "curriculum": None if recipe.curriculum is None else asdict(recipe.curriculum),
         "lora": None if recipe.lora is None else asdict(recipe.lora),
+        "draft_head": None if recipe.draft_head is None else asdict(recipe.draft_head),
         "rows_per_step": training.rows_per_step,
         "tokenizer": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
         "tokenizer_rules": _tokenizer_rules(tokenizer),
@@ -67,7 +69,7 @@ def describe_inputs(recipe: Recipe, train_rows: Any) -> dict[str, list]:
     """
     data = recipe.data
     paths = {name: [Path(path)] for name in ("train_file", "validation_file") if (path := getattr(data, name))}
-    if recipe.lora is not None:  # checkpoints of whole weights don't need their start
+    if recipe.keeps_base:  # checkpoints of whole weights don't need their start
         paths["model_name_or_path"] = sorted(Path(recipe.model.model_name_or_path).glob("*.safetensors"))
     inputs = {name: [[file.name, *fingerprint(file)] for file in files] for name, files in paths.items()}
     if data.sources is not None:
@@ -173,8 +175,8 @@ def check_resume(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str
         changes["tokenizer"] = "the tokenizer has another vocabulary"
     if "tokenizer_rules" in changes:
         changes["tokenizer_rules"] = "the tokenizer splits texts by other rules"
-    # A checkpoint contains the model, but an adapter's needs its base.
-    neutral = RESULT_NEUTRAL_SETTINGS if recipe.lora is None else RESULT_NEUTRAL_SETTINGS - {"model_name_or_path"}
+    # A checkpoint contains the model, but an adapter's and a draft head's need their base.
+    neutral = RESULT_NEUTRAL_SETTINGS - ({"model_name_or_path"} if recipe.keeps_base else set())
     refused = [text for name, text in changes.items() if name not in neutral]
     if refused:
         raise ValueError(

@@ -63,7 +63,9 @@ def test_what_a_head_is_not_for_is_refused(folder):
     info = CheckpointInfo.read("head")
     with pytest.raises(ValueError, match="holds a draft head: expected a model or an adapter to train"):
         check_start(info, None, info.model_config())
-    with pytest.raises(ValueError, match="architecture='llama': expected 'a3', as head holds a draft head"):
+    with pytest.raises(
+        ValueError, match="architecture='llama': expected 'a3' or 'draft_head', as head holds a draft head"
+    ):
         load_model("head", architecture="llama")
     DraftHead(DraftHeadConfig.for_base(AutoConfig.from_pretrained("base"))).save_pretrained("lost")
     with pytest.raises(ValueError, match="lost holds a draft head whose config.json lacks base_model_name_or_path"):

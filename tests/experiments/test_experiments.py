@@ -265,7 +265,7 @@ def test_one_that_was_stopped_goes_on_to_the_same_result(plan, tmp_path, monkeyp
 
 @pytest.fixture
 def beside_models(beside_data):
-    """`beside_data`, and the small LLaMA in place of SmolLM2, with tokens that no text uses."""
+    """`beside_data`, and the small LLaMA in place of SmolLM2, with tokens that no text uses, and documents of it."""
     folder = beside_data / "models" / "smollm2-135m"
     if not folder.is_dir():
         (small,) = (beside_data.parent / "shared" / "data" / "models").iterdir()
@@ -274,7 +274,20 @@ def beside_models(beside_data):
         model.resize_token_embeddings(len(tokenizer))
         for part in (tokenizer, model):
             part.save_pretrained(folder)
+        write_drafts(beside_data / "runs" / "drafts", tokenizer)
     return beside_data
+
+
+def write_drafts(folder: Path, tokenizer) -> None:
+    """Files in the form of `scripts/write_text.py`: every second document is an answer to a question, which EOS ends."""
+    folder.mkdir(parents=True)
+    for name in ("greedy", "sampled", "held_out"):
+        lines = []
+        for number in range(40):
+            words = tokenizer(f"the {name} dog ran home {number} times", add_special_tokens=False)["input_ids"]
+            opening = [tokenizer.bos_token_id, *words[:2], *([tokenizer.eos_token_id] if number % 2 else [])]
+            lines.append({"input_ids": opening + words * 2, "prompt_length": len(opening)})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_there_are_experiments():

@@ -222,7 +222,8 @@ class A3LM(BatchedLM):
 
 
 def _architecture(pretrained: PreTrainedModel) -> str:
-    types = {architecture.config.model_type: name for name, architecture in ARCHITECTURES.items() if name != "llama"}
+    names = [name for name in ARCHITECTURES if name not in ("llama", "draft_head")]
+    types = {ARCHITECTURES[name].config.model_type: name for name in names}
     model_type = pretrained.config.model_type
     if model_type not in types:
         raise ValueError(

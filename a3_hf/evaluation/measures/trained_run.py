@@ -15,8 +15,9 @@ class Trained:
 
     Attributes:
         model: the trained model, in evaluation mode: an `A3LlamaForCausalLM`, `DecoupledRopeLlamaForCausalLM`,
-            `MaskedDiffusionLlamaForCausalLM` or, for next-token training, `LlamaForCausalLM`.
-        documents: held-out texts, the recipe's `validation_documents`.
+            `MaskedDiffusionLlamaForCausalLM` or, for next-token training, `LlamaForCausalLM`; of a draft head, its base with
+            the head attached.
+        documents: held-out texts, the recipe's `validation_documents`; none of a draft head, whose documents are tokens.
         training_documents: the texts of training.
         log_history: the log of training, as in `TrainerState`.
     """
@@ -30,5 +31,5 @@ class Trained:
 
     @property
     def architecture(self) -> str:
-        """`"a3"`, `"decoupled_rope"`, `"masked_diffusion"` or `"llama"`."""
+        """`"a3"`, `"decoupled_rope"`, `"masked_diffusion"`, `"llama"` or `"draft_head"`."""
         return self.recipe.model.architecture
