@@ -23,6 +23,15 @@ MOST_NEW = 1024  # tokens of a message without max_tokens
 MOST_AUTO = AUTO_LENGTHS[1]
 LOGITS_AT_ONCE = 256  # tokens of a prompt whose logits are held at once
 JOINING = ("groupwise", "dynamic")  # strategies whose batches rows may join
+PER_ROW = (
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "order",
+    "span_length",
+)  # may differ between their rows
 
 
 @dataclass
@@ -223,7 +232,7 @@ class Planner:
         else:
             draft = "ngram" if self.model.drafter is None else "ngram+head"
             settings |= {"strategy": "speculative", "verify": "content", "draft": draft}
-        joins = not order or settings.get("strategy", "groupwise") in JOINING
+        joins = not order or _strategy(settings) in JOINING
         num_rows = num_rows if settings.get("do_sample") else 1
         seed = _seed(request) + number
         A3GenerationConfig(**settings, seed=seed, max_new_tokens=new)
@@ -312,7 +321,7 @@ class Planner:
                 **settings | {"suppress_tokens": self.special},
             )
 
-        joins = settings.get("strategy", "groupwise") in JOINING
+        joins = _strategy(settings) in JOINING
         return Job(ticket, begin, rows, _key("fill", settings), joins, input_ids.shape[1])
 
     def _fill_candidates(
@@ -383,8 +392,18 @@ def _seed(request: Sampling) -> int:
     return secrets.randbelow(2**62) if request.seed is None else request.seed
 
 
+def _strategy(settings: dict[str, Any]) -> str:
+    return settings.get("strategy") or "groupwise"
+
+
 def _key(kind: str, settings: dict[str, Any]) -> tuple:
-    return kind, frozenset(item for item in settings.items() if item[1] is not None)
+    """What must be the same for rows to be decoded together: of joining strategies neither the sampling nor the order."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if _strategy(given) in JOINING or given.get("verify") == "content":
+        given = {name: value for name, value in given.items() if name not in PER_ROW}
+    if _strategy(given) == "groupwise":
+        given |= {"strategy": "groupwise", "group_size": given.get("group_size", 1)}
+    return kind, frozenset(given.items())
 
 
 def _at_most(name: str, value: int, most: int, what: str) -> int:

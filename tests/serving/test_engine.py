@@ -51,6 +51,7 @@ def mixed(number: int) -> dict:
         {"suffix": " was", "max_tokens": 4, "strategy": "refine", "refine_rounds": 1},
         {"max_tokens": 6, "strategy": "groupwise", "group_size": 2},
         {"max_tokens": 6, "temperature": 0, "n": 2},
+        {"suffix": " home.", "max_tokens": 5, "temperature": 0, "order": "right_to_left"},
     ]
     words = ["The dog", "One day, the", "Tom was happy, and so", "中文"]
     return {"prompt": words[number % 4], "seed": number, **kinds[number % len(kinds)]}

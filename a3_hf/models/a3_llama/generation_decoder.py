@@ -12,9 +12,10 @@ import torch
 from .generation_canvas import Canvas, columns_of
 from .generation_config import A3GenerationConfig
 from .generation_observers import Observers
-from .generation_processors import SlotProcessors
+from .generation_processors import SlotProcessors, make_warpers, sampling_of, warp
 from .generation_runner import ForwardRunner
 from .generation_sampling import (
+    at_least_float32,
     choose_tokens,
     commit_scores,
     slots_to_commit,
@@ -138,6 +139,7 @@ class Decoder:
         self.processors, self.chance, self.observers = processors, chance, observers
         self.logits_hook, self.deadline, self.step = logits_hook, deadline, step
         self.first_step = step
+        self.row_sampling: list | None = None  # `sampling_of` each row, where they differ
         # (B, 1) how many steps ran before each row joined; None: all rows began together
         self.steps_before: torch.Tensor | None = None
         self.has_ended = False  # an EOS ended the continuation of some row
@@ -172,16 +174,25 @@ class Decoder:
             self.logits_hook = self.logits_hook.rows(index)
         self.chance = self.chance.rows(index)
         self.steps_before = None if self.steps_before is None else self.steps_before[index]
+        if self.row_sampling is not None:
+            self.row_sampling = [self.row_sampling[row] for row in index.tolist()]
 
     @classmethod
     def joined(cls, decoders: "Sequence[Decoder]") -> "Decoder":
-        """Returns a decoder of the rows of several, whose settings are the same. They are used up."""
+        """Returns a decoder of the rows of several, whose settings are the same but for `do_sample` and the sampling
+        processors'. They are used up.
+        """
         canvas = Canvas.joined([decoder.canvas for decoder in decoders])
         runner = ForwardRunner.joined([decoder.runner for decoder in decoders], canvas)
         whole = copy(decoders[0])
         whole.chance = SlotNoise.joined([decoder.chance for decoder in decoders], canvas.pad_column)
         if whole.logits_hook is not None:
             whole.logits_hook = type(whole.logits_hook).joined([decoder.logits_hook for decoder in decoders], canvas)
+        samplings = [
+            decoder.row_sampling or [sampling_of(decoder.config)] * len(decoder.canvas.end) for decoder in decoders
+        ]
+        flat = [sampling for rows in samplings for sampling in rows]
+        whole.row_sampling = None if set(flat) == {sampling_of(whole.config)} else flat
         whole.has_ended = any(decoder.has_ended for decoder in decoders)
         whole.step = max(decoder.step for decoder in decoders)
         late = [whole.step - decoder.row_step() for decoder in decoders]
@@ -241,12 +252,37 @@ class Decoder:
         )
 
     def warped(self, scores: torch.Tensor) -> torch.Tensor:
-        """Applies the sampling processors to processed logits, if `do_sample`."""
-        return self.processors.warp(scores) if self.config.do_sample else scores
+        """Applies the sampling processors to processed logits (B, Q, V); greedy rows have none."""
+        if self.row_sampling is None:
+            return warp(self.processors.warpers, scores)
+        scores = at_least_float32(scores).clone()
+        for sampling, rows in self._rows_by_sampling():
+            scores[rows] = warp(make_warpers(sampling), scores[rows])
+        return scores
 
-    def choose(self, scores: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Returns (B, Q) a token for each slot, from warped logits."""
-        return choose_tokens(scores, self.uniform(slots, SAMPLE) if self.config.do_sample else None)
+    def choose(self, scores: torch.Tensor, slots: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns (B, Q) a token for each slot, from warped logits.
+
+        Args:
+            numbers: (B, Q) the numbers of the steps whose noise decides; None: this step's.
+        """
+        if self.row_sampling is None and not self.config.do_sample:
+            return choose_tokens(scores, None)
+        noise = self.uniform(slots, SAMPLE) if numbers is None else self.chance.uniform(slots, numbers, SAMPLE)
+        if self.row_sampling is None:
+            return choose_tokens(scores, noise)
+        tokens = torch.empty_like(slots)
+        for sampling, rows in self._rows_by_sampling():
+            tokens[rows] = choose_tokens(scores[rows], None if sampling is None else noise[rows])
+        return tokens
+
+    def _rows_by_sampling(self) -> list[tuple[tuple[float | None, ...] | None, torch.Tensor]]:
+        """Returns each way of sampling and the rows (n,) that it has."""
+        rows: dict = {}
+        for row, sampling in enumerate(self.row_sampling):
+            rows.setdefault(sampling, []).append(row)
+        device = self.canvas.end.device
+        return [(sampling, torch.tensor(index, device=device)) for sampling, index in rows.items()]
 
     def commit(self, index: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> None:
         """Writes tokens to the canvas and reports the step. Arguments as in `Canvas.commit`."""

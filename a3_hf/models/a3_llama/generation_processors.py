@@ -18,6 +18,31 @@ WARPERS = {
 }
 
 
+def sampling_of(config: A3GenerationConfig) -> tuple[float | None, ...] | None:
+    """Returns the value of each of `WARPERS`; None: greedy."""
+    return tuple(getattr(config, name) for name in WARPERS) if config.do_sample else None
+
+
+def make_warpers(sampling: tuple[float | None, ...] | None) -> LogitsProcessorList:
+    """Returns the sampling processors of `sampling_of`; none, if greedy."""
+    warpers = LogitsProcessorList()
+    for (name, warper), value in zip(WARPERS.items(), sampling or (), strict=sampling is not None):
+        # saved configs may hold these values for "off"
+        off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0}.get(name)
+        if value is not None and value != off:
+            warpers.append(warper(value))
+    return warpers
+
+
+def warp(warpers: LogitsProcessorList, logits: torch.Tensor) -> torch.Tensor:
+    """Applies sampling processors (temperature, top-k, …) to logits (B, Q, V)."""
+    if not len(warpers) or not logits.numel():
+        return logits
+    logits = at_least_float32(logits)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # the maximum, 0, can't overflow at any temperature
+    return warpers(None, logits.flatten(0, 1)).view_as(logits)
+
+
 class SlotProcessors:
     """Applies a config's processors to the logits of slots.
 
@@ -40,13 +65,7 @@ class SlotProcessors:
         self.bad_words = [words for words in self.bad_words if len(words) > 1]
         self.eos = torch.tensor(config.eos_token_ids(), device=canvas.sequences.device, dtype=torch.long)
         self.forced_eos = config.forced_eos_token_id
-        self.warpers = LogitsProcessorList()
-        for name, warper in WARPERS.items():
-            value = getattr(config, name)
-            # saved configs may hold these values for "off"
-            off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0}.get(name)
-            if config.do_sample and value is not None and value != off:
-                self.warpers.append(warper(value))
+        self.warpers = make_warpers(sampling_of(config))
 
     @property
     def reads_text(self) -> bool:
@@ -77,14 +96,6 @@ class SlotProcessors:
             other[self.forced_eos] = False
             logits = logits.masked_fill(last & other, -torch.inf)
         return logits
-
-    def warp(self, logits: torch.Tensor) -> torch.Tensor:
-        """Applies the sampling processors (temperature, top-k, …) to logits (B, Q, V)."""
-        if not len(self.warpers) or not logits.numel():
-            return logits
-        logits = at_least_float32(logits)
-        logits = logits - logits.amax(dim=-1, keepdim=True)  # the maximum, 0, can't overflow at any temperature
-        return self.warpers(None, logits.flatten(0, 1)).view_as(logits)
 
     def _last_known(self, known: torch.Tensor) -> torch.Tensor:
         """Returns (B, 1) or (B, Q) the last column that holds a token, but at least the continuation's first."""

@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import pad
 
 from .generation_canvas import Canvas, pack
-from .generation_decoder import SAMPLE, Decoder
+from .generation_decoder import Decoder
 from .generation_filling import Filling, padded_alike
-from .generation_sampling import NGRAM_LEAST, choose_tokens, ngram_draft
+from .generation_sampling import NGRAM_LEAST, ngram_draft
 
 NGRAM_TOKENS, TREE_NODES, TREE_WIDTH = 7, 8, 4
 COMPACT_EVERY = 16  # passes of a batch between compactions of the cache
@@ -189,7 +189,7 @@ class CheckedFilling(Filling):
         self.pace = Pace(drafts=False) if len(self.rest) > 1 else None
 
     def step(self) -> bool:
-        decoder, canvas, config = self.decoder, self.decoder.canvas, self.decoder.config
+        decoder, canvas = self.decoder, self.decoder.canvas
         runner, rest, pending, tree = decoder.runner, self.rest, self.pending, self.tree
         if decoder.out_of_time():
             decoder.fill_remaining(pending)
@@ -216,10 +216,9 @@ class CheckedFilling(Filling):
             order = torch.full_like(canvas.sequences, len(tree.tokens[0])).scatter_(1, nodes, depth[:, 1:] - 1)
             known = canvas.known()[:, None] | (order[:, None, :-1] < depth[..., None])
         scores = decoder.warped(decoder.processed(logits, slots, known))
-        noise = None
-        if config.do_sample:  # a token's number is that of the step that would write it one by one
-            noise = decoder.chance.uniform(slots, decoder.chance.place.gather(1, slots) - 1, SAMPLE)
-        rows, tokens, written = tree.walk(choose_tokens(scores, noise))
+        # a token's number is that of the step that would write it one by one
+        numbers = decoder.chance.place.gather(1, slots) - 1
+        rows, tokens, written = tree.walk(decoder.choose(scores, slots, numbers))
         # 3. Commit them.
         columns = slots.gather(1, rows).masked_fill(~written, canvas.pad_column)
         text = torch.arange(len(rows), device=rows.device)[:, None]

@@ -78,7 +78,7 @@ def serve(model, requests: list[dict], settings: dict, draw: random.Random) -> d
     with torch.no_grad(), model.generation_context():
         while waiting or filling is not None:
             arrivals = [waiting.pop(0) for _ in range(draw.choice([0, 1, 1, 3])) if waiting]
-            news = [(number, model.begin_filling(**request, **settings)) for number, request in arrivals]
+            news = [(number, model.begin_filling(**{**settings, **request})) for number, request in arrivals]
             if draw.random() < 0.5 and len(news) > 1:  # together from their first pass on
                 names = [(n, copy) for n, one in news for copy in range(len(one.is_open()))]
                 parts = [(names, type(news[0][1]).joined([one for _, one in news]))]
@@ -105,18 +105,25 @@ def serve(model, requests: list[dict], settings: dict, draw: random.Random) -> d
 
 
 @pytest.mark.parametrize("name", JOINING)
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampled", ["greedy", "sampled", "mixed"])
 def test_rows_come_and_go(any_model, name, sampled):
-    settings = JOINING[name] | (SAMPLED if sampled else {})
+    settings = JOINING[name] | (SAMPLED if sampled == "sampled" else {})
     finished = 0
     for case in range(3):
         draw = random.Random(f"{name} {sampled} {case}")
         has_end = draw.random() < 0.6 or settings.get("verify") == "content"
         requests = [drawn_request(draw, any_model, settings) for _ in range(40)]
         requests = [one for one in requests if ("max_new_tokens" in one) == has_end][:6]
+        if sampled == "mixed":  # rows of one batch may differ in how they sample, and in their order
+            for request in requests:
+                request |= draw.choice(
+                    [{}, SAMPLED, {"do_sample": True, "min_p": 0.1}, {"do_sample": True, "top_k": 3}]
+                )
+                if settings["strategy"] == "groupwise":
+                    request["order"] = draw.choice(["left_to_right", "right_to_left", "random"])
         alone = []
         for request in requests:
-            one = any_model.begin_filling(**request, **settings)
+            one = any_model.begin_filling(**{**settings, **request})
             with torch.no_grad():
                 one.run()
             alone.append(one.decoder.canvas)
