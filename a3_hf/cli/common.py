@@ -188,20 +188,25 @@ def load(
 
         settings["config"] = stretched_config(checkpoint, rope_scaling)
     tokenizer = load_tokenizer(checkpoint)
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error
-    chosen = dtype
-    dtype = default_dtype(device) if dtype is None else dtype
-    if device.type == "cpu" and chosen is None:
+    place = _checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    says_dtype = dtype is None and place.type == "cpu"
+    dtype = default_dtype(place) if dtype is None else dtype
+    if says_dtype:
         has = "has" if dtype == torch.bfloat16 else "has no"
         print(f"Computing in {str(dtype).removeprefix('torch.')}: this CPU {has} bfloat16 products.", file=sys.stderr)
-    model = load_model(checkpoint, dtype=dtype, **settings).to(device).eval()
-    if device.type == "cpu":
+    model = load_model(checkpoint, dtype=dtype, **settings).to(place).eval()
+    if place.type == "cpu":
         _pack(model)
     return model, tokenizer
+
+
+def _checked_device(name: str):
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r}: {str(error).splitlines()[0]}") from error
 
 
 def _pack(model) -> None:
