@@ -105,14 +105,20 @@ class Answer:
     def commit(self, row: Row, one: Commit) -> dict[str, Any]:
         """A written token, as an event of an any-order stream."""
         blank, place = row.place(one.column) if isinstance(row, FilledRow) else (0, one.column - len(row.prompt))
+        # the space before a blank is given, where it is that of the blank's first token
+        is_lent = isinstance(row, FilledRow) and place == 0 and row.lent[blank]
+
+        def text(token_id: int) -> str:
+            return self.name(token_id).removeprefix(" " if is_lent else "")
+
         return {
             "blank": blank,
             "position": place,
             "step": one.step,
             "token_id": one.token_id,
-            "text": self.name(one.token_id),
+            "text": text(one.token_id),
             "logprob": one.log_prob,
-            "top_logprobs": [{"text": self.name(token), "logprob": value} for token, value in one.top],
+            "top_logprobs": [{"text": text(token), "logprob": value} for token, value in one.top],
         }
 
     def name(self, token_id: int) -> str:

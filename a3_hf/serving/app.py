@@ -54,7 +54,7 @@ class Service:
 
     async def plan(self, http: Request, body: AnyRequest, make: Callable[..., Any]) -> tuple[Any, Ticket]:
         """Plans a request in a thread of its own, and gives it up when the client goes away."""
-        if body.model not in (None, self.name):
+        if body.model not in (None, self.name) and not isinstance(body, InfillRequest):
             raise UnknownModel(f"model={body.model!r}: expected {self.name!r}")
         if self.logs_texts:
             http.state.facts = {"body": body.model_dump(exclude_unset=True)}
@@ -231,22 +231,28 @@ def build_app(
             seconds = (first - ticket.arrived, time.monotonic() - first)
             return infill_answer(body, plan, model=service.name, seconds=seconds, content=content, is_last=is_last)
 
+        def text() -> str:
+            return plan.jobs[0].rows[0].text() if plan.jobs else ""
+
         if not body.stream:
-            await service.whole(http, plan)
-            return JSONResponse(answer(plan.jobs[0].rows[0].text() if plan.jobs else ""))
+            try:
+                await service.whole(http, plan)
+            except OutOfTime:
+                return _timed_out(service, **answer(text()))
+            return JSONResponse(answer(text()))
         sent = 0
 
         def new(is_last: bool = False) -> list[dict[str, Any]]:
             nonlocal sent
-            text = plan.jobs[0].rows[0].text() if plan.jobs else ""
-            fresh, sent = text[sent:], max(sent, len(text))
+            now = text()
+            fresh, sent = now[sent:], max(sent, len(now))
             return [answer(fresh, is_last)] if fresh or is_last else []
 
         return _events(service, http, plan, new, partial(new, True), first=[], done=None)
 
     @app.post("/v1/score")
     async def score(body: ScoreRequest, http: Request):
-        scored, _ = await service.plan(http, body, lambda request, ticket: planner.score(request))
+        scored, _ = await service.plan(http, body, planner.score)
         return JSONResponse(score_answer(scored, model=service.name, tokenizer=tokenizer))
 
     return app

@@ -120,7 +120,7 @@ class Engine:
         self.model, self.max_batch, self.max_queue, self.max_tokens = model, max_batch, max_queue, max_tokens
         self.join, self.metrics = join, metrics or Metrics()
         self._waiting: list[Job] = []
-        self._calls: list[tuple[Callable[[], Any], Future]] = []
+        self._calls: list[tuple[Callable[[], Any], Ticket, Future]] = []
         self._batches: dict[Hashable, Batch] = {}
         self._wake = threading.Condition()
         self._is_closed = False
@@ -143,8 +143,8 @@ class Engine:
             self._wake.notify()
         return job
 
-    def call(self, function: Callable[[], Any]) -> Future:
-        """Runs a function of the model between two passes.
+    def call(self, function: Callable[[], Any], ticket: Ticket) -> Future:
+        """Runs a function of the model between two passes, unless the ticket's request is given up before.
 
         Raises:
             Refused: as `submit`.
@@ -153,7 +153,7 @@ class Engine:
         with self._wake:
             if self._is_closed or len(self._calls) >= self.max_queue:
                 raise Refused
-            self._calls.append((function, future))
+            self._calls.append((function, ticket, future))
             self._wake.notify()
         return future
 
@@ -185,8 +185,11 @@ class Engine:
                     if self._is_closed:
                         break
                     calls, self._calls = self._calls, []
-                for function, future in calls:
-                    _settle(future, function)
+                for function, ticket, future in calls:
+                    if reason := _given_up(ticket):
+                        future.set_exception(reason)
+                    else:
+                        _settle(future, function)
                 with self.model.generation_context():
                     self._admit()
                     for key, batch in list(self._batches.items()):
@@ -194,7 +197,7 @@ class Engine:
         jobs = [*self._waiting, *(job for batch in self._batches.values() for job, _ in batch.owners)]
         for job in jobs:
             _fail(job, Refused())
-        for _, future in self._calls:
+        for *_, future in self._calls:
             future.set_exception(Refused())
 
     def _admit(self) -> None:

@@ -116,7 +116,7 @@ class Planner:
             if request.echo:
                 plan.prompts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
                 if request.logprobs is not None:
-                    plan.scored.append(self._score_prompt(ids, request.logprobs))
+                    plan.scored.append(self._score_prompt(ids, request.logprobs, ticket))
             if new:
                 rows = request.best_of or plan.choices
                 self._add_continuation(plan, request, ids, new, request.order_settings(), number=number, num_rows=rows)
@@ -167,7 +167,7 @@ class Planner:
             self._add_continuation(plan, sampling, ids, most, {}, number=0, num_rows=1, stops=request.stop)
         return plan
 
-    def score(self, request: ScoreRequest):
+    def score(self, request: ScoreRequest, ticket: Ticket):
         """Returns the model's `score` of a text.
 
         Raises:
@@ -177,7 +177,7 @@ class Planner:
         _at_most("num_orders", request.num_orders, max(self.engine.max_tokens // length, 1), f"for {length} tokens")
         self._check_length("text", length, 0)
         settings = request.model_dump(exclude={"model", "text"})
-        return self.engine.call(lambda: self.model.score(self.tokenizer, request.text, **settings)).result()
+        return self.engine.call(lambda: self.model.score(self.tokenizer, request.text, **settings), ticket).result()
 
     # Their parts.
 
@@ -282,7 +282,7 @@ class Planner:
                 return self._fill_candidates(candidates, plan.ticket, settings, seed)
 
             template, _ = choose_lengths(
-                _Caller(model, self.engine), template, fill, end_token_id=tokenizer.eos_token_id
+                _Caller(model, self.engine, plan.ticket), template, fill, end_token_id=tokenizer.eos_token_id
             )
         arranged = template.with_suffix_first(suffix_template)
         input_ids, blanks, is_spaced = encode_rows(tokenizer, [arranged])
@@ -334,7 +334,7 @@ class Planner:
         width = input_ids.shape[1]  # rows may have been padded beside longer ones
         return torch.tensor([row.token_ids[:width] for row in rows]), blanks
 
-    def _score_prompt(self, ids: list[int], num_top: int) -> list[Commit]:
+    def _score_prompt(self, ids: list[int], num_top: int, ticket: Ticket) -> list[Commit]:
         """The tokens of a prompt after the first, with the log-probabilities that the plain LLaMA gives them."""
         model = self.model
 
@@ -357,14 +357,14 @@ class Planner:
                 ]
             return found
 
-        return self.engine.call(score).result()
+        return self.engine.call(score, ticket).result()
 
 
 class _Caller:
     """The model, as `choose_lengths` uses it, in the engine's thread."""
 
-    def __init__(self, model, engine: Engine):
-        self.model, self.engine = model, engine
+    def __init__(self, model, engine: Engine, ticket: Ticket):
+        self.model, self.engine, self.ticket = model, engine, ticket
 
     def log_likelihood(self, token_ids: torch.Tensor, *others: torch.Tensor, scored_mask: torch.Tensor) -> torch.Tensor:
         device = self.model.device
@@ -373,7 +373,7 @@ class _Caller:
             moved = (one.to(device) for one in (token_ids, *others))
             return self.model.log_likelihood(*moved, scored_mask=scored_mask.to(device)).cpu()
 
-        return self.engine.call(score).result()
+        return self.engine.call(score, self.ticket).result()
 
 
 def _sampling_settings(request: Sampling) -> dict[str, Any]:

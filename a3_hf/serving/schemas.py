@@ -205,7 +205,13 @@ class Extra(BaseModel):
 
 
 class InfillRequest(Request):
-    """llama.cpp's `POST /infill`, as llama.vim and llama.vscode send it; before a suffix, the likeliest length is found."""
+    """llama.cpp's `POST /infill`, as llama.vim and llama.vscode send it; before a suffix, the likeliest length is found. As
+    there, unknown fields have no effect: editors send new ones.
+    """
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    model: str | None = Field(None, description="No effect.")
 
     input_prefix: str = ""
     input_suffix: str = ""

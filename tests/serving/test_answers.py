@@ -342,6 +342,7 @@ def test_llama_cpps_infill(live):
     chunks = [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
     assert "".join(chunk["content"] for chunk in chunks) == answer["content"]
     assert [chunk["stop"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert live.post("/infill", **body, model="any", n_cmpl=1).json()["content"] == answer["content"]
     sampled = [live.post("/infill", **{**body, "temperature": 0.9, "seed": 5}).json()["content"] for _ in range(2)]
     assert sampled[0] == sampled[1]
 

@@ -115,7 +115,7 @@ def test_a_full_queue_refuses(served_model, tokenizer):
     with pytest.raises(Refused):
         engine.submit(jobs[3])
     with pytest.raises(Refused):
-        engine.call(lambda: None)
+        engine.call(lambda: None, jobs[3].ticket)
 
 
 def test_time_is_over_with_what_was_written(engine, served_model, tokenizer):
@@ -210,6 +210,9 @@ def test_settings_are_checked(served_model, settings):
 
 
 def test_calls_run_in_the_engines_thread(engine):
-    assert engine.call(lambda: threading.current_thread().name).result(10) == "a3-engine"
+    ticket = Ticket(time.monotonic() + 60)
+    assert engine.call(lambda: threading.current_thread().name, ticket).result(10) == "a3-engine"
     with pytest.raises(ZeroDivisionError):
-        engine.call(lambda: 1 / 0).result(10)
+        engine.call(lambda: 1 / 0, ticket).result(10)
+    with pytest.raises(OutOfTime):
+        engine.call(lambda: None, Ticket(time.monotonic() - 1)).result(10)

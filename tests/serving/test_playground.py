@@ -659,3 +659,25 @@ class TestInABrowser:
 def shell_words(command: str) -> list[str]:
     shown = subprocess.run(["sh", "-c", 'printf "%s\\0" ' + command], capture_output=True, text=True, check=True)
     return shown.stdout.split("\0")[:-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["groupwise", "dynamic", "speculative", "refine"])
+def test_the_real_server_fills_it(open_page, stub, live, monkeypatch, strategy):
+    """What the page shows at the end is what the model fills in process with the same settings."""
+    monkeypatch.setattr(stub, "address", f"{live.url}/")
+    page = open_page(f"The dog ___ home {HOSTILE} ___.")
+    page.select_option("select[name=strategy]", strategy)
+    page.click("#fill")
+    wait_until_done(page)
+    body = json.loads(re.search(r"-d '(.*)'", page.text_content("#curl"), re.DOTALL)[1])
+    assert body["strategy"] == strategy
+    fields = ("strategy", "order", "group_size", "tokens_per_step", "temperature", "seed")
+    settings = {name: body[name] for name in fields if name in body}
+    output = live.model.infill(live.tokenizer, [body["prompt"]], do_sample=True, return_outputs=True, **settings)
+    expected = output.texts[0]
+    shown = page.evaluate("document.getElementById('editor').textContent")
+    assert re.sub(r"[^\w<>() .]", "", shown) == re.sub(r"[^\w<>() .]", "", expected)
+    page.hover(".token.tinted .ink >> nth=1")
+    page.wait_for_function("() => !document.getElementById('tip').hidden")
+    assert "%" in page.text_content("#tip")

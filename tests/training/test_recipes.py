@@ -21,7 +21,9 @@ from a3_hf.data.packing import load_rows
 from a3_hf.training.recipes import parse_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "experiments")
+RECIPES = sorted(
+    path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in ("experiments", "serving")
+)
 LOCAL = ROOT / "recipes/stories260k/config_cpu.yaml"
 HUB_RECIPES = [path for path in RECIPES if path.parent != LOCAL.parent and path.name == "config_full.yaml"]
 ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
