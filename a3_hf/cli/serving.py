@@ -24,6 +24,9 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait; more get 429.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(min=16, help="Most tokens of all texts together.")] = 1 << 15,
     max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request; more get 413.")] = 4 << 20,
+    join: Annotated[
+        str, typer.Option(help="When new texts join a batch that runs: pass (between two) or batch (at its end).")
+    ] = "pass",
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for a request; later ones get 504.")] = 120.0,
     drain_seconds: Annotated[float, typer.Option(min=1, help="Seconds to finish what runs at SIGTERM.")] = 30.0,
     dtype: Annotated[
@@ -48,6 +51,8 @@ def serve(
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    if join not in ("pass", "batch"):
+        raise ValueError(f"join={join!r}: expected pass or batch")
     bound = bound_socket(host, port)
     a3, tokenizer = load(model, base=base, slot_start=slot_start, dtype=dtype, device=device)
     plain = a3.get_base_model() if hasattr(a3, "get_base_model") else a3
@@ -69,4 +74,5 @@ def serve(
         drain_seconds=drain_seconds,
         cors_origins=tuple(cors or ()),
         log_texts=log_texts,
+        join=join,
     )
