@@ -35,12 +35,12 @@ def request_of(number: int) -> dict:
     """The request of a number: continuations and blanks of many lengths, by all kinds of strategies."""
     draw = random.Random(number)
     body = {
-        "prompt": " ".join(draw.sample(OPENINGS, draw.randint(1, 3))),
+        "prompt": " ".join(draw.sample(OPENINGS, draw.randint(1, 2))),
         "seed": number,
         "logprobs": 2,
         "commits": True,
     }
-    body |= {"temperature": draw.choice([0, 0.8]), "max_tokens": draw.randint(4, 24)}
+    body |= {"temperature": draw.choice([0, 0.8]), "max_tokens": draw.randint(4, 36)}
     kind = draw.randrange(5)
     if kind:
         body["suffix"] = draw.choice(ENDINGS)

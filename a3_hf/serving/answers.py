@@ -50,7 +50,7 @@ class Answer:
 
     def usage(self) -> dict[str, int]:
         """The tokens given and written, those of choices that were not chosen, too."""
-        written = sum(len(row.commits) for job in self.plan.jobs for row in job.rows)
+        written = sum(row.num_written() for job in self.plan.jobs for row in job.rows)
         given = self.plan.prompt_tokens
         return {"prompt_tokens": given, "completion_tokens": written, "total_tokens": given + written}
 
@@ -71,7 +71,8 @@ class Answer:
             choice["text"] = text
         scored = self.plan.scored[prompt] if self.plan.scored else []
         commits = [*scored, *sorted([] if row is None else row.commits, key=lambda one: one.column)]
-        choice["logprobs"] = self.log_probs(commits) if self.shows_log_probs else None
+        offset = self.plan.offsets[prompt] if scored else 0
+        choice["logprobs"] = self.log_probs(commits, offset) if self.shows_log_probs else None
         choice["finish_reason"] = "length" if row is None else row.finish_reason
         if isinstance(row, FilledRow):
             choice["blanks"] = row.written or []
@@ -147,7 +148,9 @@ class Stream:
             text = answer.plan.prompts[prompt] if answer.echoes else ""
             choice = self._choice(index, text, [], role="assistant" if answer.is_chat else None)
             if answer.shows_log_probs and answer.plan.scored:
-                choice["logprobs"] = answer.log_probs(answer.plan.scored[prompt])
+                scored, offset = answer.plan.scored[prompt], answer.plan.offsets[prompt]
+                choice["logprobs"] = answer.log_probs(scored, offset)
+                self.names_sent[index] = offset + sum(len(answer.name(one.token_id)) for one in scored)
             if answer.shows_commits and row is not None:
                 filled = isinstance(row, FilledRow)
                 width = answer.plan.jobs[prompt].num_columns

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,10 +18,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from a3_hf.models.a3_llama.generation_decoder import NonFiniteLogitsError
-
 from .answers import Answer, Stream, infill_answer, score_answer
-from .engine import Cancelled, Engine, OutOfTime, Refused, Ticket
+from .engine import Cancelled, Engine, Invalid, OutOfTime, Refused, Ticket
 from .limits import Limits, error_response
 from .plans import Plan, Planner
 from .playground import playground_page
@@ -50,34 +49,64 @@ class Service:
         self.planner, self.engine, self.name, self.timeout = planner, engine, name, timeout
         self.logs_texts, self.metrics = logs_texts, engine.metrics
         self.pool = ThreadPoolExecutor(PLANNERS, thread_name_prefix="a3-plan")
-        self.started = int(time.time())
+        self.started, self.planned = int(time.time()), 0
 
     async def plan(self, http: Request, body: AnyRequest, make: Callable[..., Any]) -> tuple[Any, Ticket]:
-        """Plans a request in a thread of its own, and gives it up when the client goes away."""
+        """Plans a request in a thread of its own, and gives it up when its time is over or the client goes away.
+
+        Raises:
+            Invalid: the model does not take it.
+            Refused: too many are being planned.
+            OutOfTime: of the time limit.
+        """
         if body.model not in (None, self.name) and not isinstance(body, InfillRequest):
             raise UnknownModel(f"model={body.model!r}: expected {self.name!r}")
         if self.logs_texts:
             http.state.facts = {"body": body.model_dump(exclude_unset=True)}
         ticket = Ticket(time.monotonic() + self.timeout)
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self.pool, partial(make, body, ticket))
+        if self.planned >= PLANNERS + self.engine.max_queue:
+            raise Refused
+
+        def planned() -> Any:
+            if time.monotonic() > ticket.deadline:
+                raise OutOfTime
+            try:
+                return make(body, ticket)
+            except ValueError as error:
+                raise Invalid(error) from error
+
+        self.planned += 1
+        future = asyncio.get_running_loop().run_in_executor(self.pool, planned)
+        future.add_done_callback(self._end_of_plan)
         with self.metrics.running.track_inprogress():
-            await self.wait(http, ticket, [future])
+            await self.wait(http, ticket, [future], until=ticket.deadline)
         return future.result(), ticket
 
-    async def wait(self, http: Request, ticket: Ticket, futures: list[asyncio.Future]) -> None:
+    def _end_of_plan(self, future: asyncio.Future) -> None:
+        self.planned -= 1
+        _ = future.cancelled() or future.exception()  # of a plan that nobody waits for any more
+
+    async def wait(
+        self, http: Request, ticket: Ticket, futures: list[asyncio.Future], *, until: float = math.inf
+    ) -> None:
         """Waits for futures, looking now and then whether the client is still there.
 
+        Args:
+            until: `time.monotonic()`.
+
         Raises:
-            Cancelled: it is not.
+            Cancelled: the client is gone.
+            OutOfTime: it is later.
         """
         try:
             while True:
                 done, waiting = await asyncio.wait(futures, timeout=POLL_SECONDS)
-                if not waiting:
-                    break
-                if any(one.exception() for one in done):
+                if any(one.exception() for one in done) and waiting:
                     ticket.is_cancelled = True
+                if not waiting:
+                    return
+                if time.monotonic() > until:
+                    raise OutOfTime
                 if await http.is_disconnected():
                     raise Cancelled
         except BaseException:
@@ -96,8 +125,8 @@ class Service:
             if jobs:
                 futures = [asyncio.wrap_future(job.done) for job in jobs]
                 await self.wait(http, plan.ticket, futures)
-                for future in futures:
-                    future.result()
+                if errors := [error for future in futures if (error := future.exception()) is not None]:
+                    raise errors[0]
         self._count(plan)
 
     async def streamed(
@@ -122,21 +151,16 @@ class Service:
                     except TimeoutError:
                         if await http.is_disconnected():
                             raise Cancelled from None
-                    for end in ends:
-                        if end.done():
-                            end.result()
+                    if errors := [error for end in ends if end.done() and (error := end.exception()) is not None]:
+                        raise errors[0]
                 yield last()
             finally:
                 plan.ticket.is_cancelled = True  # no effect on what is finished
         self._count(plan)
 
     def _submit(self, plan: Plan) -> list:
-        try:
-            for job in plan.jobs:
-                self.engine.submit(job)
-        except Refused:
-            plan.ticket.is_cancelled = True
-            raise
+        if plan.jobs:
+            self.engine.submit(*plan.jobs)
         return plan.jobs
 
     def _count(self, plan: Plan) -> None:
@@ -172,7 +196,9 @@ def build_app(
     app = FastAPI(
         title="a3 serve", description="Any-order generation: blanks that are really filled.", lifespan=lifespan
     )
-    app.add_middleware(Limits, api_key=api_key, max_body=max_body, metrics=service.metrics)
+    app.add_middleware(
+        Limits, api_key=api_key, max_body=max_body, send_seconds=service.timeout, metrics=service.metrics
+    )
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
     _add_errors(app)
@@ -265,9 +291,8 @@ async def _answered(
         try:
             await service.whole(http, plan)
         except OutOfTime:
-            for job in plan.jobs:
-                for row in job.rows:
-                    row.finish_reason = "timeout"
+            for row in (row for job in plan.jobs for row in job.rows if not row.is_closed):
+                row.finish_reason = "timeout"
             return _timed_out(service, **answer.whole())
         return JSONResponse(answer.whole())
     stream = Stream(answer)
@@ -317,7 +342,7 @@ def _described(service: Service, error: Exception) -> tuple[int, str, str]:
         return 504, f"the answer took more than {service.timeout:g} seconds", "timeout_error"
     if isinstance(error, Refused):
         return 429, "the server has all the requests that it can queue; try again", "rate_limit_error"
-    if isinstance(error, ValueError) and not isinstance(error, NonFiniteLogitsError):
+    if isinstance(error, Invalid):
         return 400, str(error), "invalid_request_error"
     return 500, "the server failed; its log says why", "server_error"
 
@@ -349,10 +374,8 @@ def _add_errors(app: FastAPI) -> None:
     async def unknown(http: Request, error: UnknownModel) -> JSONResponse:
         return error_response(404, str(error), param="model", code="model_not_found")
 
-    @app.exception_handler(ValueError)
-    async def refused_value(http: Request, error: ValueError) -> JSONResponse:
-        if isinstance(error, NonFiniteLogitsError):
-            return await failed(http, error)
+    @app.exception_handler(Invalid)
+    async def refused_value(http: Request, error: Invalid) -> JSONResponse:
         return error_response(400, str(error), param=_named(str(error)))
 
     @app.exception_handler(Refused)
@@ -371,10 +394,6 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(http: Request, error: HTTPException) -> JSONResponse:
         return error_response(error.status_code, str(error.detail), headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(http: Request, error: Exception) -> JSONResponse:
-        return error_response(500, "the server failed; its log says why", kind="server_error")
 
 
 def _named(message: str) -> str | None:

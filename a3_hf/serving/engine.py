@@ -19,6 +19,10 @@ JOINS = ("pass", "batch")  # when rows join a batch that runs: between two passe
 log = logging.getLogger(__name__)
 
 
+class Invalid(ValueError):
+    """A request that the model does not take; the message names the field."""
+
+
 class Refused(Exception):
     """The queue is full, or the server is about to stop."""
 
@@ -39,14 +43,13 @@ class Ticket:
         deadline: `time.monotonic()` after which it is given up.
         is_cancelled: nobody waits for it.
         arrived: `time.monotonic()`.
-        first_token, passes: set when the first token is written, and with each pass.
+        first_token: when the first token of the answer was written.
     """
 
     deadline: float
     is_cancelled: bool = False
     arrived: float = field(default_factory=time.monotonic)
     first_token: float | None = None
-    passes: int = 0
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Job:
         key: jobs of the same key may be decoded together.
         joins: they may also do so when one of them has begun.
         num_columns: the width of its rows.
+        is_answer: its tokens are those of the answer, not of candidates for a length.
         on_pass: called by the engine's thread after each pass that wrote something.
         done: gets None when all rows are finished; an exception if not.
     """
@@ -69,12 +73,9 @@ class Job:
     key: Hashable
     joins: bool
     num_columns: int
+    is_answer: bool = True
     on_pass: Callable[[], None] | None = None
     done: Future = field(default_factory=Future)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.rows) * self.num_columns
 
 
 class Batch:
@@ -86,8 +87,9 @@ class Batch:
         self.owners: list[tuple[Job, Row]] = []
 
     @property
-    def num_tokens(self) -> int:
-        return sum(job.num_columns for job, _ in self.owners)
+    def width(self) -> int:
+        """The columns of its rows, which are padded to the widest."""
+        return 0 if self.filling is None else self.filling.decoder.canvas.pad_column
 
 
 class Engine:
@@ -129,19 +131,22 @@ class Engine:
 
     # Called by other threads.
 
-    def submit(self, job: Job) -> Job:
-        """Queues a job.
+    def submit(self, *jobs: Job) -> Job:
+        """Queues the jobs of a request, all or none, and returns the first.
 
         Raises:
             Refused: the queue is full, or closed.
         """
         with self._wake:
-            if self._is_closed or len(self._waiting) >= self.max_queue:
+            if self._is_closed or self._num_waiting() >= self.max_queue:
                 raise Refused
-            self._waiting.append(job)
-            self.metrics.waiting.set(len(self._waiting))
+            self._waiting += jobs
+            self.metrics.waiting.set(self._num_waiting())
             self._wake.notify()
-        return job
+        return jobs[0]
+
+    def _num_waiting(self) -> int:
+        return len({id(job.ticket) for job in self._waiting})
 
     def call(self, function: Callable[[], Any], ticket: Ticket) -> Future:
         """Runs a function of the model between two passes, unless the ticket's request is given up before.
@@ -165,9 +170,9 @@ class Engine:
         self._thread.join()
 
     def __len__(self) -> int:
-        """The number of jobs that wait for their first pass."""
+        """The number of requests that wait for their first pass."""
         with self._wake:
-            return len(self._waiting)
+            return self._num_waiting()
 
     @property
     def is_idle(self) -> bool:
@@ -205,30 +210,31 @@ class Engine:
         with self._wake:
             waiting = list(self._waiting)
         taken: dict[Hashable, list[Job]] = {}
-        gone, room = [], self.max_tokens - sum(batch.num_tokens for batch in self._batches.values())
+        gone, blocked = [], set()
+        sizes = {key: (len(batch.owners), batch.width) for key, batch in self._batches.items()}
         for job in waiting:
             if reason := _given_up(job.ticket):
                 gone.append(job)
                 _fail(job, reason)
                 continue
-            batch, wave = self._batches.get(job.key), taken.setdefault(job.key, [])
-            if batch is not None and not (job.joins and self.join == "pass"):
+            is_late = job.key in self._batches and not (job.joins and self.join == "pass")
+            rows, width = sizes.get(job.key, (0, 0))
+            size = (rows + len(job.rows), max(width, job.num_columns))
+            if is_late or job.key in blocked or (rows and size[0] > self.max_batch):
+                blocked.add(job.key)  # the first one of its kind that waits is not overtaken
                 continue
-            num_rows = sum(len(one.rows) for one in wave) + (0 if batch is None else len(batch.owners))
-            if num_rows and num_rows + len(job.rows) > self.max_batch:
-                continue
-            if job.num_tokens > room and (any(taken.values()) or self._batches):
-                break  # the first one that waits for memory is not overtaken
-            room -= job.num_tokens
-            wave.append(job)
+            total = sum(rows * width for rows, width in (sizes | {job.key: size}).values())
+            if total > self.max_tokens and sizes:
+                break  # nor is the first one that waits for memory
+            sizes[job.key] = size
+            taken.setdefault(job.key, []).append(job)
         begun = [job for wave in taken.values() for job in wave]
         with self._wake:
             left = {id(job) for job in (*gone, *begun)}
             self._waiting = [job for job in self._waiting if id(job) not in left]
-            self.metrics.waiting.set(len(self._waiting))
+            self.metrics.waiting.set(self._num_waiting())
         for key, wave in taken.items():
-            if wave:
-                self._begin(key, wave)
+            self._begin(key, wave)
 
     def _begin(self, key: Hashable, wave: Sequence[Job]) -> None:
         """Runs the first pass of jobs, together, and lets them join their batch."""
@@ -238,6 +244,8 @@ class Engine:
             try:
                 parts.append(job.begin())
                 new.owners += [(job, row) for row in job.rows]
+            except ValueError as error:
+                _fail(job, Invalid(error))
             except Exception as error:
                 _fail(job, error)
         if not parts:
@@ -300,6 +308,8 @@ class Engine:
         self.metrics.written.inc(written)
         self.metrics.pass_seconds.observe(now - start)
         told: dict[int, Job] = {}
+        if not goes_on or not filling.is_open().all():
+            decoder.check_finite()  # on a GPU it is not checked in each pass
         is_open, texts = filling.is_open().tolist(), canvas.sequences[:, :-1].tolist()
         for (job, row), new, goes_on, tokens in zip(batch.owners, commits, is_open, texts, strict=True):
             if row.is_done:  # it waits for the others of a batch that ends together
@@ -308,10 +318,8 @@ class Engine:
             row.take(new)
             if row.is_done or not goes_on:
                 row.close(tokens)
-                row.is_done = True
         for job in told.values():
-            job.ticket.passes += 1
-            if job.ticket.first_token is None:
+            if job.is_answer and job.ticket.first_token is None:
                 job.ticket.first_token = now
         for job in told.values():
             if job.on_pass is not None:

@@ -1,5 +1,6 @@
 """What stands before every route: the key, the size of a body, a request's id, its line in the log and its counters."""
 
+import asyncio
 import hmac
 import json
 import logging
@@ -33,15 +34,17 @@ def error_response(
 
 
 class Limits:
-    """Refuses requests without the key or with too large a body, and logs and counts all others.
+    """Refuses requests without the key or with too large a body, answers 500 where a route fails, logs and counts.
 
     Args:
         api_key: None: no key is asked for.
         max_body: bytes.
+        send_seconds: that a client may take to read a part of its answer.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body: int, metrics: Metrics):
-        self.app, self.api_key, self.max_body, self.metrics = app, api_key, max_body, metrics
+    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body: int, send_seconds: float, metrics: Metrics):
+        self.app, self.api_key, self.max_body = app, api_key, max_body
+        self.send_seconds, self.metrics = send_seconds, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,14 +54,14 @@ class Limits:
         given = headers.get("x-request-id", "")
         request_id = given if re.fullmatch(r"[\w-]{1,64}", given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 500
+        status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
+            await asyncio.wait_for(send(message), self.send_seconds)
 
         try:
             response, body = None, b""
@@ -79,6 +82,12 @@ class Limits:
                 await response(scope, receive, send_with_id)
             else:
                 await self.app(scope, _replayed(body, receive), send_with_id)
+        except Exception:
+            log.exception("a request failed", extra={"facts": {"request_id": request_id}})
+            if status:  # the answer has begun: to end it early is all that is left
+                raise
+            failed = error_response(500, "the server failed; its log says why", kind="server_error")
+            await failed(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - start
             route = getattr(scope.get("route"), "path", "other")

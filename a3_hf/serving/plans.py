@@ -21,6 +21,9 @@ from .texts import Commit, ContinuedRow, FilledRow, Row
 
 MOST_NEW = 1024  # tokens of a message without max_tokens
 MOST_AUTO = AUTO_LENGTHS[1]
+SMALL = (
+    255  # columns of rows that are decoded together whatever their width; of wider ones, the widest has 4 times as many
+)
 LOGITS_AT_ONCE = 256  # tokens of a prompt whose logits are held at once
 JOINING = ("groupwise", "dynamic")  # strategies whose batches rows may join
 PER_ROW = (
@@ -43,6 +46,7 @@ class Plan:
         choices: of each prompt.
         prompt_tokens: of all prompts.
         prompts: the given text of each prompt, for `echo`.
+        offsets: the characters of each prompt before its first scored token.
         scored: for each prompt the commits of its own tokens, for `echo` with `logprobs`.
         num_top: alternatives of each token that the answer shows.
     """
@@ -52,6 +56,7 @@ class Plan:
     choices: int = 1
     prompt_tokens: int = 0
     prompts: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     scored: list[list[Commit]] = field(default_factory=list)
     num_top: int = 0
 
@@ -60,6 +65,7 @@ class _KeptRow(Row):
     """A row of which only the tokens are wanted."""
 
     def close(self, token_ids: list[int]) -> None:
+        super().close(token_ids)
         self.token_ids = token_ids
 
     def text(self) -> str:
@@ -109,12 +115,15 @@ class Planner:
             self._add_filling(plan, request, template, whole=request.blanks, stops=request.stops())
             return plan
         prompts = self._prompts(request.prompt)
+        given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         new = 16 if request.max_tokens is None else request.max_tokens
         for number, ids in enumerate(prompts):
             self._check_length("prompt", len(ids), new)
             plan.prompt_tokens += len(ids)
             if request.echo:
-                plan.prompts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
+                text = given[number] if isinstance(given[number], str) else None
+                plan.prompts.append(self.tokenizer.decode(ids, skip_special_tokens=True) if text is None else text)
+                plan.offsets.append(len(self.tokenizer.decode(ids[:1], skip_special_tokens=True)))
                 if request.logprobs is not None:
                     plan.scored.append(self._score_prompt(ids, request.logprobs, ticket))
             if new:
@@ -130,8 +139,8 @@ class Planner:
         """
         plan = Plan(ticket, choices=request.n or 1, num_top=request.top_logprobs or 0)
         ids = self._message_ids(request.messages)
-        left = max(self.context - len(ids), 1)
-        new = request.max_tokens or request.max_completion_tokens or min(left, MOST_NEW)
+        left = min(self.context, self.engine.max_tokens // plan.choices) - len(ids)
+        new = request.max_tokens or request.max_completion_tokens or max(min(left, MOST_NEW), 1)
         self._check_length("messages", len(ids), new)
         plan.prompt_tokens = len(ids)
         self._add_continuation(plan, request, ids, new, {}, number=0, num_rows=plan.choices)
@@ -262,7 +271,8 @@ class Planner:
                 **settings,
             )
 
-        plan.jobs.append(Job(plan.ticket, begin, rows, _key("continue", settings), joins, len(ids) + new))
+        columns = len(ids) + new
+        plan.jobs.append(Job(plan.ticket, begin, rows, _key("continue", settings, columns), joins, columns))
 
     def _add_filling(
         self, plan: Plan, request: Sampling, template: Template, *, whole: bool, stops: Sequence[str]
@@ -276,6 +286,9 @@ class Planner:
         config = A3GenerationConfig(**settings | {"suppress_tokens": self.special}, seed=seed)
         for one in (template, template.with_suffix_first(suffix_template)):
             model.check_templates(tokenizer, [one], config)
+        for length in template.lengths:
+            if not isinstance(length, int):
+                _at_most("prompt", length[1] - length[0] + 1, MOST_AUTO, "lengths of one blank")
         if any(not isinstance(length, int) for length in template.lengths):
 
             def fill(candidates: list[Template]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,10 +316,20 @@ class Planner:
             for _ in range(num_rows)
         ]
         settings = settings | {"num_top_log_probs": plan.num_top or None}
-        job = self._filling_job(plan.ticket, rows, input_ids, blanks, is_spaced, settings, seed)
-        plan.jobs.append(job)
+        plan.jobs.append(self._filling_job(plan.ticket, rows, input_ids, blanks, is_spaced, settings, seed))
 
-    def _filling_job(self, ticket, rows, input_ids, blanks, is_spaced, settings: dict[str, Any], seed: int) -> Job:
+    def _filling_job(
+        self,
+        ticket: Ticket,
+        rows: Sequence[Row],
+        input_ids: torch.Tensor,
+        blanks: torch.Tensor,
+        is_spaced: torch.Tensor,
+        settings: dict[str, Any],
+        seed: int,
+        *,
+        is_answer: bool = True,
+    ) -> Job:
         """Returns the job of `rows`, which are as many copies of each text (B, S)."""
         copies, device = len(rows) // len(input_ids), self.model.device
 
@@ -321,17 +344,27 @@ class Planner:
                 **settings | {"suppress_tokens": self.special},
             )
 
-        joins = _strategy(settings) in JOINING
-        return Job(ticket, begin, rows, _key("fill", settings), joins, input_ids.shape[1])
+        joins, columns = _strategy(settings) in JOINING, input_ids.shape[1]
+        # with a draft head, texts that end with their blanks are written by the content stream
+        has_end = bool(((blanks > 0).cumsum(dim=1) > 0).logical_and(blanks == 0).any())
+        key = _key("fill" if has_end else "fill an end", settings, columns)
+        return Job(ticket, begin, rows, key, joins, columns, is_answer=is_answer)
 
     def _fill_candidates(
         self, candidates: list[Template], ticket: Ticket, settings: dict[str, Any], seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids, blanks, is_spaced = encode_rows(self.tokenizer, candidates)
-        rows = [_KeptRow(self.tokenizer) for _ in candidates]
-        job = self._filling_job(ticket, rows, input_ids, blanks, is_spaced, settings, seed)
-        self.engine.submit(job).done.result()
-        width = input_ids.shape[1]  # rows may have been padded beside longer ones
+        width = input_ids.shape[1]
+        rows, jobs = [_KeptRow(self.tokenizer) for _ in candidates], []
+        at_once = max(self.engine.max_tokens // width, 1)
+        for start in range(0, len(rows), at_once):
+            part = slice(start, start + at_once)
+            tensors = (input_ids[part], blanks[part], is_spaced[part])
+            jobs.append(self._filling_job(ticket, rows[part], *tensors, settings, seed, is_answer=False))
+        self.engine.submit(*jobs)
+        for job in jobs:
+            job.done.result()
+        # rows may have been padded beside longer ones
         return torch.tensor([row.token_ids[:width] for row in rows]), blanks
 
     def _score_prompt(self, ids: list[int], num_top: int, ticket: Ticket) -> list[Commit]:
@@ -396,14 +429,16 @@ def _strategy(settings: dict[str, Any]) -> str:
     return settings.get("strategy") or "groupwise"
 
 
-def _key(kind: str, settings: dict[str, Any]) -> tuple:
-    """What must be the same for rows to be decoded together: of joining strategies neither the sampling nor the order."""
+def _key(kind: str, settings: dict[str, Any], columns: int) -> tuple:
+    """What must be the same for rows to be decoded together: of joining strategies neither the sampling nor the order. Rows
+    are padded to the widest, so those of very different widths are kept apart.
+    """
     given = {name: value for name, value in settings.items() if value is not None}
     if _strategy(given) in JOINING or given.get("verify") == "content":
         given = {name: value for name, value in given.items() if name not in PER_ROW}
     if _strategy(given) == "groupwise":
         given |= {"strategy": "groupwise", "group_size": given.get("group_size", 1)}
-    return kind, frozenset(given.items())
+    return kind, frozenset(given.items()), max(columns - 1, SMALL).bit_length() // 2
 
 
 def _at_most(name: str, value: int, most: int, what: str) -> int:

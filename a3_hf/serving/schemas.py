@@ -15,15 +15,30 @@ MOST_TOKENS = 1 << 20
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-StopText = Annotated[str, Field(min_length=1)]
+MOST_FIELDS = 100
+MOST_ITEMS = 1024
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MOST_TOKENS, fail_fast=True)]
+Texts = Annotated[list[str], Field(max_length=MOST_ITEMS, fail_fast=True)]
 NoPenalty = Annotated[float | None, Field(ge=0, le=0, description="Only 0 is supported.")]
 
 
-class Request(BaseModel):
-    """A request whose unknown fields are errors."""
+class Checked(BaseModel):
+    """A part of a request whose unknown fields are errors."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > MOST_FIELDS:
+            raise ValueError(f"the body has {len(body)} fields: expected at most {MOST_FIELDS} in each object")
+        return body
+
+
+class Request(Checked):
+    """A request whose unknown fields are errors."""
 
     model: str | None = Field(None, description="Name of the served model; None: the one that is served.")
 
@@ -62,7 +77,7 @@ class Orders(BaseModel):
     threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     entropy_budget: Annotated[float, Field(ge=0, le=1e6)] | None = None
     window: Count | None = None
-    draft_tokens: Count | None = None
+    draft_tokens: Annotated[int, Field(ge=1, le=64)] | None = None
     refine_rounds: Annotated[int, Field(ge=1, le=64)] | None = None
     refine_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
 
@@ -71,9 +86,7 @@ class Orders(BaseModel):
         return {name: getattr(self, name) for name in Orders.model_fields if getattr(self, name) is not None}
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(Checked):
     include_usage: bool = False
 
 
@@ -102,7 +115,7 @@ class Choices(Sampling):
 class CompletionRequest(Choices, Orders):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(max_length=MOST_ITEMS, fail_fast=True)] = Field(
         "", description="Text, token ids, or a list of either."
     )
     suffix: str | None = Field(None, description="Text after the blank of max_tokens that is filled.")
@@ -158,18 +171,14 @@ class CompletionRequest(Choices, Orders):
         return self
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextPart(Checked):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Message(Checked):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_ITEMS, fail_fast=True)]
     name: str | None = Field(None, description="No effect.")
 
     def text(self) -> str:
@@ -179,7 +188,7 @@ class Message(BaseModel):
 class ChatRequest(Choices):
     """`POST /v1/chat/completions`: the next message, left to right."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
     max_tokens: Count | None = Field(None, description="Default: what is left of the context, 1,024 at most.")
     max_completion_tokens: Count | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = False
@@ -195,7 +204,7 @@ class ChatRequest(Choices):
         return self
 
 
-class Extra(BaseModel):
+class Extra(Checked):
     """A file that an editor sends along."""
 
     model_config = ConfigDict(extra="ignore")
@@ -215,7 +224,9 @@ class InfillRequest(Request):
 
     input_prefix: str = ""
     input_suffix: str = ""
-    input_extra: list[Extra] = Field([], description="Text that stands before the prefix.")
+    input_extra: Annotated[list[Extra], Field(max_length=MOST_ITEMS, fail_fast=True)] = Field(
+        [], description="Text that stands before the prefix."
+    )
     prompt: str = Field("", description="Text between the prefix and the blank: the line up to the cursor.")
     n_predict: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] = Field(
         -1, description="Most tokens; 0 writes none and answers at once; −1: 16. Lengths up to 16 are tried."
@@ -226,14 +237,14 @@ class InfillRequest(Request):
     min_p: Probability = 0.05
     repeat_penalty: float = Field(1.0, gt=0, le=10)
     seed: int = Field(-1, ge=-1, lt=2**63, description="−1: another one for each request.")
-    stop: list[StopText] = []
+    stop: Annotated[list[StopText], Field(max_length=16, fail_fast=True)] = []
     stream: bool = False
-    response_fields: list[str] = Field([], description="Only these fields; a/b is field b of a, under the name a/b.")
+    response_fields: Texts = Field([], description="Only these fields; a/b is field b of a, under the name a/b.")
     t_max_predict_ms: int = Field(0, ge=0, description="No effect.")
     # Of llama.cpp's own cache, sampler and decoding, without effect on which text is likeliest here.
     t_max_prompt_ms: int = Field(0, ge=0, description="No effect.")
     cache_prompt: bool = Field(True, description="No effect.")
-    samplers: list[str] | str = Field([], description="No effect; the order is top_k, top_p, min_p.")
+    samplers: Texts | str = Field([], description="No effect; the order is top_k, top_p, min_p.")
     n_indent: int = Field(0, ge=0, description="No effect.")
     n_keep: int = Field(0, description="No effect.")
     n_cache_reuse: int = Field(0, description="No effect.")

@@ -16,7 +16,7 @@ from a3_hf.models.a3_llama.infilling_templates import (
     texts_inside,
 )
 
-CONTEXT, WINDOW = 8, 16  # tokens before those that are decoded again at each step, and most of these
+CONTEXT, MOST_CONTEXT, WINDOW = 8, 64, 16  # tokens before those that are decoded again at each step, and most of these
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # the name of a byte that is a token
 BROKEN = "\ufffd"  # what a part of a character decodes to
 
@@ -45,13 +45,12 @@ class RunningText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int]):
         self.tokenizer, self.fresh, self.shown = tokenizer, [], ""
-        self.before = _whole_characters(tokenizer, list(before))
+        self.before = whole_characters(tokenizer, list(before))
 
     def add(self, token_id: int) -> str:
         """Returns the text that became certain: a character of several tokens comes with its last."""
         self.fresh.append(token_id)
-        # a byte that is a token of its own may yet turn out to be part of a character, or broken
-        if BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token_id) or ""):
+        if is_byte(self.tokenizer, token_id):
             return ""
         text = decode_after(self.tokenizer, self.before, self.fresh)
         if text.endswith(BROKEN):
@@ -66,12 +65,19 @@ class RunningText:
         return decode_after(self.tokenizer, self.before, self.fresh)[len(self.shown) :] if self.fresh else ""
 
 
-def _whole_characters(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[int]:
-    """Returns the last tokens, at least `CONTEXT`, that begin with a whole character."""
-    for count in range(CONTEXT, len(token_ids), CONTEXT):
+def whole_characters(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[int]:
+    """Returns the last tokens, at least `CONTEXT` of them, from the beginning of a character on; at most `MOST_CONTEXT`."""
+    count = CONTEXT
+    while count <= min(MOST_CONTEXT, len(token_ids)):
         if BROKEN not in tokenizer.decode(token_ids[-count:]):
             return token_ids[-count:]
-    return token_ids
+        count *= 2
+    return token_ids[-CONTEXT:] if len(token_ids) > MOST_CONTEXT else token_ids
+
+
+def is_byte(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    """Whether a token is one byte, which may yet turn out to be part of a character, or broken."""
+    return BYTE.fullmatch(tokenizer.convert_ids_to_tokens(token_id) or "") is not None
 
 
 class Stops:
@@ -95,7 +101,10 @@ class Stops:
         """The text that no stop sequence can take back."""
         if self.found is not None:
             return self.text
-        held = (n for stop in self.stops for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n]))
+        most = len(self.text)
+        held = (
+            n for stop in self.stops for n in range(min(len(stop) - 1, most), 0, -1) if self.text.endswith(stop[:n])
+        )
         return self.text[: len(self.text) - max(held, default=0)]
 
 
@@ -106,15 +115,20 @@ class Row:
     tokenizer: PreTrainedTokenizerBase
     commits: list[Commit] = field(default_factory=list)
     is_done: bool = False  # no more of it is wanted
+    is_closed: bool = False  # it is finished
     finish_reason: str = "length"
 
     def take(self, commits: Sequence[Commit]) -> None:
         """Takes the tokens that a pass wrote."""
         self.commits.extend(commits)
 
+    def num_written(self) -> int:
+        """The number of tokens written, those of which no text is certain too."""
+        return len(self.commits)
+
     def close(self, token_ids: list[int]) -> None:
         """Takes the finished row (S,)."""
-        raise NotImplementedError
+        self.is_done = self.is_closed = True
 
     def text(self) -> str:
         """The certain part of the answer; after `close`, all of it."""
@@ -132,7 +146,7 @@ class ContinuedRow(Row):
 
     def __init__(self, tokenizer, prompt: list[int], *, ends: frozenset[int], stops: Sequence[str]):
         super().__init__(tokenizer)
-        self.prompt, self.ends, self._is_closed, self._late = prompt, ends, False, {}
+        self.prompt, self.ends, self._late = prompt, ends, {}
         self.running, self.stops = RunningText(tokenizer, prompt), Stops(stops)
         self.next = len(prompt)  # the first column that is not part of the text yet
 
@@ -146,14 +160,17 @@ class ContinuedRow(Row):
             if one.token_id in self.ends or self.stops.found is not None:
                 self.is_done, self.finish_reason = True, "stop"
 
+    def num_written(self) -> int:
+        return len(self.commits) + len(self._late)
+
     def close(self, token_ids: list[int]) -> None:
+        super().close(token_ids)
         self.stops.add(self.running.close())
         if self.stops.found is not None:
             self.finish_reason = "stop"
-        self._is_closed = True
 
     def text(self) -> str:
-        return self.stops.text if self._is_closed else self.stops.certain()
+        return self.stops.text if self.is_closed else self.stops.certain()
 
 
 class FilledRow(Row):
@@ -182,9 +199,11 @@ class FilledRow(Row):
         self.template, self.arranged, self.token_ids, self.blanks = template, arranged, list(token_ids), blanks
         self.starts = [blanks.index(number) for number in range(1, len(template.lengths) + 1)]
         self.lent, self.whole = lent_spaces(tokenizer, arranged), whole
-        self.stops, self._known, self._first = Stops(stops), set(), []
+        self.stops, self._known = Stops(stops), set()
         self.written: list[str] | None = None  # each blank's text, when all is known
         self._answer: str | None = None
+        self._sure, self._at = template.pieces[0] if whole else "", 0  # the text before blank number _at
+        self._before: dict[int, list[int]] = {}
 
     def place(self, column: int) -> tuple[int, int]:
         """The number of a column's blank, from 0, and its place in it."""
@@ -203,7 +222,9 @@ class FilledRow(Row):
                 self.is_done, self.finish_reason = True, "stop"
 
     def close(self, token_ids: list[int]) -> None:
-        if self.is_done:
+        was_stopped = self.is_done
+        super().close(token_ids)
+        if was_stopped:
             self.written = [self.stops.text]
             self._answer = self.stops.text
             return
@@ -220,19 +241,21 @@ class FilledRow(Row):
         if self._answer is not None:
             return self._answer
         if not self.whole:
-            self._pending = Stops(self.stops.stops)
-            self._pending.add(self._written(0))
-            return self._pending.certain()
-        text = ""
-        for number, length in enumerate(self.template.lengths):
-            text += self.template.pieces[number]
-            # the tokens of blanks side by side may share a character
-            if number and not self.template.pieces[number]:
-                break
-            text += self._written(number)
-            if any(self.starts[number] + place not in self._known for place in range(length)):
-                break
-        return text
+            pending = Stops(self.stops.stops)
+            pending.add(self._written(0))
+            return pending.certain()
+        while self._at < len(self.template.lengths):
+            number, text = self._at, self._written(self._at)
+            is_whole = all(self.starts[number] + place in self._known for place in range(self.template.lengths[number]))
+            if not is_whole or self._shares_character(number):
+                return self._sure + text
+            self._sure += text + self.template.pieces[number + 1]
+            self._at += 1
+        return self._sure
+
+    def _shares_character(self, number: int) -> bool:
+        """Whether another blank follows a blank at once, so that their tokens may share a character."""
+        return number + 1 < len(self.template.lengths) and not self.template.pieces[number + 1]
 
     def pieces(self) -> list[list[str]]:
         """The text of each token of each blank, after `close`; joined, they are the blank's."""
@@ -244,14 +267,19 @@ class FilledRow(Row):
 
     def _written(self, number: int) -> str:
         """The text of a blank's first tokens without a gap, as far as it is certain."""
-        start, count = self.starts[number], 0
-        while count < self.template.lengths[number] and start + count in self._known:
+        start, length, count = self.starts[number], self.template.lengths[number], 0
+        while count < length and start + count in self._known:
             count += 1
-        text = (
-            decode_after(self.tokenizer, self.token_ids[:start], self.token_ids[start : start + count]) if count else ""
-        )
+        is_final = count == length and not self._shares_character(number)
+        while not is_final and count and is_byte(self.tokenizer, self.token_ids[start + count - 1]):
+            count -= 1
+        if not count:
+            return ""
+        if number not in self._before:
+            self._before[number] = whole_characters(self.tokenizer, self.token_ids[:start])
+        text = decode_after(self.tokenizer, self._before[number], self.token_ids[start : start + count])
         text = text.removeprefix(" ") if self.lent[number] else text
-        return "" if text.endswith(BROKEN) else text
+        return "" if text.endswith(BROKEN) and not is_final else text
 
 
 @lru_cache(maxsize=4)

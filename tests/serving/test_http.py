@@ -239,17 +239,17 @@ TEXT = st.text(max_size=12)
 FITTING = {
     "prompt": TEXT | st.lists(st.integers(0, 319), max_size=4) | st.sampled_from(["<blank:2> a", "a <blank:auto>", "中文 😀"]),
     "suffix": st.none() | TEXT, "text": TEXT, "input_prefix": TEXT, "input_suffix": TEXT, "stop": st.none() | TEXT,
-    "max_tokens": st.integers(-1, 20), "n_predict": st.integers(-2, 20),
-    "temperature": st.floats(-0.1, 2.1) | st.just(0),
+    "max_tokens": st.integers(1, 20), "n_predict": st.integers(-1, 20),
+    "temperature": st.floats(0.1, 2) | st.just(0),
     "messages": st.lists(
-        st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "x"]), "content": TEXT}), max_size=3
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXT}), max_size=3
     ),
-    "seed": st.integers(-2, 10) | st.integers(), "n": st.integers(0, 3), "best_of": st.none() | st.integers(0, 3),
+    "seed": st.integers(-2, 10) | st.integers(), "n": st.integers(1, 3), "best_of": st.none() | st.integers(1, 3),
     "top_p": st.floats(0, 1), "top_k": st.integers(0, 9), "min_p": st.floats(0, 1),
-    "logprobs": st.integers(0, 6) | st.booleans(),
+    "logprobs": st.integers(0, 5) | st.booleans(),
     "strategy": st.sampled_from(["groupwise", "dynamic", "speculative", "refine"]), "blanks": st.booleans(),
     "order": st.sampled_from(["left_to_right", "random", "right_to_left", "spans"]), "stream": st.booleans(),
-    "group_size": st.integers(0, 4), "tokens_per_step": st.integers(0, 4), "echo": st.booleans(), "model": st.none(),
+    "group_size": st.integers(1, 4), "tokens_per_step": st.integers(1, 4), "echo": st.booleans(), "model": st.none(),
 }  # fmt: skip
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -267,7 +267,7 @@ ROUTES = {
 @st.composite
 def bodies(draw):
     path = draw(st.sampled_from(sorted(ROUTES)))
-    names = draw(st.lists(st.sampled_from(sorted(ROUTES[path].model_fields)), max_size=6, unique=True))
+    names = draw(st.lists(st.sampled_from(sorted(ROUTES[path].model_fields)), max_size=4, unique=True))
     required = [name for name, field in ROUTES[path].model_fields.items() if field.is_required()]
     body = {}
     for name in {*names, *required}:

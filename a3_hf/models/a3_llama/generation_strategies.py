@@ -145,6 +145,7 @@ def fill_speculative(decoder: Decoder, path: torch.Tensor) -> Iterator[None]:
     """
     canvas, config = decoder.canvas, decoder.config
     num_drafts = config.draft_tokens or (NGRAM_TOKENS if config.draft == "ngram" else DRAFT_TOKENS)
+    num_drafts = min(num_drafts, path.shape[1])
     by_ngram, greedy, by_content = config.draft == "ngram", not config.do_sample, config.verify == "content"
     batch_size, device = path.shape[0], path.device
     num_new = 1 if by_ngram else num_drafts  # slots after the drafts
