@@ -128,8 +128,11 @@ def resident(pid: int) -> float:
 async def measure(arguments: argparse.Namespace) -> list[dict]:
     url, numbers = f"http://{arguments.host}:{arguments.port}", range(arguments.requests)
     rows, alone, first_rate = [], {}, None
+    if arguments.answers is not None and arguments.answers.is_file():
+        stored = json.loads(arguments.answers.read_text())
+        first_rate, alone = stored["rate"], {int(number): one for number, one in stored["answers"].items()}
     memory = None if arguments.pid is None else resident(arguments.pid)
-    for concurrency in [1, *arguments.concurrency]:
+    for concurrency in [*([] if alone else [1]), *arguments.concurrency]:
         load = Load(url, arguments.api_key)
         await load.send(0)  # not counted: the first one after a start
         load.seconds, load.tokens, load.statuses = [], 0, {}
@@ -142,6 +145,8 @@ async def measure(arguments: argparse.Namespace) -> list[dict]:
         ties = [number for number in different if is_tie(found[number], alone[number], arguments.tie)]
         rate = load.tokens / seconds
         first_rate = first_rate or rate
+        if arguments.answers is not None and concurrency == 1:
+            arguments.answers.write_text(json.dumps({"rate": rate, "answers": found}))
         load.seconds.sort()
         at = {
             part: load.seconds[min(int(part / 100 * len(load.seconds)), len(load.seconds) - 1)] for part in (50, 95, 99)
@@ -172,6 +177,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--leaving", type=float, default=0.05, help="share of clients that leave early")
+    parser.add_argument("--answers", type=Path, help="keeps what requests alone got, for another run; .json")
     parser.add_argument("--tie", type=float, default=0.01, help="nats between two scores that rounding may swap")
     arguments = parser.parse_args()
     rows = asyncio.run(measure(arguments))
