@@ -259,10 +259,8 @@ class Engine:
                 batch.owners += new.owners
             elif new.filling is not None:
                 self._batches[key] = new
-        except Exception as error:
+        except Exception as error:  # the batch that runs goes on without them
             self._give_up(key, new, error)
-            if batch is not None:
-                self._give_up(key, batch, error)
 
     def _step(self, key: Hashable, batch: Batch) -> None:
         try:
@@ -280,7 +278,8 @@ class Engine:
         for job, _ in batch.owners:
             _fail(job, error)
         batch.owners, batch.filling = [], None
-        self._batches.pop(key, None)
+        if self._batches.get(key) is batch:
+            del self._batches[key]
 
     def _leave(self, batch: Batch) -> None:
         """Lets rows go that nobody waits for, or whose time is over."""
@@ -295,10 +294,10 @@ class Engine:
     def _pass(self, batch: Batch) -> None:
         """Runs one pass and hands what it wrote to the rows."""
         filling, start = batch.filling, time.monotonic()
-        goes_on = filling.step()
+        has_more = filling.step()
         decoder, canvas = filling.decoder, filling.decoder.canvas
         if filling.rewrites:  # its tokens are told when they are final
-            fresh = (canvas.commit_step[:, :-1] >= 0) & (not goes_on)
+            fresh = (canvas.commit_step[:, :-1] >= 0) & (not has_more)
         else:
             fresh = canvas.commit_step[:, :-1] == decoder.row_step() - 1
         commits = _commits(canvas, fresh, [row for _, row in batch.owners])
@@ -307,21 +306,19 @@ class Engine:
         self.metrics.rows.observe(len(batch.owners))
         self.metrics.written.inc(written)
         self.metrics.pass_seconds.observe(now - start)
-        told: dict[int, Job] = {}
-        if not goes_on or not filling.is_open().all():
-            decoder.check_finite()  # on a GPU it is not checked in each pass
         is_open, texts = filling.is_open().tolist(), canvas.sequences[:, :-1].tolist()
+        if not all(is_open):
+            decoder.check_finite()  # on a GPU it is not checked in each pass
+        told: dict[int, Job] = {}
         for (job, row), new, goes_on, tokens in zip(batch.owners, commits, is_open, texts, strict=True):
-            if row.is_done:  # it waits for the others of a batch that ends together
-                continue
-            told[id(job)] = job
-            row.take(new)
-            if row.is_done or not goes_on:
-                row.close(tokens)
+            if not row.is_done:  # a row that is done may wait for the others of a batch that ends together
+                told[id(job)] = job
+                row.take(new)
+                if row.is_done or not goes_on:
+                    row.close(tokens)
         for job in told.values():
             if job.is_answer and job.ticket.first_token is None:
                 job.ticket.first_token = now
-        for job in told.values():
             if job.on_pass is not None:
                 job.on_pass()
         self._drop(batch)

@@ -163,6 +163,8 @@ def test_a_job_that_fails_harms_no_other(engine, served_model, tokenizer, caplog
     with pytest.raises(ZeroDivisionError):
         bad.done.result(10)
     good.done.result(10)
+    (runs,) = plan(engine, served_model, tokenizer, max_tokens=40).jobs
+    engine.submit(runs)
     (worse,) = plan(engine, served_model, tokenizer).jobs
     begin = worse.begin
 
@@ -175,6 +177,7 @@ def test_a_job_that_fails_harms_no_other(engine, served_model, tokenizer, caplog
     with pytest.raises(ZeroDivisionError):
         engine.submit(worse).done.result(10)
     assert "a pass failed" in caplog.text
+    runs.done.result(10)  # the batch that the other would have joined
     (after,) = plan(engine, served_model, tokenizer).jobs
     engine.submit(after).done.result(10)
 
