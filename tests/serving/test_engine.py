@@ -165,6 +165,8 @@ def test_a_job_that_fails_harms_no_other(engine, served_model, tokenizer, caplog
     good.done.result(10)
     (runs,) = plan(engine, served_model, tokenizer, max_tokens=40).jobs
     engine.submit(runs)
+    while not runs.rows[0].commits:
+        time.sleep(0.001)
     (worse,) = plan(engine, served_model, tokenizer).jobs
     begin = worse.begin
 
