@@ -19,6 +19,7 @@ from .attention_masks import (
 from .compiling import raise_recompile_limit
 from .generation_cache import first_tokens, joined_cache, preallocated_cache
 from .generation_canvas import Canvas, columns_of
+from .packed_layers import slot_factors
 from .rope import apply_rotary
 
 PRODUCTS_PER_LAYER = 7  # matrix products of a decoder layer, each with a rounding error
@@ -59,6 +60,14 @@ class ForwardRunner:
         self.kept_layer: int | None = None  # of whose input passes keep the content rows, as `kept_states` (B, C, D)
         self.kept_states: torch.Tensor | None = None
         self.last_content = 0  # columns of the last pass
+        # The slot after a token is that token's content row: the same start, position, keys and weights.
+        self.slots_are_content_rows = (
+            type(self) is ForwardRunner
+            and model.config.slot_start == "left_token"
+            and use_cache
+            and static_width is None
+            and not any(slot_factors(module) for module in model.modules())
+        )
         self.lead = int(canvas.blank_mask.any(dim=0).long().argmax())  # the columns before the first blank of any row
         if not use_cache:
             self.cache = None

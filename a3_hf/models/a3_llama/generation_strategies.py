@@ -43,11 +43,26 @@ class GroupwiseFilling(Filling):
         if decoder.out_of_time():
             decoder.fill_remaining(self.content)
             return False
-        logits = decoder.logits_of(self.content, slots)
+        logits = self._logits(slots)
         scores = decoder.warped(decoder.processed(logits, slots))
         decoder.commit(slots, decoder.choose(scores, slots), logits, scores)
         self.content = decoder.mask_finished(slots)
         return self.steps.shape[1] > 0
+
+    def _logits(self, slots: torch.Tensor) -> torch.Tensor:
+        """Returns the model's logits (B, g, V) of the columns `slots` (B, g). Where a slot would start as the token that this
+        pass encodes, that token's content row is the slot (not in the paper): one row a token in place of two.
+        """
+        decoder, canvas = self.decoder, self.decoder.canvas
+        runner, content = decoder.runner, self.content
+        if runner.passes == 0 or slots.shape[1] != 1 or content.shape[1] != 1 or not runner.slots_are_content_rows:
+            return decoder.logits_of(content, slots)
+        is_real = (slots != canvas.pad_column) & (content != canvas.pad_column)
+        is_next = is_real & (canvas.position_ids.gather(1, content) + 1 == canvas.position_ids.gather(1, slots))
+        needs_slot = (slots != canvas.pad_column) & ~is_next
+        own = slots.masked_fill(is_next, canvas.pad_column) if needs_slot.any() else slots[:, :0]
+        logits = decoder.logits_of(content, own, singletons=False, logits_at=torch.zeros_like(slots))
+        return torch.where(is_next[..., None], logits[:, :1], logits[:, -1:])
 
 
 class DynamicFilling(Filling):
