@@ -145,6 +145,8 @@ class Service:
             try:
                 jobs = self._submit(plan)
                 ends = [asyncio.wrap_future(job.done) for job in jobs]
+                for end in ends:  # wakes the loop below
+                    end.add_done_callback(lambda _: queue.put_nowait([]))
                 while not (queue.empty() and all(end.done() for end in ends)):
                     try:
                         yield await asyncio.wait_for(queue.get(), POLL_SECONDS)
