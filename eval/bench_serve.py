@@ -3,9 +3,9 @@
     a3 serve adapters/smollm2-135m --port 8000 &
     python eval/bench_serve.py --port 8000 --requests 2000 --concurrency 8 32
 
-First every request is sent alone; these answers are what later ones must equal. A server in half or single precision rounds
-by the number of rows that it decodes together, so that now and then two tokens whose scores are nearly equal change places:
-such answers are counted apart, if at the first token that differs the two scores are less than --tie apart.
+First every request is sent alone; these answers are what later ones must equal. A server in half or single precision rounds by
+the number of rows that it decodes together, so that now and then a token changes: such answers are counted apart, if up to the
+first token that differs, and in the distribution that it was drawn from, they are the same to --nats.
 """
 
 import argparse
@@ -31,6 +31,9 @@ OPENINGS = (
 ENDINGS = (" They were happy.", " The end.", " Then she went home.", " It was a good day.")
 
 
+KINDS = list(range(5))
+
+
 def request_of(number: int) -> dict:
     """The request of a number: continuations and blanks of many lengths, by all kinds of strategies."""
     draw = random.Random(number)
@@ -41,7 +44,7 @@ def request_of(number: int) -> dict:
         "commits": True,
     }
     body |= {"temperature": draw.choice([0, 0.8]), "max_tokens": draw.randint(4, 36)}
-    kind = draw.randrange(5)
+    kind = draw.choice(KINDS)
     if kind:
         body["suffix"] = draw.choice(ENDINGS)
     if kind == 2:
@@ -103,20 +106,25 @@ class Load:
         return found
 
 
-def is_tie(found: dict, alone: dict, tie: float) -> bool:
-    """Whether two answers part at a token where both saw nearly equal scores, or sampled at the border of two tokens."""
+def by_rounding(number: int, found: dict, alone: dict, nats: float) -> bool:
+    """Whether two answers are the same up to a token where the model saw the same distribution in both, to `nats`. Then they
+    part by rounding: of two scores, if greedy, which must be as near; of the draw's border, if sampled.
+    """
     by_place = [{one["position"]: one for one in answer["commits"]} for answer in (found, alone)]
-    order = sorted(by_place[1], key=lambda place: (by_place[1][place]["step"], place))
-    for place in order:
-        mine, theirs = (commits.get(place) for commits in by_place)
-        if mine is None or mine["step"] != theirs["step"] or mine["token_id"] != theirs["token_id"]:
-            if mine is None:
+    steps = [sorted(commits, key=lambda place: (commits[place]["step"], place)) for commits in by_place]
+    for mine, theirs in zip(*steps, strict=False):
+        ones = by_place[0][mine], by_place[1][theirs]
+        if mine == theirs and ones[0]["token_id"] == ones[1]["token_id"]:
+            if abs(ones[0]["logprob"] - ones[1]["logprob"]) > nats:
                 return False
-            top = [one["logprob"] for one in theirs["top_logprobs"]]
-            return abs(mine["logprob"] - theirs["logprob"]) < tie or top[0] - top[1] < tie
-        if abs(mine["logprob"] - theirs["logprob"]) > tie:
-            return False
-    return True
+            continue
+        if mine != theirs:  # two blanks whose confidence is nearly equal
+            return abs(ones[0]["logprob"] - ones[1]["logprob"]) < nats
+        if request_of(number)["temperature"] == 0:
+            return abs(ones[0]["logprob"] - ones[1]["logprob"]) < nats
+        tops = [[(top["text"], top["logprob"]) for top in one["top_logprobs"]] for one in ones]
+        return all(a[0] == b[0] and abs(a[1] - b[1]) < nats for a, b in zip(*tops, strict=True))
+    return False
 
 
 def resident(pid: int) -> float:
@@ -142,7 +150,7 @@ async def measure(arguments: argparse.Namespace) -> list[dict]:
         await load.client.aclose()
         alone = alone or found
         different = [number for number, one in found.items() if one["text"] != alone[number]["text"]]
-        ties = [number for number in different if is_tie(found[number], alone[number], arguments.tie)]
+        ties = [number for number in different if by_rounding(number, found[number], alone[number], arguments.nats)]
         rate = load.tokens / seconds
         first_rate = first_rate or rate
         if arguments.answers is not None and concurrency == 1:
@@ -153,7 +161,7 @@ async def measure(arguments: argparse.Namespace) -> list[dict]:
         }
         row = {
             "concurrency": concurrency, "answers": len(found), "left": len(numbers) - len(found),
-            "wrong": len(different) - len(ties), "ties": len(ties),
+            "wrong": len(different) - len(ties), "by rounding": len(ties),
             "5xx": sum(count for status, count in load.statuses.items() if status >= 500),
             "tokens a second": round(rate, 1), "times one at a time": round(rate / first_rate, 2),
             **{f"p{part}, s": round(value, 2) for part, value in at.items()},
@@ -178,8 +186,11 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--leaving", type=float, default=0.05, help="share of clients that leave early")
     parser.add_argument("--answers", type=Path, help="keeps what requests alone got, for another run; .json")
-    parser.add_argument("--tie", type=float, default=0.01, help="nats between two scores that rounding may swap")
+    parser.add_argument("--nats", type=float, default=0.002, help="by which rounding may change a score")
+    parser.add_argument("--kinds", type=int, nargs="+", default=list(range(5)), help="0: continuations; 1: left to right, 2: "
+                        "groups of 4, 3: dynamic, 4: random order, all with a suffix")  # fmt: skip
     arguments = parser.parse_args()
+    KINDS[:] = arguments.kinds
     rows = asyncio.run(measure(arguments))
     print(markdown_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     print(f"{date.today()}, {platform.machine()}")
