@@ -70,6 +70,7 @@ def openai_fields() -> tuple[set[str], set[str]]:
 def test_options_exist():
     shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}).output
     known = set(re.findall(r"--[a-z][a-z-]*", shown))
+    known |= set(re.findall(r'"(--[a-z][a-z-]*)"', (ROOT / "eval/bench_serve.py").read_text()))  # of its "Load"
     runs = [line for block in blocks(README, "sh") for line in block.splitlines() if line.startswith("docker run")]
     words = [*SERVER["command"], *json.loads(instruction("CMD"))]
     words += [word for line in runs for word in shlex.split(line.split(" a3-serve", 1)[1])]
