@@ -112,7 +112,6 @@ class Engine:
         max_queue: int = 256,
         max_tokens: int = 1 << 15,
         join: str = "pass",
-        metrics: Metrics | None = None,
     ):
         if join not in JOINS:
             raise ValueError(f"join={join!r}: expected one of {', '.join(JOINS)}")
@@ -120,7 +119,7 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name}={value}: expected a whole number of at least 1")
         self.model, self.max_batch, self.max_queue, self.max_tokens = model, max_batch, max_queue, max_tokens
-        self.join, self.metrics = join, metrics or Metrics()
+        self.join, self.metrics = join, Metrics()
         self._waiting: list[Job] = []
         self._calls: list[tuple[Callable[[], Any], Ticket, Future]] = []
         self._batches: dict[Hashable, Batch] = {}

@@ -78,7 +78,6 @@ class Planner:
     Args:
         model: an `A3LlamaForCausalLM`.
         engine: decodes candidates where a length must be found, and scores prompts.
-        max_row: most tokens of a row, given and written.
     """
 
     def __init__(self, model, tokenizer: PreTrainedTokenizerBase, engine: Engine):

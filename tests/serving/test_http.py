@@ -162,7 +162,7 @@ def test_a_busy_server(start):
 
 @pytest.mark.parametrize("more", [{}, {"suffix": " home."}], ids=["continued", "filled"])
 def test_a_late_answer_holds_what_was_written(start, more):
-    server = start(timeout=0.6)
+    server = start(timeout=3)
     run_pass = server.engine._pass
     server.engine._pass = lambda batch: (time.sleep(0.1), run_pass(batch))
     response = server.post("/v1/completions", **COMPLETION | {"max_tokens": 60} | more)
@@ -195,7 +195,7 @@ def test_a_client_that_goes_away(start, stream):
     deadline = time.monotonic() + 5
     while not server.engine.is_idle and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert server.engine.is_idle and len(passes) < 20
+    assert server.engine.is_idle and len(passes) < 80
     server.engine._pass = run_pass
     assert server.post("/v1/completions", **COMPLETION).status_code == 200
 

@@ -116,7 +116,7 @@ def test_with_a_draft_head_blanks_at_the_end_and_inside_wait_together(chat_token
 
 
 def test_a_plan_that_waits_is_given_up_in_time(start):
-    server = start(timeout=0.5)
+    server = start(timeout=2)
     runs, release = threading.Event(), threading.Event()
     run_pass = server.engine._pass
     server.engine._pass = lambda batch: (runs.set(), release.wait(20), run_pass(batch))
