@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "experiments": "models adapters data settings training evaluation",
     "visualization": "models",
     "serving": "models visualization",
+    "engines.vllm": "models adapters serving registration",
+    "engines": "",
     "versions": "",
     "registration": "models adapters training versions",
     "cli": "models adapters data settings devices training evaluation experiments visualization serving registration versions",
@@ -42,11 +44,12 @@ ONLY_IN = {
     "typer": "cli",
     "matplotlib": ("training.loss_report", "evaluation.reporting.plots"),
     "lm_eval": "evaluation",
-    "fastapi": "serving",
-    "starlette": "serving",
+    "fastapi": ("serving", "engines"),
+    "starlette": ("serving", "engines"),
+    "vllm": "engines.vllm",
     "uvicorn": "serving",
     "prometheus_client": "serving",
-    "pydantic": "serving",
+    "pydantic": ("serving", "engines"),
 }
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path

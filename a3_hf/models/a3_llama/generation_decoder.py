@@ -96,9 +96,14 @@ def _row_seeds(seed, canvas: Canvas) -> list[int]:
     seen, seeds = Counter(), []
     for text, mask in zip(texts, real, strict=True):
         content = text[mask].numpy().tobytes()
-        seeds.append(seed_of(seed, content, seen[content]))
+        seeds.append(row_seed(seed, text[mask], seen[content]))
         seen[content] += 1
     return seeds
+
+
+def row_seed(seed: int, text: torch.Tensor, copy: int) -> int:
+    """Returns the seed of a row: of its text (S,), −1 at blanks and without padding, and how many equal rows are before it."""
+    return seed_of(seed, text.numpy().tobytes(), copy)
 
 
 class RowsHook(Protocol):

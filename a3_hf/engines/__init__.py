@@ -1,0 +1,1 @@
+"""Any-order decoding inside other people's engines."""
