@@ -7,10 +7,11 @@ import sys
 
 import uvicorn
 
-from .app import Service, build_app
+from .app import build_app
 from .engine import Engine
 from .limits import JsonLines
-from .plans import Planner
+from .model_plans import ModelPlanner
+from .service import Service
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -57,7 +58,7 @@ def serve(
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     engine = Engine(model, max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens, join=join)
-    service = Service(Planner(model, tokenizer, engine), engine, name=name, timeout=timeout, logs_texts=log_texts)
+    service = Service(ModelPlanner(model, tokenizer, engine), engine, name=name, timeout=timeout, logs_texts=log_texts)
     app = build_app(service, api_key=api_key, max_body=max_body, cors_origins=cors_origins)
     _log_as_json()
     config = uvicorn.Config(

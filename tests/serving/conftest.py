@@ -11,10 +11,11 @@ pytest.importorskip("uvicorn")
 import httpx
 import uvicorn
 
-from a3_hf.serving.app import Service, build_app
+from a3_hf.serving.app import build_app
 from a3_hf.serving.engine import Engine
-from a3_hf.serving.plans import Planner
+from a3_hf.serving.model_plans import ModelPlanner
 from a3_hf.serving.server import bound_socket
+from a3_hf.serving.service import Service
 from tests.conftest import tiny_model
 
 TEMPLATE = (
@@ -30,7 +31,7 @@ class Live:
     def __init__(self, model, tokenizer, *, timeout: float = 60.0, engine: dict | None = None, **settings):
         self.model, self.tokenizer = model, tokenizer
         self.engine = Engine(model, **(engine or {}))
-        self.service = Service(Planner(model, tokenizer, self.engine), self.engine, name="tiny", timeout=timeout)
+        self.service = Service(ModelPlanner(model, tokenizer, self.engine), self.engine, name="tiny", timeout=timeout)
         bound = bound_socket("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         config = uvicorn.Config(build_app(self.service, **settings), log_config=None, lifespan="on")

@@ -10,7 +10,7 @@ pytest.importorskip("prometheus_client")
 from concurrent.futures import wait
 
 from a3_hf.serving.engine import Cancelled, Engine, OutOfTime, Refused, Ticket
-from a3_hf.serving.plans import Planner
+from a3_hf.serving.model_plans import ModelPlanner
 from a3_hf.serving.schemas import CompletionRequest
 
 
@@ -37,7 +37,7 @@ def engine(served_model):
 
 def plan(engine, model, tokenizer, *, seconds: float = 60.0, **fields):
     request = CompletionRequest(**{"prompt": "The dog", "max_tokens": 8, "temperature": 0.8, "seed": 1, **fields})
-    return Planner(model, tokenizer, engine).completion(request, Ticket(time.monotonic() + seconds))
+    return ModelPlanner(model, tokenizer, engine).completion(request, Ticket(time.monotonic() + seconds))
 
 
 def mixed(number: int) -> dict:

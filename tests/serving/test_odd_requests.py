@@ -9,7 +9,7 @@ import torch
 
 from a3_hf import DraftHead, DraftHeadConfig, attach_draft_head
 from a3_hf.serving.engine import Engine, Ticket
-from a3_hf.serving.plans import Planner
+from a3_hf.serving.model_plans import ModelPlanner
 from a3_hf.serving.schemas import CompletionRequest
 from a3_hf.serving.texts import Stops, whole_characters
 from tests.conftest import tiny_model
@@ -45,7 +45,7 @@ def test_what_is_decoded_again_does_not_grow_with_the_prompt(tokenizer):
 
 
 def requests(model, tokenizer, engine, *bodies: dict) -> list:
-    planner = Planner(model, tokenizer, engine)
+    planner = ModelPlanner(model, tokenizer, engine)
     base = {"prompt": "The dog", "temperature": 0}
     plans = [planner.completion(CompletionRequest(**base | body), Ticket(time.monotonic() + 60)) for body in bodies]
     return [job for plan in plans for job in plan.jobs]
