@@ -37,11 +37,11 @@ class TextTokens:
 
 
 def check_params(params) -> None:
-    """Raises a ValueError for parameters that no request with blanks takes."""
+    """Raises a ValueError for parameters that no request with blanks takes, and none where groups are written."""
     if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
-        raise ValueError("prompt_logprobs: expected None for a text with blanks")
+        raise ValueError("prompt_logprobs: expected None with blanks, and where groups are written")
     if params.structured_outputs is not None:
-        raise ValueError("structured_outputs: expected None for a text with blanks")
+        raise ValueError("structured_outputs: expected None with blanks, and where groups are written")
 
 
 class OneRowMasks(LogitsProcessor):
@@ -116,6 +116,8 @@ class GroupChecks(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params) -> None:
         blanks = Blanks.of(sampling_params)
+        # vLLM's scheduler would fail: it expects them beside a first token, which no prompt here ends with
+        check_params(sampling_params)
         for name, off in (("presence_penalty", 0), ("frequency_penalty", 0), ("repetition_penalty", 1)):
             if getattr(sampling_params, name) != off:
                 raise ValueError(
@@ -123,7 +125,6 @@ class GroupChecks(LogitsProcessor):
                 )
         if blanks is None:
             return
-        check_params(sampling_params)
         if blanks.sampling is None:
             raise ValueError("sampling: expected with steps, drafts or dynamic, as this engine writes groups")
         width = (sampling_params.extra_args or {}).get("diffusion_canvas_length")

@@ -62,6 +62,7 @@ class Progress:
         self.todo: list[list[int]] = []  # groups of known tokens whose keys are not written
         self.reported = len(outputs)
         self.step = 0
+        self.forced: dict[int, int] = {}  # tokens that are not to be chosen, by column
         self.resume(outputs)
 
     def resume(self, outputs: Sequence[int]) -> None:
@@ -217,6 +218,25 @@ class SpeculativeProgress(Progress):
         return self.report()
 
 
+class ForcedProgress(SpeculativeProgress):
+    """Tokens that are known: a pass encodes as many as its rows hold, and says the log-probabilities of those behind them."""
+
+    def resume(self, outputs: Sequence[int]) -> None:
+        super().resume(outputs)
+        self.forced = dict(zip(self.columns, self.blanks.forced, strict=True))
+
+    def ask(self, rows: int) -> list[int]:
+        return [] if self.is_over() or self._checks() else [self._next()[0]]
+
+    def take(self, done: Pass, tokens: Sequence[int], kept: Sequence[bool] | None = None) -> list[int]:
+        columns = super().take(done, [self.forced[column] for _, column, _ in done.wanted])
+        if done.wanted and not self.is_over():
+            first, end = self._next()
+            self.drafts = list(range(first, min(first + self.blanks.drafts, end)))
+            self.token_of[self.drafts] = [self.forced[column] for column in self.drafts]
+        return columns
+
+
 class DynamicProgress(Progress):
     """The sampler chooses which slots stay (paper §1, Algorithm 2). As nobody knows the order beforehand, all tokens are
     reported together, in the text's order, when the last is there. Until then vLLM counts the prompt alone, so that a
@@ -247,5 +267,9 @@ class DynamicProgress(Progress):
 
 def start_progress(blanks: Blanks, *args, **kwargs) -> Progress:
     """Returns the progress of a request in the way that its blanks name."""
-    kind = Progress if blanks.steps else SpeculativeProgress if blanks.dynamic is None else DynamicProgress
+    kind: type[Progress] = Progress
+    if blanks.dynamic is not None:
+        kind = DynamicProgress
+    elif blanks.drafts:
+        kind = ForcedProgress if blanks.forced else SpeculativeProgress
     return kind(blanks, *args, **kwargs)

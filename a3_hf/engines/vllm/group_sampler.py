@@ -71,6 +71,9 @@ class GroupSampler:
                 of_request[req_id] = range(len(wanted), len(wanted) + len(own))
                 wanted += own
         tokens, kept = self._choose(logits, wanted)
+        tokens = [
+            state.requests[one.req_id].forced.get(one.column, token) for one, token in zip(wanted, tokens, strict=True)
+        ]
         self._remember(logits, wanted, tokens)
         reported = []
         for req_id in batch.req_ids[: batch.num_reqs]:

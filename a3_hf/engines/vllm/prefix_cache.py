@@ -18,6 +18,8 @@ def blank_keys(request, end: int) -> tuple:
     blanks = Blanks.of(request.sampling_params)
     if blanks is None or end <= blanks.pieces[0]:
         return ()
+    if blanks.sampling is None and blanks.num_given == blanks.pieces[0]:
+        return ()  # written behind the whole text, from the left: a plain continuation
     if end <= blanks.num_given:
         covered, shape = 0, []
         for piece, length in zip(blanks.pieces, blanks.lengths, strict=False):

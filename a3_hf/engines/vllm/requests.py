@@ -9,8 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 KEY = "a3"  # of `extra_args`
-MOST_DRAFTS = 64
-CRITERIA = ("confidence", "entropy", "margin", "random")
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Blanks:
         steps: columns that each pass writes, in order (`GroupOrder`); empty: one token after the other from the left, by
             vLLM's own sampler (`one_row_state`).
         drafts: lossless speculation: most tokens that a pass guesses; then `steps` is empty.
+        forced: the tokens of all blanks, whose log-probabilities alone are wanted; as many at a time as `drafts` says.
         dynamic: the worker chooses the order; then `steps` is empty.
         sampling: of groups.
 
@@ -63,6 +62,7 @@ class Blanks:
     is_text: bool = True
     steps: tuple[tuple[int, ...], ...] = ()
     drafts: int = 0
+    forced: tuple[int, ...] = ()
     dynamic: Dynamic | None = None
     sampling: Sampling | None = None
 
@@ -75,7 +75,10 @@ class Blanks:
                 "it, and a number of tokens between and after blanks"
             )
         _check_counts("spaced", self.spaced, 0, len(self.lengths))
-        _check_counts("drafts", (self.drafts,), 0, MOST_DRAFTS + 1)
+        _check_counts("drafts", (self.drafts,), 0)
+        _check_counts("forced", self.forced, 0)
+        if self.forced and (len(self.forced) != sum(self.lengths) or not self.drafts):
+            raise ValueError(f"forced has {len(self.forced)} tokens: expected {sum(self.lengths)}, with drafts")
         if self.steps:
             for step in self.steps:
                 _check_counts("steps", step, 0)
@@ -109,7 +112,7 @@ class Blanks:
         if unknown:
             raise ValueError(f"extra_args[{KEY!r}] holds {unknown[0]!r}: expected the fields of Blanks")
         try:
-            for name in ("pieces", "lengths", "spaced"):
+            for name in ("pieces", "lengths", "spaced", "forced"):
                 given[name] = tuple(given.get(name, ()))
             given["steps"] = tuple(tuple(step) for step in given.get("steps", ()))
             for name, kind in (("dynamic", Dynamic), ("sampling", Sampling)):
@@ -157,7 +160,7 @@ class Blanks:
             return sum(self.lengths)
         if self.steps:
             return max(before + after for before, after in pairwise([0, *map(len, self.steps), 0]))
-        return 2 * self.drafts + 1
+        return self.drafts + 1 if self.forced else 2 * self.drafts + 1
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from a3_hf.engines.vllm.requests import Blanks
-from tests.engines.vllm.cases import LAYOUTS, ask, counter, engine, filled, given_tokens, num_equal
+from a3_hf.engines.vllm.requests import Blanks, Sampling
+from tests.engines.vllm.cases import LAYOUTS, Case, ask, counter, engine, filled, given_tokens, num_equal
 
 CANVAS = {"hf_overrides": {"canvas_length": 24}}
 WAYS = {
@@ -77,6 +77,23 @@ def test_plain_requests_continue_their_prompt(served):
         assert list(output.outputs[0].token_ids) == whole[0, 40:].tolist()
 
 
+def test_the_log_probabilities_of_given_tokens(served):
+    """What `auto` lengths are compared by: tokens written by force, in passes of three widths."""
+    llm, model, _ = served
+    if model.config.slot_start != "left_token":
+        return
+    tokens = given_tokens(70, 4)
+    scored = torch.zeros(1, 70, dtype=torch.bool)
+    scored[:, 20:] = True
+    expected = model.log_likelihood(torch.tensor([tokens]), torch.arange(70)[None], scored_mask=scored)[0, 20:].tolist()
+    cases = []
+    for drafts in (1, 7, 23):
+        blanks = Blanks((20, 0), (50,), is_text=False, drafts=drafts, forced=tuple(tokens[20:]), sampling=Sampling())
+        cases.append(Case(blanks, tuple(tokens[:20]), tuple(tokens[20:]), tuple(expected)))
+    for _ in range(2):
+        assert num_equal(cases, ask(llm, cases)) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -85,6 +102,7 @@ def test_plain_requests_continue_their_prompt(served):
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"presence_penalty": 0.5}, "presence_penalty=0.5"),
         ({"max_tokens": 3}, "max_tokens=3"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"extra_args": Blanks((40, 30), (5,)).extra_args()}, "sampling: expected with steps"),
     ],
 )
