@@ -167,7 +167,7 @@ def test_readme_commands_exist(command):
                 assert option.split("=")[0] in shown.output, f"{command!r}: no such option"
 
 
-@pytest.mark.parametrize("command", ["adapt", "infill", "generate", "score", "merge", "eval", "report"])
+@pytest.mark.parametrize("command", ["adapt", "infill", "generate", "score", "merge", "export", "eval", "report"])
 def test_help_names_every_command(command):
     assert command in CliRunner().invoke(app, ["--help"]).output
 

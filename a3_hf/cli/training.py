@@ -49,3 +49,15 @@ def merge(
 
     checkpoints.merge(adapter, output, base=base)
     print(f"The model is in {output}.")
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="An adapter: a folder or a hub name.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="A new or empty folder.", show_default=False)],
+    base: Base = None,
+) -> None:
+    """Write an adapter as vLLM's --lora-modules take it to OUTPUT."""
+    from a3_hf.adapters.export import export
+
+    export(adapter, output, base=base)
+    print(f"The adapter is in {output}.")

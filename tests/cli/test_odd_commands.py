@@ -180,6 +180,8 @@ ODD = [
     (["merge", "adapter", "merged"], "rows: slots"),
     (["merge", "model", "merged"], "model"),
     (["merge", "nowhere", "merged"], "nowhere"),
+    (["export", "model", "exported"], "model"),
+    (["export", "nowhere", "exported"], "nowhere"),
     (["report", "nowhere"], "nowhere"),
     (["report", "empty"], "empty"),
     (["report", "results"], "results_1.json"),

@@ -82,6 +82,7 @@ def test_a_file_is_not_a_folder(tmp_path):
         ["generate", "runs/mien", "a"],
         ["score", "runs/mien", "a"],
         ["merge", "runs/mien", "out"],
+        ["export", "runs/mien", "out"],
         ["eval", "ppl", "runs/mien", __file__],
         ["infill", "MODEL", "a <blank:1>", "--base", "runs/mien"],
     ],

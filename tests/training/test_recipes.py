@@ -22,7 +22,9 @@ from a3_hf.training.recipes import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
-    path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in ("experiments", "serving")
+    path
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if not {"experiments", "serving"} & set(path.relative_to(ROOT / "recipes").parts)
 )
 LOCAL = ROOT / "recipes/stories260k/config_cpu.yaml"
 HUB_RECIPES = [path for path in RECIPES if path.parent != LOCAL.parent and path.name == "config_full.yaml"]

@@ -124,8 +124,8 @@ class GroupState(PlannedRowsState):
                 adapter, of_pass = self.adapters[req_id], self.passes[req_id]
                 start = one.first + (len(of_pass.content) if adapter.slots_only else 0)
                 rows[start : one.first + len(of_pass.tokens)] = adapter.lora_id
-        for_head = (0,) * max(1, len(batch.logits_indices))  # nothing adapts the head
-        self.model.lora_manager.set_adapter_mapping(LoRAMapping(tuple(rows.tolist()), for_head, is_prefill=True))
+        for_head = (0,)  # which no adapter adapts here
+        self.model.lora_manager.set_adapter_mapping(LoRAMapping(tuple(rows.tolist()), for_head, is_prefill=False))
 
 
 def plain_blanks(num_given: int, params, *, from_left: bool) -> Blanks:

@@ -14,10 +14,11 @@ class A3LlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config, prefix: str = "", **kwargs):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        if (
-            self._writes_groups()
-        ):  # `GroupState` reads it; elsewhere an adapter of slots would act on all rows, and is refused
+        if self._writes_groups():
+            # `GroupState` reads it; elsewhere an adapter of slots would act on all rows, and is refused by this weight
             self.lora_skip_prefixes = ["query_embed"]
+            # adapters of the head take one row of logits a request, and groups have more
+            self.embedding_modules = {}
         size = vllm_config.model_config.hf_config.hidden_size
         self.query_embed = nn.Parameter(torch.zeros(1, size, dtype=vllm_config.model_config.dtype), requires_grad=False)
 

@@ -1,0 +1,50 @@
+"""One model on two cores: blanks one row a token, and groups, traced by Dynamo as on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from tests.conftest import tiny_model
+from tests.engines.vllm.cases import LAYOUTS, SHAPE, ask, engine, filled, given_tokens, num_equal
+from tests.engines.vllm.test_groups import DRAFTS, WAYS
+from a3_hf.engines.vllm.requests import Blanks
+
+if __name__ == "__main__":
+    folder, groups = sys.argv[1], sys.argv[2] == "groups"
+    model = tiny_model(slot_start="left_token", **SHAPE)
+    model.save_pretrained(folder)
+    ways = [*WAYS.values(), *DRAFTS.values()] if groups else [{"in_groups": False}]
+    cases = [
+        filled(model, Blanks(*layout, is_text=False), given_tokens(sum(layout[0]), number), **way)
+        for number, layout in enumerate(LAYOUTS)
+        for way in ways[number % len(ways) :: 4]
+    ]
+    overrides = {"hf_overrides": {"canvas_length": 24}} if groups else {}
+    with engine(folder, tensor_parallel_size=2, distributed_executor_backend="mp", **overrides) as llm:
+        print("EQUAL", json.dumps([num_equal(cases, ask(llm, cases)), len(cases)]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["one token", "groups"])
+def test_two_workers_write_what_one_does(tmp_path, kind):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "0|0",
+    }
+    command = [sys.executable, str(program), str(tmp_path / "model"), "groups" if kind == "groups" else "one"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert "EQUAL" in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
+    equal, total = json.loads(done.stdout.split("EQUAL")[1].splitlines()[0])
+    assert equal == total >= 8
