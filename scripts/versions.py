@@ -1,10 +1,10 @@
-"""Prints the versions of what a3_hf stands on, in one line. Given a constraints file, fails if any differs from it."""
+"""Prints the versions of what a3_hf stands on, as far as it is installed, in one line. Given a constraints file, fails if any differs from it."""
 
 import sys
-from importlib.metadata import distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "lm_eval")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "lm_eval", "vllm")
 
 
 def locked(path: str) -> dict[str, str]:
@@ -18,9 +18,9 @@ def _name(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(", ".join(f"{name} {version(name)}" for name in PACKAGES))
+    installed = {_name(each.metadata["Name"]): each.version.partition("+")[0] for each in distributions()}
+    print(", ".join(f"{name} {installed[_name(name)]}" for name in PACKAGES if _name(name) in installed))
     if len(sys.argv) > 1:
-        installed = {_name(each.metadata["Name"]): each.version.partition("+")[0] for each in distributions()}
         newer = [name for name, number in locked(sys.argv[1]).items() if installed.get(name, number) != number]
         if newer:
             sys.exit(f"not as in {sys.argv[1]}: " + ", ".join(f"{name} {installed[name]}" for name in newer))
