@@ -1,4 +1,4 @@
-"""Prints the versions of what a3_hf stands on, as far as it is installed, in one line. Given a constraints file, fails if any differs from it."""
+"""Prints the versions of what a3_hf stands on, if installed, in one line. Given a constraints file, fails if any differs."""
 
 import sys
 from importlib.metadata import distributions

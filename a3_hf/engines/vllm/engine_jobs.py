@@ -35,6 +35,15 @@ class EngineRow:
     columns: Sequence[tuple[int, int] | None]
     given: dict[int, int] = field(default_factory=dict)
 
+    def commits(self, completion, first: int = 0) -> list[Commit]:
+        """Returns the tokens of the text in a part of vLLM's output; `first` numbers the part's first token."""
+        found = []
+        for place, (token, where) in enumerate(zip(completion.token_ids, self.columns[first:], strict=False)):
+            if where is not None:
+                column, step = where
+                found.append(Commit(column, token, *log_prob_of(completion, place, step, self.params.logprobs)))
+        return found
+
 
 @dataclass
 class EngineJob:

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
-QUERY_EMBED = "query_embed.weight"
+from a3_hf.models.a3_llama.pretrained import query_embed_start
+
+QUERY_EMBED, EMBED_TOKENS = "query_embed.weight", "embed_tokens.weight"
 
 
 class A3LlamaForCausalLM(LlamaForCausalLM):
@@ -20,6 +22,7 @@ class A3LlamaForCausalLM(LlamaForCausalLM):
             # adapters of the head take one row of logits a request, and groups have more
             self.embedding_modules = {}
         size = vllm_config.model_config.hf_config.hidden_size
+        # (1, D); of a plain LLaMA, where its training would start
         self.query_embed = nn.Parameter(torch.zeros(1, size, dtype=vllm_config.model_config.dtype), requires_grad=False)
 
     def get_model_state_cls(self):
@@ -41,13 +44,20 @@ class A3LlamaForCausalLM(LlamaForCausalLM):
         return super().compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded = {"query_embed"}  # of a plain LLaMA it is 0, and no blank from the left needs it
+        found = {}
 
         def of_llama():
             for name, weight in weights:
                 if name.endswith(QUERY_EMBED):
-                    self.query_embed.data.copy_(weight)
-                else:
-                    yield name, weight
+                    found[QUERY_EMBED] = weight
+                    continue
+                if name.endswith(EMBED_TOKENS):
+                    found[EMBED_TOKENS] = weight
+                yield name, weight
 
-        return super().load_weights(of_llama()) | loaded
+        loaded = super().load_weights(of_llama())
+        if QUERY_EMBED not in found and EMBED_TOKENS in found:  # a plain LLaMA
+            found[QUERY_EMBED] = query_embed_start(found[EMBED_TOKENS])
+        if QUERY_EMBED in found:
+            self.query_embed.data.copy_(found[QUERY_EMBED])
+        return loaded | {"query_embed"}

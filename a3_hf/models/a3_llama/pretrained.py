@@ -79,9 +79,14 @@ def start_query_embed(embed_tokens: nn.Embedding, query_embed: nn.Embedding) -> 
         tokens, query = weights
         if tokens.is_meta or tokens.numel() == 0:
             return
-        mean = tokens.float().mean(dim=0)
-        scale = tokens.float().pow(2).mean().sqrt() / mean.pow(2).mean().sqrt().clamp_min(1e-12)
-        query.copy_(mean * scale)
+        query.copy_(query_embed_start(tokens))
+
+
+def query_embed_start(tokens: torch.Tensor) -> torch.Tensor:
+    """Returns (D,) where `query_embed` starts, given the token embeddings (V, D); see `start_query_embed`."""
+    mean = tokens.float().mean(dim=0)
+    scale = tokens.float().pow(2).mean().sqrt() / mean.pow(2).mean().sqrt().clamp_min(1e-12)
+    return mean * scale
 
 
 @contextmanager
