@@ -39,6 +39,10 @@ def _check_settings(vllm_config) -> None:
             raise ValueError(
                 f"{name}={getattr(parallel, name)}: expected 1, as the rows of blanks are not split by place"
             )
+    if getattr(parallel, "enable_batch_sharded_sampling", False):
+        raise ValueError(
+            "enable_batch_sharded_sampling=True: expected False, as blanks are written beside the whole batch"
+        )
     if getattr(parallel, "enable_dbo", False):
         raise ValueError("enable_dbo=True: expected False, as the rows of blanks are planned for whole batches")
     if vllm_config.kv_transfer_config is not None:
@@ -58,6 +62,10 @@ def _set_up_groups(vllm_config) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "pipeline_parallel_size: expected 1 with canvas_length, as only the last stage sees what was written"
+        )
     canvas = vllm_config.model_config.hf_config.canvas_length
     if not isinstance(canvas, int) or canvas < 1:
         raise ValueError(f"canvas_length={canvas!r}: expected a number of rows, twice the largest group")

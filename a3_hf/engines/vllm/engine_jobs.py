@@ -17,7 +17,7 @@ from a3_hf.serving.engine import Cancelled, Invalid, OutOfTime, Ticket
 from a3_hf.serving.metrics import Metrics
 from a3_hf.serving.texts import Commit, Row
 
-POLL_SECONDS = 0.05  # between two looks whether a request is still wanted
+POLL_SECONDS = 0.2  # between two looks whether a request is still wanted
 
 
 @dataclass

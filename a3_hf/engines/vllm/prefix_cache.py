@@ -15,7 +15,9 @@ def blank_keys(request, end: int) -> tuple:
     before the first blank have plain LLaMA's key, and are shared with plain requests; later given text is shared by requests
     with the same blanks before it; the rest, whose order of writing and places are the request's own, by nobody.
     """
-    blanks = Blanks.of(request.sampling_params)
+    if not hasattr(request, "a3_blanks"):  # read once for all blocks
+        request.a3_blanks = Blanks.of(request.sampling_params)
+    blanks = request.a3_blanks
     if blanks is None or end <= blanks.pieces[0]:
         return ()
     if blanks.sampling is None and blanks.num_given == blanks.pieces[0]:

@@ -81,7 +81,10 @@ def check_engine(*, caches_prefixes: bool) -> None:
     for module, name, parameters in HOOKS:
         _check_hook(module, name, parameters.split())
     if caches_prefixes:
-        _check_cache_keys()
+        try:
+            _check_cache_keys()
+        except (ImportError, TypeError) as error:
+            raise RuntimeError(f"the keys of the prefix cache can't be checked, {error}: {ADVICE}") from error
 
 
 def _check_version() -> None:

@@ -56,7 +56,9 @@ def test_all_ways_in_one_batch(served, again):
     llm, model, ways = served
     cases, before = cases_of(model, ways), counter(llm, "prefix_cache_hits")
     assert num_equal(cases, ask(llm, cases)) == len(cases)
-    assert (counter(llm, "prefix_cache_hits") > before) == again
+    if again:  # each prompt, and not only what ways have in common
+        num_given = sum(len(case.given) // 32 * 32 for case in cases)
+        assert counter(llm, "prefix_cache_hits") - before >= num_given / 2
 
 
 def test_one_by_one(served):

@@ -23,4 +23,4 @@ def test_requests_that_lose_their_blocks_and_prompts_in_chunks(checkpoints, star
         folder, num_gpu_blocks_override=14, max_num_batched_tokens=53, hf_overrides={"canvas_length": 49}
     ) as llm:
         assert num_equal(cases, ask(llm, cases)) == len(cases)
-        assert counter(llm, "num_preemptions") >= 3
+        assert counter(llm, "num_preemptions") >= 1

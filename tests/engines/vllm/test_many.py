@@ -38,7 +38,7 @@ def made_cases(models) -> list:
         model, lora = models[-1]
         blanks = Blanks((88 + number, 0), (8,), is_text=False)
         found.append(
-            (filled(model, blanks, given_tokens(92, 1)[: 88 + number], strategy="speculative", draft_tokens=4), lora)
+            (filled(model, blanks, given_tokens(93, 1)[: 88 + number], strategy="speculative", draft_tokens=4), lora)
         )
     return found
 
