@@ -186,7 +186,7 @@ def test_every_manifest_is_listed_or_an_example():
     examples = {name for name in there if ".example." in name}
     assert len(listed) == len(set(listed)) and set(listed) == there - examples
     assert examples == {"secret.example.yaml"} and all(
-        f"({BASE.relative_to(FOLDER)}/{name})" in README for name in examples
+        f"`{BASE.relative_to(FOLDER)}/{name}`" in README for name in examples
     )
     assert all(path.is_dir() or path.parent.name in ("base", *OVERLAYS) for path in (FOLDER / "kubernetes").rglob("*"))
 
