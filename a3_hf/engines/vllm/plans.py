@@ -100,7 +100,10 @@ class EnginePlanner(Planner):
         stops = request.stops() if stops is None else stops
         rows = [ContinuedRow(self.tokenizer, ids, ends=frozenset(self.ends), stops=stops) for _ in range(num_rows)]
         shared = {"stop_token_ids": self.ends, "ignore_eos": False, "logprobs": self._num_log_probs(plan, request)}
-        if not order and self.canvas_length is not None and self._speculates(adapter):
+        self._check_speculation(order, adapter)
+        if (
+            not order and self.canvas_length is not None and self.from_left
+        ):  # content rows, which no adapter of slots changes
             order = {"strategy": "speculative", "draft_tokens": min(PLAIN_DRAFTS, (self.canvas_length - 1) // 2)}
         asked = [
             self._asked(blanks, ids, request, order, row_seed(seed, text, copy), shared) for copy in range(num_rows)
@@ -114,6 +117,7 @@ class EnginePlanner(Planner):
     ) -> None:
         order = request.order_settings() if isinstance(request, CompletionRequest) else {}
         settings, adapter = sampling_settings(request), self._adapter(request)
+        self._check_speculation(order, adapter)
         seed = seed_of_request(request)
         config = A3GenerationConfig(**settings | order, seed=seed)
         of_adapter = {"suffix_template": adapter[1]["suffix_template"]} if "suffix_template" in adapter[1] else {}
@@ -206,6 +210,15 @@ class EnginePlanner(Planner):
             raise ValueError(f"model={request.model!r} was trained with slot_start={start!r}: the server has {own!r}")
         return adapter, settings
 
+    def _check_speculation(self, order: dict[str, Any], adapter: tuple[Any, dict[str, Any]]) -> None:
+        if order.get("strategy") != "speculative" or self.canvas_length is None:
+            return
+        if not self._speculates(adapter) or order.get("order", "left_to_right") != "left_to_right":
+            raise ValueError(
+                "strategy='speculative': expected the order left_to_right, and slots that start as the token on their left, "
+                "without an adapter of slots, on this engine"
+            )
+
     def _speculates(self, adapter: tuple[Any, dict[str, Any]]) -> bool:
         """Whether content rows predict the next token as slots do."""
         return self.from_left and adapter[1].get("a3_rows") != "slots"
@@ -286,11 +299,6 @@ class EnginePlanner(Planner):
             blanks = replace(blanks, sampling=sampling, dynamic=Dynamic(*(order.get(name) for name in names)))
             return blanks, [(column, -1) for column in blanks.open_columns()]
         if strategy == "speculative":
-            if not self._speculates(self._adapter(request)) or order.get("order", "left_to_right") != "left_to_right":
-                raise ValueError(
-                    "strategy='speculative': expected the order left_to_right, and slots that start as the token on their "
-                    "left, without an adapter of slots, on this engine"
-                )
             most = max((self.canvas_length - 1) // 2, 1)
             blanks = replace(blanks, sampling=sampling, drafts=min(order.get("draft_tokens") or PLAIN_DRAFTS, most))
             return blanks, [(column, -1) for column in blanks.open_columns()]
