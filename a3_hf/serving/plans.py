@@ -172,6 +172,7 @@ class Planner:
             plan.prompt_tokens = len(encode_prompt(self.tokenizer, before))
             return plan
         sampling = Sampling(
+            model=request.model,
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,

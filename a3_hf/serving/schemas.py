@@ -220,7 +220,7 @@ class InfillRequest(Request):
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
-    model: str | None = Field(None, description="No effect.")
+    model: str | None = Field(None, description="No effect; inside vLLM, the name of an adapter.")
 
     input_prefix: str = ""
     input_suffix: str = ""

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from vllm.lora.utils import get_adapter_absolute_path
 
 from a3_hf.adapters.export import QUERY_EMBED, ROWS
+
+CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,17 +31,25 @@ class Adapter:
     @classmethod
     def read(cls, lora_request, device: torch.device, dtype: torch.dtype) -> "Adapter":
         """Reads it, once, from the folder of vLLM's request."""
-        return _read(lora_request.lora_int_id, lora_request.lora_path, device, dtype)
+        folder = get_adapter_absolute_path(lora_request.lora_path)
+        changed = Path(folder, CONFIG).stat().st_mtime_ns  # vLLM may load an adapter again in its place
+        return _read(lora_request.lora_int_id, folder, changed, device, dtype)
 
 
-def adapter_settings(folder: str) -> dict:
-    """Returns the adapter's `adapter_config.json`."""
-    path = Path(folder, "adapter_config.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+def adapter_settings(path: str) -> dict:
+    """Returns the `adapter_config.json` of an adapter, whose path is anything that vLLM takes.
+
+    Raises:
+        ValueError: it has none.
+    """
+    config = Path(get_adapter_absolute_path(path), CONFIG)
+    if not config.is_file():
+        raise ValueError(f"model: the adapter at {path!r} has no {CONFIG}")
+    return json.loads(config.read_text())
 
 
 @lru_cache(maxsize=256)
-def _read(lora_id: int, folder: str, device: torch.device, dtype: torch.dtype) -> Adapter:
+def _read(lora_id: int, folder: str, changed: int, device: torch.device, dtype: torch.dtype) -> Adapter:
     query_embed = None
     for name in (QUERY_EMBED, "adapter_model.safetensors"):
         if query_embed is None and Path(folder, name).is_file():

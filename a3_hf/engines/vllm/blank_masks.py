@@ -132,6 +132,8 @@ class GroupChecks(LogitsProcessor):
             raise ValueError(
                 f"diffusion_canvas_length={width!r}: expected {blanks.width()}, the rows that a step needs"
             )
+        if not blanks.is_text and (sampling_params.max_tokens or 0) > sum(blanks.lengths):
+            raise ValueError(f"max_tokens={sampling_params.max_tokens}: expected at most {sum(blanks.lengths)}")
         if blanks.is_text and (sampling_params.max_tokens != sum(blanks.lengths) or not sampling_params.ignore_eos):
             raise ValueError(
                 f"max_tokens={sampling_params.max_tokens}, ignore_eos={sampling_params.ignore_eos}: expected "

@@ -71,7 +71,7 @@ class FillingEndpoints:
     def _is_ours(self, body: Any) -> bool:
         if not isinstance(body, dict):
             return False
-        given = {name for name, value in body.items() if value not in (None, False)}
+        given = {name for name, value in body.items() if value is not None and value is not False}
         if given & OWN_FIELDS:
             return True
         # where groups are written, temperatures and seeds are this package's
@@ -122,7 +122,7 @@ class EngineService(Service):
 async def _json(http: Request) -> Any:
     try:
         return await http.json()
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return None  # what the schema then refuses
 
 

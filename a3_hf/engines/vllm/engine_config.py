@@ -69,6 +69,12 @@ def _set_up_groups(vllm_config) -> None:
     canvas = vllm_config.model_config.hf_config.canvas_length
     if not isinstance(canvas, int) or canvas < 1:
         raise ValueError(f"canvas_length={canvas!r}: expected a number of rows, twice the largest group")
+    scheduler = vllm_config.scheduler_config
+    for name in ("max_num_batched_tokens", "long_prefill_token_threshold"):
+        if 0 < (getattr(scheduler, name, 0) or 0) < canvas:
+            raise ValueError(
+                f"{name}={getattr(scheduler, name)}: expected at least {canvas}, the rows of one step (canvas_length)"
+            )
     if vllm_config.diffusion_config is None:
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=canvas)
     if vllm_config.diffusion_config.canvas_length != canvas:

@@ -28,12 +28,19 @@ class EngineRow:
         prompt: token ids.
         columns: for each output token its column and the pass that writes it; None: the token is no part of the text.
         given: the row's known tokens by column, which its end needs.
+        is_whole: all of its tokens must come, as those of blanks.
     """
 
     prompt: list[int]
     params: SamplingParams
     columns: Sequence[tuple[int, int] | None]
     given: dict[int, int] = field(default_factory=dict)
+    is_whole: bool = False
+
+    def check_end(self, number: int) -> None:
+        """Raises a RuntimeError where vLLM has ended a blank after `number` tokens, before its last."""
+        if self.is_whole and number < len(self.columns):
+            raise RuntimeError(f"vLLM ended a blank after {number} of {len(self.columns)} tokens")
 
     def commits(self, completion, first: int = 0) -> list[Commit]:
         """Returns the tokens of the text in a part of vLLM's output; `first` numbers the part's first token."""
@@ -102,13 +109,20 @@ class EngineJobs:
             return found
 
         async def all_of_them():
-            return await asyncio.gather(*(last(*one) for one in asked))
+            tasks = [asyncio.ensure_future(last(*one)) for one in asked]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # the others of one that failed
+                    task.cancel()
 
         future = asyncio.run_coroutine_threadsafe(all_of_them(), self.loop)
         while True:
             try:
                 return future.result(timeout=POLL_SECONDS)
             except TimeoutError:
+                if future.done():
+                    raise
                 if ticket.is_cancelled:
                     future.cancel()
                     raise Cancelled from None
@@ -132,6 +146,9 @@ class EngineJobs:
                     failure = Cancelled()
                 if failure is None and waiting and time.monotonic() > job.ticket.deadline:
                     failure = OutOfTime()
+        except asyncio.CancelledError:
+            job.done.set_exception(Cancelled())  # the server ends
+            raise
         finally:
             for one in rows:
                 one.cancel()
@@ -162,6 +179,8 @@ class EngineJobs:
                     job.on_pass()
             if row.is_done:
                 break
+        if not row.is_done:
+            asked.check_end(number)
         row.close([tokens.get(column, 0) for column in range(job.num_columns)])
 
     async def _outputs(self, prompt: list[int], params: SamplingParams, adapter):
@@ -178,12 +197,19 @@ class EngineJobs:
 
 def delta_params(**settings: Any) -> SamplingParams:
     """Returns parameters of a request whose outputs hold what is new, as tokens."""
-    return SamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA, **settings)
+    return _params(output_kind=RequestOutputKind.DELTA, **settings)
 
 
 def final_params(**settings: Any) -> SamplingParams:
     """Returns parameters of a request with one output, which holds all."""
-    return SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **settings)
+    return _params(output_kind=RequestOutputKind.FINAL_ONLY, **settings)
+
+
+def _params(**settings: Any) -> SamplingParams:
+    try:
+        return SamplingParams(detokenize=False, **settings)
+    except VLLMClientError as error:
+        raise ValueError(str(error)) from error
 
 
 def log_prob_of(

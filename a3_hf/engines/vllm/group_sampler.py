@@ -1,6 +1,5 @@
 """Chooses the tokens of a pass in groups, as `generate_any_order` does, with the same noise for the same seed."""
 
-import secrets
 from collections import defaultdict
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from a3_hf.models.a3_llama.generation_sampling import (
     slots_to_commit,
     uniform_noise,
 )
+from a3_hf.models.a3_llama.orders import seed_of
 
 from .requests import Sampling
 
@@ -46,7 +46,6 @@ class GroupSampler:
 
     def __init__(self, state, sampler):
         self.state, self.sampling_states = state, sampler.sampling_states
-        self.seeds: dict[str, int] = {}  # of requests without one
         self.log_probs: dict[
             str, dict[int, tuple[torch.Tensor, ...]]
         ] = {}  # of a request's columns, until it is reported
@@ -148,7 +147,8 @@ class GroupSampler:
         for one in wanted:
             progress = self.state.requests[one.req_id]
             seed = progress.blanks.sampling.seed
-            seeds.append(self.seeds.setdefault(one.req_id, secrets.randbelow(2**62)) if seed is None else seed)
+            # every rank of tensor parallelism draws for itself, and must draw the same
+            seeds.append(seed_of(one.req_id) if seed is None else seed)
             places.append([progress.columns.index(one.column) + 1])
             steps.append([one.step])
         as_tensor = [torch.tensor(each, dtype=torch.long, device=device) for each in (seeds, places, steps)]
@@ -202,9 +202,8 @@ class GroupSampler:
 
     def _forget(self) -> None:
         """Drops what was kept for requests that are gone."""
-        for kept in (self.seeds, self.log_probs):
-            for req_id in [one for one in kept if one not in self.state.requests]:
-                del kept[req_id]
+        for req_id in [one for one in self.log_probs if one not in self.state.requests]:
+            del self.log_probs[req_id]
 
 
 def _way(sampling: Sampling) -> tuple[float | None, ...] | None:

@@ -54,6 +54,8 @@ class _OfflineJobs:
             commits = asked.commits(output.outputs[0])
             job.ticket.first_token = job.ticket.first_token or time.monotonic()
             row.take(commits)
+            if not row.is_done:
+                asked.check_end(len(output.outputs[0].token_ids))
             tokens = asked.given | {one.column: one.token_id for one in commits}
             row.close([tokens.get(column, 0) for column in range(job.num_columns)])
         for job in jobs:

@@ -34,7 +34,12 @@ class OneRowState(PlannedRowsState):
         super().add_request(req_index, new_req_data)
         blanks = Blanks.of(new_req_data.sampling_params)
         if blanks is not None:
-            self.arrays[new_req_data.req_id] = _arrays(OneRowScript(blanks))
+            script = OneRowScript(blanks)
+            if len(new_req_data.prompt_token_ids) != script.num_prompt:
+                raise ValueError(
+                    f"prompt has {len(new_req_data.prompt_token_ids)} tokens: expected {script.num_prompt}"
+                )
+            self.arrays[new_req_data.req_id] = _arrays(script)
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)

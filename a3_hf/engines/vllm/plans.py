@@ -72,7 +72,8 @@ class EnginePlanner(Planner):
         plan = super().infill(request, ticket)
         if request.n_predict == 0:
             before = "".join(f"{extra.text}\n" for extra in request.input_extra) + request.input_prefix + request.prompt
-            self.engine.ask([(encode_prompt(self.tokenizer, before), final_params(max_tokens=1))], ticket)
+            asked = [(encode_prompt(self.tokenizer, before), final_params(max_tokens=1))]
+            self.engine.ask(asked, ticket, self.adapter_of(request.model)[0])
         return plan
 
     # Continuations.
@@ -104,7 +105,8 @@ class EnginePlanner(Planner):
         if (
             not order and self.canvas_length is not None and self.from_left
         ):  # content rows, which no adapter of slots changes
-            order = {"strategy": "speculative", "draft_tokens": min(PLAIN_DRAFTS, (self.canvas_length - 1) // 2)}
+            drafts = (min(self.canvas_length, self.context - blanks.size) - 1) // 2  # as many as have room
+            order = {"strategy": "speculative", "draft_tokens": min(PLAIN_DRAFTS, drafts)} if drafts > 0 else {}
         asked = [
             self._asked(blanks, ids, request, order, row_seed(seed, text, copy), shared) for copy in range(num_rows)
         ]
@@ -260,7 +262,7 @@ class EnginePlanner(Planner):
             extra_args={**blanks.extra_args(), "diffusion_canvas_length": width},
             **shared,
         )
-        return EngineRow(given, params, steps, columns)
+        return EngineRow(given, params, steps, columns, is_whole=blanks.is_text)
 
     def _asked_one_token(self, blanks, given, request, order, seed, shared, columns) -> EngineRow:
         for name, value in order.items():
@@ -269,6 +271,11 @@ class EnginePlanner(Planner):
         if not self.from_left:
             raise ValueError(f"prompt: this model's slots start as query_embed: expected groups; {TO_START_GROUPS}")
         script = OneRowScript(blanks)
+        places = script.num_prompt + script.num_outputs
+        if places > self.context:
+            raise ValueError(
+                f"prompt: the text takes {places} places, with those where slots begin: expected at most {self.context}"
+            )
         temperature = 1.0 if request.temperature is None else request.temperature
         settings = {name: getattr(request, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -282,7 +289,7 @@ class EnginePlanner(Planner):
         for column in script.columns:
             found.append(None if column is None else (column, steps))
             steps += column is not None
-        return EngineRow(script.prompt(given), params, found, columns)
+        return EngineRow(script.prompt(given), params, found, columns, is_whole=blanks.is_text)
 
     def _in_groups(
         self, blanks: Blanks, request: SamplingFields, order: dict[str, Any], seed: int

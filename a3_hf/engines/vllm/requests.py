@@ -9,13 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 KEY = "a3"  # of `extra_args`
+CRITERIA = ("confidence", "entropy", "margin", "random")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the worker draws tokens where vLLM's own sampler does not (groups). The numbers of `A3GenerationConfig`; a
-    temperature of 0 takes the likeliest token, and `seed` is a row's own (`generation_decoder.row_seed`); None: another
-    one for each request.
+    temperature of 0 takes the likeliest token, and `seed` is a row's own (`generation_decoder.row_seed`); None: one of
+    the request's id.
     """
 
     temperature: float = 0.0
@@ -23,6 +24,13 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     seed: int | None = None
+
+    def __post_init__(self):
+        _check_number("temperature", self.temperature, 0, 1e6)
+        _check_number("top_p", self.top_p, 0, 1)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_counts("top_k", () if self.top_k is None else (self.top_k,), 0)
+        _check_counts("seed", () if self.seed is None else (self.seed,), -(2**63), 2**63)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,14 @@ class Dynamic:
     threshold: float | None = None
     entropy_budget: float | None = None
     window: int | None = None
+
+    def __post_init__(self):
+        if self.criterion not in (None, *CRITERIA):
+            raise ValueError(f"criterion={self.criterion!r}: expected one of {', '.join(CRITERIA)}")
+        for name in ("tokens_per_step", "window"):
+            _check_counts(name, () if getattr(self, name) is None else (getattr(self, name),), 1)
+        _check_number("threshold", self.threshold, 0, 1)
+        _check_number("entropy_budget", self.entropy_budget, 0, 1e9)
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,8 @@ class Blanks:
             )
         _check_counts("spaced", self.spaced, 0, len(self.lengths))
         _check_counts("drafts", (self.drafts,), 0)
+        if not isinstance(self.is_text, bool):
+            raise ValueError(f"is_text={self.is_text!r}: expected true or false")
         _check_counts("forced", self.forced, 0)
         if self.forced and (len(self.forced) != sum(self.lengths) or not self.drafts):
             raise ValueError(f"forced has {len(self.forced)} tokens: expected {sum(self.lengths)}, with drafts")
@@ -229,3 +247,9 @@ def _check_counts(name: str, values: Sequence[Any], least: int, end: int | None 
         if not isinstance(value, int) or isinstance(value, bool) or value < least or (end is not None and value >= end):
             top = "" if end is None else f", at most {end - 1}"
             raise ValueError(f"{name} holds {value!r}: expected whole numbers of at least {least}{top}")
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and least <= value <= most):
+        raise ValueError(f"{name}={value!r}: expected a number of {least:g} to {most:g}")

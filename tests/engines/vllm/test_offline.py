@@ -35,6 +35,17 @@ def test_infill_in_one_call(folder, tokenizer):
         assert len(infill(llm, TEXTS[0], n=3, seed=1)) == 3
         with pytest.raises(ValueError, match="canvas_length"):
             infill(llm, TEXTS, group_size=2)
+    with engine(path, hf_overrides=AS_A3, skip_tokenizer_init=False, max_model_len=40) as llm:
+        refused = []
+        for length in range(18, 30):  # up to the last place, and beyond
+            text = f"The dog <blank:3> home. Tom <blank:{length}> happy."
+            try:
+                [row] = infill(llm, text, temperature=0.0)
+            except ValueError:
+                refused.append(length)
+            else:
+                assert row.text() == model.infill(tokenizer, text) and not refused
+        assert 0 < len(refused) < 12
     with engine(path, hf_overrides={**AS_A3, "canvas_length": 16}, skip_tokenizer_init=False) as llm:
         for settings in ({"group_size": 2}, {"strategy": "dynamic", "tokens_per_step": 2}, {"order": "right_to_left"}):
             rows = infill(llm, TEXTS, temperature=0.0, **settings)

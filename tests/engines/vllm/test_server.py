@@ -266,6 +266,8 @@ def test_without_the_key(either):
         ("/v1/completions", {**TEXT, "max_tokens": -1}, "max_tokens"),
         ("/v1/completions", {**TEXT, "temperature": 3}, "temperature"),
         ("/v1/completions", {**TEXT, "group_size": 0}, "group_size"),
+        ("/v1/completions", {"prompt": "a", "group_size": 0}, "group_size"),
+        ("/v1/completions", {**TEXT, "top_p": 1.5}, "top_p"),
         ("/v1/completions", {**TEXT, "presence_penalty": 0.5}, "presence_penalty"),
         ("/v1/completions", {**TEXT, "best": 1}, "best"),
         ("/v1/completions", {**TEXT, "max_tokens": 400}, None),
@@ -298,6 +300,10 @@ def test_what_one_kind_of_server_does_not_do(one_token, groups):
 def test_a_body_that_is_no_json_and_a_model_that_is_not_there(either):
     answer = either.http.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
+    for path in ("/v1/completions", "/infill"):
+        nested = b"[" * 100_000
+        answer = either.http.post(path, content=nested, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
     answer = either.http.post("/infill", content=b"{", headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert either.post("/v1/completions", **TEXT, model="other").status_code == 404

@@ -74,6 +74,8 @@ def test_another_minor(monkeypatch):
     ("settings", "message"),
     [
         ({"hf_overrides": {"canvas_length": 0}}, "canvas_length=0"),
+        ({"hf_overrides": {"canvas_length": 80}, "max_num_batched_tokens": 64}, "max_num_batched_tokens=64"),
+        ({"hf_overrides": {"canvas_length": 8}, "long_prefill_token_threshold": 4}, "long_prefill_token_threshold=4"),
         ({"hf_overrides": {"canvas_length": 8}, "pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config"),
         ({"hf_overrides": {"canvas_length": 8}, "diffusion_config": {"canvas_length": 4}}, "expected 8"),

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import json, sys
-from pathlib import Path
+import torch
+from vllm import SamplingParams
 from tests.conftest import tiny_model
 from tests.engines.vllm.cases import LAYOUTS, SHAPE, ask, engine, filled, given_tokens, num_equal
 from tests.engines.vllm.test_groups import DRAFTS, WAYS
@@ -29,7 +30,16 @@ if __name__ == "__main__":
     ]
     overrides = {"hf_overrides": {"canvas_length": 24}} if groups else {}
     with engine(folder, tensor_parallel_size=2, distributed_executor_backend="mp", **overrides) as llm:
-        print("EQUAL", json.dumps([num_equal(cases, ask(llm, cases)), len(cases)]))
+        equal = num_equal(cases, ask(llm, cases))
+        # sampled without a seed: the workers must draw the same, or each goes on from another token
+        params = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=0)
+        given = given_tokens(40, 5)
+        [output] = llm.generate([{"prompt_token_ids": given}], [params], use_tqdm=False)
+        tokens, groups = torch.tensor([[*given, *output.outputs[0].token_ids]]), torch.arange(52)[None]
+        true = model.log_likelihood(tokens, groups, scored_mask=groups >= 40)[0, 40:].tolist()
+        said = [of[token].logprob for token, of in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)]
+        apart = max(abs(a - b) for a, b in zip(true, said, strict=True))
+        print("EQUAL", json.dumps([equal, len(cases), apart]))
 """
 
 
@@ -46,5 +56,5 @@ def test_two_workers_write_what_one_does(tmp_path, kind):
     command = [sys.executable, str(program), str(tmp_path / "model"), "groups" if kind == "groups" else "one"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert "EQUAL" in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
-    equal, total = json.loads(done.stdout.split("EQUAL")[1].splitlines()[0])
-    assert equal == total >= 8
+    equal, total, apart = json.loads(done.stdout.split("EQUAL")[1].splitlines()[0])
+    assert equal == total >= 8 and apart < 5e-3
