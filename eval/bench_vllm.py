@@ -144,7 +144,7 @@ async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")
                 return Answer(seconds=time.perf_counter() - start, error=f"{response.status_code}: {text[:200]}")
-            async for piece in response.aiter_raw():
+            async for piece in response.aiter_bytes():
                 pieces.append((time.perf_counter() - start, piece))
     except httpx.HTTPError as error:
         return Answer(seconds=time.perf_counter() - start, error=f"{type(error).__name__}: {error}")
