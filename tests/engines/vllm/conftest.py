@@ -1,12 +1,12 @@
 """vLLM on two cores without a GPU: its kernels interpreted, its engine in this process. `make test-vllm` runs what needs it.
 
-Whatever imports vLLM is left out where it is not installed; `test_requests.py` and `test_group_progress.py` need none.
+Whatever imports vLLM is left out where it is not installed; those named below need none.
 """
 
 import os
 from importlib.util import find_spec
 
-WITHOUT_VLLM = ("test_requests.py", "test_group_progress.py", "test_scripts.py")
+WITHOUT_VLLM = ("test_requests.py", "test_group_progress.py", "test_vllm_scripts.py")
 LONGEST_FIRST = (
     "test_many.py",
     "test_tensor_parallel.py",

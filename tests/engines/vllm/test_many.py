@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 from a3_hf.engines.vllm.requests import Blanks
 from tests.conftest import tiny_model
 from tests.engines.vllm.cases import SHAPE, filled, given_tokens
-from tests.engines.vllm.test_adapters import adapter
+from tests.engines.vllm.test_vllm_adapters import adapter
 
 NUM_REQUESTS, AT_ONCE, GIVEN_UP = 500, 16, 0.05
 
