@@ -17,13 +17,9 @@ one prefix. All answers are streams. Tokens a second are those of whole rounds: 
 import argparse
 import asyncio
 import json
-import math
 import os
-import platform
 import random
-import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,16 +29,16 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import numpy as np
+import torch
+
+from a3_hf.evaluation.reporting.markdown import markdown_table
+from a3_hf.evaluation.reporting.results import environment
 
 WORDS = (
     "the and was that with for they have this from one had not but what all were when there can your which their said will "
@@ -54,6 +50,7 @@ OPENING = 12  # words that make a request's text its own where the rest comes fr
 WARM_UP_TOKENS = 8
 START_SECONDS = 900
 WAYS = ("infill", "plain", "groups", "own")
+RATES = ("tokens/s", "least", "most")
 ON_CPU = {"TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 AS_A3 = {"architectures": ["A3LlamaForCausalLM"], "model_type": "a3_llama", "slot_start": "left_token"}
 
@@ -185,8 +182,7 @@ class Measured:
 
 def percentile(values: Sequence[float], part: float) -> float | None:
     """Returns the smallest value that at least `part` percent of the values don't exceed; None without values."""
-    ordered = sorted(values)
-    return ordered[max(math.ceil(part / 100 * len(ordered)) - 1, 0)] if ordered else None
+    return float(np.percentile(values, part, method="inverted_cdf")) if values else None
 
 
 def ratio(rates: Sequence[float], others: Sequence[float] | None) -> float | None:
@@ -217,60 +213,27 @@ def row_of(way: str, concurrency: int, found: dict[str, Measured]) -> dict[str, 
     }  # fmt: skip
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """One row for each way and number of clients; rates of rounds are shown as median (least–most)."""
-
-    def shown(value: Any) -> str:
-        if value is None:
-            return "–"
-        if isinstance(value, float):
-            return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-        return str(value)
-
-    table = Table(box=box.MARKDOWN)
-    left_out = ("least", "most", "told")
-    for heading in (name for name in rows[0] if name not in left_out):
-        table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=True)
-    for row in rows:
-        cells = {name: shown(value) for name, value in row.items()}
-        cells["tokens/s"] += f" ({cells['least']}–{cells['most']})"
-        table.add_row(*(cell for name, cell in cells.items() if name not in left_out))
-    return table
+    headings = [name for name in rows[0] if name not in ("least", "most", "told")]
+    rows = [row | {"tokens/s": "{:.3g} ({:.3g}–{:.3g})".format(*(row[name] for name in RATES))} for row in rows]
+    return markdown_table(headings, ([row[name] for name in headings] for row in rows))
 
 
 # ---------------------------------------------------------------------------------------------------------- the servers
 
 
-def device_line() -> tuple[bool, str]:
-    """Returns whether this machine has a GPU, and the name of its GPUs or its CPU."""
-    program = shutil.which("nvidia-smi")
-    if program:
-        done = subprocess.run([program, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-        names = done.stdout.split("\n")[:-1]
-        if done.returncode == 0 and names:
-            return True, f"{len(names)} × {names[0].strip()}"
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = re.findall(r"model name\s*: (.+)", info)
-    return False, f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def version_line(urls: dict[str, str]) -> str:
-    """Returns the versions that vLLM's servers report, and those of torch and this package here."""
-    told = []
+def versions_of(urls: dict[str, str]) -> dict[str, str]:
+    """Returns the version of vLLM that each of its servers reports."""
+    found = {}
     for name in ("vllm", "groups"):
         try:
             answer = httpx.get(f"{urls[name]}/version", timeout=10) if name in urls else None
         except httpx.HTTPError:
             answer = None
         if answer is not None and answer.status_code == 200 and "version" in answer.json():
-            told.append(f"vllm {answer.json()['version']}")
-    here = []
-    for package in ("torch", "a3-hf"):
-        try:
-            here.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join([*dict.fromkeys(told), *(f"{one} here" for one in here)])
+            found[f"vllm of --{name}"] = answer.json()["version"]
+    return found
 
 
 def commands(arguments: argparse.Namespace, *, is_gpu: bool) -> dict[str, list[str]]:
@@ -463,7 +426,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    is_gpu, device = device_line()
+    is_gpu = torch.cuda.is_available()
     urls = {name: getattr(arguments, name) for name in ("vllm", "groups", "own") if getattr(arguments, name)}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # which ends the servers, too
     with ExitStack() as stack:
@@ -475,17 +438,19 @@ def main() -> int:
         except (OSError, RuntimeError, httpx.HTTPError) as error:
             print(error or type(error).__name__, file=sys.stderr)
             return 2
-        versions = version_line(urls)
-    Console(width=1000).print(table_of(rows))
+        about = environment("cuda" if is_gpu else "cpu")
+        about["versions"] |= versions_of(urls)
+    about["device"] = arguments.device or about["device"]
+    print(table_of(rows))
     for row in rows:
         for count, error in row["told"].values():
             print(f"{row['clients']} clients, {row['way']}: {count} × {error}")
     kind = "; one prefix for all requests of a way" if arguments.shared_prefix else ""
     print(f"{arguments.rounds} rounds of {arguments.requests} requests, {arguments.length} tokens each{kind}")
-    print(f"{arguments.device or device}; {versions}; {date.today()}")
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    print(f"{about['device']}; {versions}; {about['date']}")
     if arguments.output:
-        shared = {"date": str(date.today()), "device": arguments.device or device, "versions": versions}
-        arguments.output.write_text(json.dumps(shared | {"rows": rows}, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
     return int(any(row["errors"] for row in rows))
 
 

@@ -49,6 +49,11 @@ def _check_settings(vllm_config) -> None:
         raise ValueError("kv_transfer_config: expected None, as other engines do not know the places of blanks")
     if vllm_config.speculative_config is not None:
         raise ValueError("speculative_config: expected None; requests ask for strategy='speculative' themselves")
+    mode = getattr(vllm_config.model_config, "logprobs_mode", "raw_logprobs")
+    if mode != "raw_logprobs":
+        raise ValueError(
+            f"logprobs_mode={mode!r}: expected 'raw_logprobs', by which blanks of unknown length are chosen"
+        )
     if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
         raise ValueError("enable_prompt_embeds=True: expected False")
 

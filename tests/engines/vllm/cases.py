@@ -1,14 +1,17 @@
-"""Requests with blanks and what `generate_any_order` answers, and engines to ask.
+"""Requests with blanks and what `generate_any_order` answers.
 
-vLLM computes in float32 and the oracle in float64: the models' weights are drawn wide, so that no two tokens are near.
+vLLM computes in float32 and the oracle in float64: the tests' models have weights that are drawn wide, so that no two tokens
+are near. `scripts/confirm_vllm.py` asks the same of other models.
 """
 
-import contextlib
-import gc
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from a3_hf.adapters.arguments import LoraArguments
+from a3_hf.adapters.export import export
+from a3_hf.adapters.layers import attach
 from a3_hf.engines.vllm.requests import Blanks, Dynamic, OneRowScript, Sampling
 from a3_hf.models.a3_llama.generation_decoder import row_seed
 from a3_hf.models.a3_llama.orders import GroupOrder
@@ -31,6 +34,32 @@ LAYOUTS = (
     ((20, 10, 5, 7), (3, 3, 3)),
     ((32, 33), (9,)),
 )
+WAYS = {
+    "one by one": {},
+    "groups of 4": {"group_size": 4},
+    "groups of 3 from the right": {"group_size": 3, "order": "right_to_left"},
+    "random pairs": {"group_size": 2, "order": "random"},
+    "spans": {"order": "spans", "span_length": 3, "group_size": 2},
+    "sampled": {"group_size": 3, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "seed": 5},
+    "sampled, top_k and min_p": {"do_sample": True, "top_k": 20, "min_p": 0.05, "seed": 6},
+    "dynamic": {"strategy": "dynamic", "tokens_per_step": 2},
+    "dynamic by a threshold": {"strategy": "dynamic", "threshold": 0.3},
+    "dynamic, sampled": {"strategy": "dynamic", "entropy_budget": 1.0, "do_sample": True, "seed": 3},
+    "dynamic at random in a window": {"strategy": "dynamic", "window": 3, "criterion": "random", "seed": 4},
+}
+DRAFTS = {  # where a slot starts as the token on its left
+    "drafts": {"strategy": "speculative", "draft_tokens": 4},
+    "drafts, sampled": {
+        "strategy": "speculative",
+        "draft_tokens": 3,
+        "do_sample": True,
+        "temperature": 0.7,
+        "seed": 9,
+    },
+}
+# engines that are short of room: blanks as long as blocks run out while they are written
+ROOM = {"num_gpu_blocks_override": 14}
+GROUPS_ROOM = {**ROOM, "max_num_batched_tokens": 53, "hf_overrides": {"canvas_length": 49}}
 
 
 @dataclass(frozen=True)
@@ -41,13 +70,18 @@ class Case:
         blanks: None: the prompt is continued.
         answer: tokens in the order in which vLLM reports them.
         log_probs: of these.
+        columns: of these.
+        groups: of all columns, in which the answer is written; None: the worker chooses (dynamic).
+        is_greedy: the likeliest tokens are taken.
     """
 
     blanks: Blanks | None
     given: tuple[int, ...]
     answer: tuple[int, ...]
     log_probs: tuple[float, ...]
-    params: tuple[tuple[str, object], ...] = ()
+    columns: tuple[int, ...] = ()
+    groups: tuple[int, ...] | None = None
+    is_greedy: bool = True
 
     def prompt(self) -> dict:
         if self.blanks is None or self.blanks.sampling is not None:
@@ -58,7 +92,7 @@ class Case:
         from vllm import SamplingParams
 
         extra, outputs = {}, len(self.answer)
-        settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, "logprobs": 1, **dict(self.params)}
+        settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, "logprobs": 1}
         if self.blanks is not None:
             extra = self.blanks.extra_args()
             if self.blanks.sampling is None:
@@ -94,27 +128,24 @@ def filled(model, blanks: Blanks, given: list[int], **settings) -> Case:
         reference = {name: settings[name] for name in settings if name not in ("strategy", "draft_tokens")}
     else:
         reference = settings
-    output = model.generate_any_order(input_ids, blank_mask, **reference)
+    output = model.generate_any_order(input_ids.to(model.device), blank_mask.to(model.device), **reference)
+    seed = row_seed(settings["seed"], input_ids[0].masked_fill(blank_mask[0], -1), 0)
+    groups = None if strategy == "dynamic" else _groups_of(blank_mask, settings, seed)
     if in_groups:
-        seed = row_seed(settings["seed"], input_ids[0].masked_fill(blank_mask[0], -1), 0)
         sampling = Sampling(
             settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0,
             *(settings.get(name) for name in ("top_k", "top_p", "min_p")),
             seed=seed,
         )
-        blanks = replace(blanks, sampling=sampling, **_way(blanks, blank_mask, settings, seed))
+        blanks = replace(blanks, sampling=sampling, **_way(blanks, groups, settings))
     columns = [column for step in blanks.steps for column in step] or blanks.open_columns()
     answer, log_probs = output.sequences[0, columns].tolist(), output.log_probs[0, columns].tolist()
-    return Case(blanks, tuple(given), tuple(answer), tuple(log_probs))
+    return Case(
+        blanks, tuple(given), tuple(answer), tuple(log_probs), tuple(columns), groups, not settings.get("do_sample")
+    )
 
 
-def _way(blanks: Blanks, blank_mask: torch.Tensor, settings: dict, seed: int) -> dict:
-    strategy = settings.get("strategy")
-    if strategy == "speculative":
-        return {"drafts": settings["draft_tokens"]}
-    if strategy == "dynamic":
-        names = ("criterion", "tokens_per_step", "threshold", "entropy_budget", "window")
-        return {"dynamic": Dynamic(**{name: settings.get(name) for name in names})}
+def _groups_of(blank_mask: torch.Tensor, settings: dict, seed: int) -> tuple[int, ...]:
     groups = GroupOrder.infilling(
         blank_mask,
         order=settings.get("order", "left_to_right"),
@@ -122,16 +153,25 @@ def _way(blanks: Blanks, blank_mask: torch.Tensor, settings: dict, seed: int) ->
         span_length=settings.get("span_length"),
         generator=[torch.Generator().manual_seed(seed)],
     ).group_ids[0]
+    return tuple(groups.tolist())
+
+
+def _way(blanks: Blanks, groups: tuple[int, ...] | None, settings: dict) -> dict:
+    if settings.get("strategy") == "speculative":
+        return {"drafts": settings["draft_tokens"]}
+    if groups is None:
+        names = ("criterion", "tokens_per_step", "threshold", "entropy_budget", "window")
+        return {"dynamic": Dynamic(**{name: settings.get(name) for name in names})}
     steps: dict[int, list[int]] = {}
     for column in blanks.open_columns():
-        steps.setdefault(int(groups[column]), []).append(column)
+        steps.setdefault(groups[column], []).append(column)
     return {"steps": tuple(tuple(steps[number]) for number in sorted(steps))}
 
 
 def continued(model, given: list[int], length: int) -> Case:
     """Returns the case of a plain continuation, as transformers' `generate` answers it."""
     output = model.generate(
-        torch.tensor([given]),
+        torch.tensor([given], device=model.device),
         max_new_tokens=length,
         do_sample=False,
         eos_token_id=None,
@@ -140,63 +180,63 @@ def continued(model, given: list[int], length: int) -> Case:
     )
     answer = output.sequences[0, len(given) :].tolist()
     log_probs = [logits[0].log_softmax(-1)[token].item() for logits, token in zip(output.logits, answer, strict=True)]
-    return Case(None, tuple(given), tuple(answer), tuple(log_probs))
+    columns, groups = range(len(given), len(given) + length), range(len(given) + length)
+    return Case(None, tuple(given), tuple(answer), tuple(log_probs), tuple(columns), tuple(groups))
 
 
-@contextlib.contextmanager
-def engine(folder: str, **settings):
-    """An engine of vLLM in this process; freed at the end, so that the next one finds room."""
-    from vllm import LLM
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    defaults = {
-        "dtype": "float32",
-        "max_model_len": 256,
-        "max_num_seqs": 8,
-        "enforce_eager": True,
-        "max_num_batched_tokens": 128,
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": True,
-        "block_size": 32,
-        "disable_log_stats": False,
-        "seed": 0,
-    }
-    llm = LLM(model=folder, **{**defaults, **settings})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+def cases_of(model, ways: dict, layouts=LAYOUTS) -> list[Case]:
+    """Each layout in each way of groups."""
+    return [
+        filled(model, Blanks(*layout, is_text=False), given_tokens(sum(layout[0]), number), **way)
+        for way in ways.values()
+        for number, layout in enumerate(layouts)
+    ]
 
 
-def ask(llm, cases, *, together: bool = True, lora=None) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-    """Returns what the engine writes for each case, in one batch or one by one."""
-    prompts, params = [case.prompt() for case in cases], [case.sampling_params() for case in cases]
-    if together:
-        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
-    else:
-        loras = lora or [None] * len(cases)
-        outputs = [
-            llm.generate([prompt], [one], use_tqdm=False, lora_request=own)[0]
-            for prompt, one, own in zip(prompts, params, loras, strict=True)
-        ]
-    return [case.written(output.outputs[0]) for case, output in zip(cases, outputs, strict=True)]
+def one_token_cases(model) -> list[Case]:
+    """Each layout, one row a token."""
+    return cases_of(model, {"one token a step": {"in_groups": False}})
 
 
-def num_equal(cases, answers) -> int:
-    """How many answers have all tokens of their cases; log-probabilities must then agree, too."""
-    count = 0
-    for case, (tokens, log_probs) in zip(cases, answers, strict=True):
-        if tokens != case.answer:
-            print(f"{case.blanks}: {tokens} for {case.answer}, whose log-probabilities are {case.log_probs}")
-        else:
-            count += 1
-            assert max(abs(a - b) for a, b in zip(log_probs, case.log_probs, strict=True)) < 5e-3
-    return count
+def same_tokens(model) -> list[Case]:
+    """Four lengths before the same text, two other cuts of the same tokens, and two continuations."""
+    given = given_tokens(90, 100)
+    splits = [((50, 40), (length,)) for length in (3, 5, 8, 11)] + [((64, 26), (5,)), ((33, 57), (5,))]
+    cases = [filled(model, Blanks(*split, is_text=False), given, in_groups=False) for split in splits]
+    return [*cases, continued(model, given, 6), continued(model, given[:50], 6)]
 
 
-def counter(llm, name: str) -> float:
-    """A counter of vLLM's metrics."""
-    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
+def long_blanks(model) -> list[Case]:
+    """What takes more blocks than `ROOM` has, one row a token."""
+    splits = [((60, 30, 10), (20, 15)), ((60, 40, 0), (12, 30)), ((62, 30), (40,)), ((40, 20), (50,))]
+    return [
+        filled(model, Blanks(*split, is_text=False), given_tokens(sum(split[0]), seed), in_groups=False)
+        for split in splits
+        for seed in (7, 8)
+    ]
+
+
+def long_groups(model, ways: dict) -> list[Case]:
+    """What takes more blocks than `GROUPS_ROOM` has."""
+    layouts, found = [((60, 30, 10), (14, 9)), ((90, 10), (22,)), ((60, 0), (24,))], []
+    for number, way in enumerate([*ways.values(), *ways.values()]):
+        pieces, lengths = layouts[number % 3]
+        found.append(filled(model, Blanks(pieces, lengths, is_text=False), given_tokens(sum(pieces), number), **way))
+    return found
+
+
+def adapter(folder: Path, base, rows: str, seed: int):
+    """Returns `base` with a random adapter, and the folders of the adapter as saved and as exported."""
+    (folder / "base").mkdir(exist_ok=True)
+    base.save_pretrained(folder / "base")
+    model = attach(base, LoraArguments(r=4, rows=rows))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2, generator=generator)
+    saved, exported = folder / f"{rows}{seed}", folder / f"{rows}{seed}-exported"
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(saved)
+    export(str(saved), exported)
+    return model.eval(), str(saved), str(exported)

@@ -32,9 +32,8 @@ else:
 
 import pytest  # noqa: E402
 
-from a3_hf.engines.vllm.requests import Blanks  # noqa: E402
 from tests.conftest import tiny_model  # noqa: E402
-from tests.engines.vllm.cases import LAYOUTS, SHAPE, continued, filled, given_tokens  # noqa: E402
+from tests.engines.vllm import cases  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -48,7 +47,7 @@ def checkpoints(tmp_path_factory):
     """Folders of tiny models, and the models, by `slot_start`."""
     found = {}
     for start in ("left_token", "query_embed"):
-        model = tiny_model(slot_start=start, **SHAPE)
+        model = tiny_model(slot_start=start, **cases.SHAPE)
         folder = tmp_path_factory.mktemp(start)
         model.save_pretrained(folder)
         found[start] = (str(folder), model)
@@ -62,17 +61,9 @@ def model(checkpoints):
 
 @pytest.fixture(scope="session")
 def blanks_of_all_kinds(model):
-    """Each layout, one row a token."""
-    return [
-        filled(model, Blanks(*layout, is_text=False), given_tokens(sum(layout[0]), number), in_groups=False)
-        for number, layout in enumerate(LAYOUTS)
-    ]
+    return cases.one_token_cases(model)
 
 
 @pytest.fixture(scope="session")
 def same_tokens(model):
-    """Four lengths before the same text, two other cuts of the same tokens, and two continuations."""
-    given = given_tokens(90, 100)
-    splits = [((50, 40), (length,)) for length in (3, 5, 8, 11)] + [((64, 26), (5,)), ((33, 57), (5,))]
-    cases = [filled(model, Blanks(*split, is_text=False), given, in_groups=False) for split in splits]
-    return [*cases, continued(model, given, 6), continued(model, given[:50], 6)]
+    return cases.same_tokens(model)

@@ -6,41 +6,10 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from a3_hf.engines.vllm.requests import Blanks, Sampling
-from tests.engines.vllm.cases import LAYOUTS, Case, ask, counter, engine, filled, given_tokens, num_equal
+from tests.engines.vllm.cases import DRAFTS, WAYS, Case, cases_of, filled, given_tokens
+from tests.engines.vllm.engines import ask, counter, engine, num_equal
 
 CANVAS = {"hf_overrides": {"canvas_length": 24}}
-WAYS = {
-    "one by one": {},
-    "groups of 4": {"group_size": 4},
-    "groups of 3 from the right": {"group_size": 3, "order": "right_to_left"},
-    "random pairs": {"group_size": 2, "order": "random"},
-    "spans": {"order": "spans", "span_length": 3, "group_size": 2},
-    "sampled": {"group_size": 3, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "seed": 5},
-    "sampled, top_k and min_p": {"do_sample": True, "top_k": 20, "min_p": 0.05, "seed": 6},
-    "dynamic": {"strategy": "dynamic", "tokens_per_step": 2},
-    "dynamic by a threshold": {"strategy": "dynamic", "threshold": 0.3},
-    "dynamic, sampled": {"strategy": "dynamic", "entropy_budget": 1.0, "do_sample": True, "seed": 3},
-    "dynamic at random in a window": {"strategy": "dynamic", "window": 3, "criterion": "random", "seed": 4},
-}
-DRAFTS = {
-    "drafts": {"strategy": "speculative", "draft_tokens": 4},
-    "drafts, sampled": {
-        "strategy": "speculative",
-        "draft_tokens": 3,
-        "do_sample": True,
-        "temperature": 0.7,
-        "seed": 9,
-    },
-}
-
-
-def cases_of(model, ways) -> list:
-    """Each layout in each way."""
-    return [
-        filled(model, Blanks(*layout, is_text=False), given_tokens(sum(layout[0]), number), **way)
-        for way in ways.values()
-        for number, layout in enumerate(LAYOUTS)
-    ]
 
 
 @pytest.fixture(scope="module", params=["left_token", "query_embed"])

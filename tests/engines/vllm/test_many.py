@@ -11,8 +11,7 @@ from vllm.lora.request import LoRARequest
 
 from a3_hf.engines.vllm.requests import Blanks
 from tests.conftest import tiny_model
-from tests.engines.vllm.cases import SHAPE, filled, given_tokens
-from tests.engines.vllm.test_vllm_adapters import adapter
+from tests.engines.vllm.cases import SHAPE, adapter, filled, given_tokens
 
 NUM_REQUESTS, AT_ONCE, GIVEN_UP = 500, 16, 0.05
 
@@ -46,7 +45,7 @@ def made_cases(models) -> list:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("many")
-    ones = [adapter(folder, "left_token", "slots", seed) for seed in (1, 2)]
+    ones = [adapter(folder, tiny_model(slot_start="left_token", **SHAPE), "slots", seed) for seed in (1, 2)]
     models = [(one[0], LoRARequest(f"slots{number}", number, one[2])) for number, one in enumerate(ones, start=1)]
     return str(folder / "base"), [*models, (tiny_model(slot_start="left_token", **SHAPE), None)]
 

@@ -6,7 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from a3_hf import A3LlamaForCausalLM
 from a3_hf.engines.vllm.offline import infill
 from tests.conftest import tiny_model
-from tests.engines.vllm.cases import SHAPE, engine
+from tests.engines.vllm.cases import SHAPE
+from tests.engines.vllm.engines import engine
 
 TEXTS = ["The dog <blank:3> home. Tom <blank:4> happy.", "Tom was <blank:2..5>, and so was <blank:3>."]
 AS_A3 = {"architectures": ["A3LlamaForCausalLM"], "model_type": "a3_llama", "slot_start": "left_token"}

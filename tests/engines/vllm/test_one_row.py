@@ -4,7 +4,8 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 
 from a3_hf.engines.vllm.requests import Blanks
-from tests.engines.vllm.cases import ask, counter, engine, filled, given_tokens, num_equal
+from tests.engines.vllm.cases import filled, given_tokens
+from tests.engines.vllm.engines import ask, counter, engine, num_equal
 
 
 @pytest.fixture(scope="module")

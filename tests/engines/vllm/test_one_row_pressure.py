@@ -2,8 +2,8 @@
 
 import pytest
 
-from a3_hf.engines.vllm.requests import Blanks
-from tests.engines.vllm.cases import ask, counter, engine, filled, given_tokens, num_equal
+from tests.engines.vllm.cases import ROOM, long_blanks
+from tests.engines.vllm.engines import ask, counter, engine, num_equal
 
 
 @pytest.mark.parametrize("budget", [32, 17])
@@ -15,15 +15,8 @@ def test_prompts_in_chunks(checkpoints, same_tokens, blanks_of_all_kinds, budget
 
 
 def test_requests_that_lose_their_blocks_begin_again(checkpoints, same_tokens, model):
-    # longer blanks than above, so that blocks run out while they are written
-    splits = [((60, 30, 10), (20, 15)), ((60, 40, 0), (12, 30)), ((62, 30), (40,)), ((40, 20), (50,))]
-    cases = [
-        filled(model, Blanks(*split, is_text=False), given_tokens(sum(split[0]), seed), in_groups=False)
-        for split in splits
-        for seed in (7, 8)
-    ]
-    cases = [*same_tokens, *cases]
-    with engine(checkpoints["left_token"][0], num_gpu_blocks_override=14) as llm:
+    cases = [*same_tokens, *long_blanks(model)]
+    with engine(checkpoints["left_token"][0], **ROOM) as llm:
         assert num_equal(cases, ask(llm, cases)) == len(cases)
         assert counter(llm, "num_preemptions") >= 3
 

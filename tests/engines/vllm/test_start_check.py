@@ -78,6 +78,7 @@ def test_another_minor(monkeypatch):
         ({"hf_overrides": {"canvas_length": 8}, "long_prefill_token_threshold": 4}, "long_prefill_token_threshold=4"),
         ({"hf_overrides": {"canvas_length": 8}, "pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config"),
+        ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode='processed_logprobs'"),
         ({"hf_overrides": {"canvas_length": 8}, "diffusion_config": {"canvas_length": 4}}, "expected 8"),
         (
             {"hf_overrides": {"canvas_length": 8}, "compilation_config": {"cudagraph_mode": "FULL"}},

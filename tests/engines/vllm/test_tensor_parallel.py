@@ -14,8 +14,8 @@ import json, sys
 import torch
 from vllm import SamplingParams
 from tests.conftest import tiny_model
-from tests.engines.vllm.cases import LAYOUTS, SHAPE, ask, engine, filled, given_tokens, num_equal
-from tests.engines.vllm.test_groups import DRAFTS, WAYS
+from tests.engines.vllm.cases import DRAFTS, LAYOUTS, SHAPE, WAYS, filled, given_tokens
+from tests.engines.vllm.engines import ask, engine, num_equal
 from a3_hf.engines.vllm.requests import Blanks
 
 if __name__ == "__main__":

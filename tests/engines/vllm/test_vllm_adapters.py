@@ -1,16 +1,13 @@
 """Adapters in vLLM: on all rows, merged and by its LoRA; on slots alone, two of them in one batch."""
 
 import pytest
-import torch
 from vllm.lora.request import LoRARequest
 
-from a3_hf.adapters.arguments import LoraArguments
 from a3_hf.adapters.checkpoints import merge
-from a3_hf.adapters.export import export
-from a3_hf.adapters.layers import attach
 from a3_hf.engines.vllm.requests import Blanks
 from tests.conftest import tiny_model
-from tests.engines.vllm.cases import LAYOUTS, SHAPE, ask, continued, engine, filled, given_tokens, num_equal
+from tests.engines.vllm.cases import LAYOUTS, SHAPE, adapter, continued, filled, given_tokens, one_token_cases
+from tests.engines.vllm.engines import ask, engine, num_equal
 
 LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 3}
 WAYS = (
@@ -22,25 +19,7 @@ WAYS = (
 )
 
 
-def adapter(folder, start: str, rows: str, seed: int):
-    """An adapted model, and the folders of its adapter as saved and as exported."""
-    base = tiny_model(slot_start=start, **SHAPE)
-    (folder / "base").mkdir(exist_ok=True)
-    base.save_pretrained(folder / "base")
-    model = attach(base, LoraArguments(r=4, rows=rows))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.2, generator=generator)
-    saved, exported = folder / f"{rows}{seed}", folder / f"{rows}{seed}-exported"
-    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    model.save_pretrained(saved)
-    export(str(saved), exported)
-    return model.eval(), str(saved), str(exported)
-
-
-def cases_of(model, ways) -> list:
+def cases_in_turn(model, ways) -> list:
     return [
         filled(model, Blanks(*layout, is_text=False), given_tokens(sum(layout[0]), number), **ways[number % len(ways)])
         for number, layout in enumerate(LAYOUTS)
@@ -49,12 +28,12 @@ def cases_of(model, ways) -> list:
 
 @pytest.mark.parametrize("start", ["left_token", "query_embed"])
 def test_adapters_of_slots_beside_each_other_and_beside_none(tmp_path, start):
-    ones = [adapter(tmp_path, start, "slots", seed) for seed in (1, 2)]
+    ones = [adapter(tmp_path, tiny_model(slot_start=start, **SHAPE), "slots", seed) for seed in (1, 2)]
     loras = [LoRARequest(f"slots{number}", number, one[2]) for number, one in enumerate(ones, start=1)]
     base = tiny_model(slot_start=start, **SHAPE)
     cases, requests = [], []
     for model, lora in (*((one[0], lora) for one, lora in zip(ones, loras, strict=True)), (base, None)):
-        own = cases_of(model, WAYS)
+        own = cases_in_turn(model, WAYS)
         cases += own
         requests += [lora] * len(own)
     with engine(str(tmp_path / "base"), hf_overrides={"canvas_length": 24}, **LORA) as llm:
@@ -63,25 +42,21 @@ def test_adapters_of_slots_beside_each_other_and_beside_none(tmp_path, start):
 
 
 def test_adapters_of_all_rows_in_groups(tmp_path):
-    model, _, exported = adapter(tmp_path, "query_embed", "all", 3)
-    cases = cases_of(model, WAYS)
+    model, _, exported = adapter(tmp_path, tiny_model(slot_start="query_embed", **SHAPE), "all", 3)
+    cases = cases_in_turn(model, WAYS)
     with engine(str(tmp_path / "base"), hf_overrides={"canvas_length": 24}, **LORA) as llm:
         assert num_equal(cases, ask(llm, cases, lora=[LoRARequest("all", 1, exported)] * len(cases))) == len(cases)
 
 
 def test_adapters_of_all_rows_one_token_a_step_merged_and_by_lora(tmp_path):
-    model, saved, exported = adapter(tmp_path, "left_token", "all", 3)
+    model, saved, exported = adapter(tmp_path, tiny_model(slot_start="left_token", **SHAPE), "all", 3)
     whole = tiny_model(slot_start="left_token", **SHAPE)
-    cases = [
-        filled(one, Blanks(*layout, is_text=False), given_tokens(sum(layout[0]), number), in_groups=False)
-        for one in (model, whole)
-        for number, layout in enumerate(LAYOUTS)
-    ]
+    cases = one_token_cases(model) + one_token_cases(whole)
     half, lora = len(LAYOUTS), LoRARequest("all", 1, exported)
     with engine(str(tmp_path / "base"), **LORA) as llm:
         assert num_equal(cases, ask(llm, cases, lora=[lora] * half + [None] * half)) == len(cases)
         # an adapter of slots would act on all rows here: vLLM refuses it by a weight that it does not know
-        slots = adapter(tmp_path, "left_token", "slots", 1)[2]
+        slots = adapter(tmp_path, tiny_model(slot_start="left_token", **SHAPE), "slots", 1)[2]
         with pytest.raises(ValueError, match="query_embed"):
             ask(llm, cases[:1], lora=[LoRARequest("slots", 2, slots)])
     save_tokenizer(tmp_path / "base")
